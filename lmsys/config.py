@@ -1,0 +1,496 @@
+"""Configuration: frozen dataclasses, presets as functions, and the way from JSON and overrides to a config.
+
+A pipeline's settings come from four layers, each winning over the one before:
+the preset of the scale < the JSON file < `--override section.key=value` < named flags.
+Unknown keys, wrong types and impossible combinations raise ValueError before anything runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SCALES = ("auto", "smoke", "cpu", "full")
+DATASET_MODES = ("auto", "tinystories", "local_text", "local_npy", "stories")
+DTYPES = ("fp32", "bf16")
+END_OF_TEXT = "<|endoftext|>"
+
+
+def unknown_name(what: str, given: object, known: Iterable[str]) -> ValueError:
+    """The error for a name that is not in a table: what was given, the nearest known name, all known names."""
+    known = list(known)
+    near = difflib.get_close_matches(str(given), known, n=1)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    return ValueError(f"unknown {what} '{given}'.{hint} Known: {', '.join(known)}.")
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError(message) unless condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+# --- The sections ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which text becomes which token files."""
+
+    dataset_mode: str = "auto"
+    text_path: str | None = None  # local_text (and auto): a UTF-8 file
+    valid_text_path: str | None = None  # its validation text; without it the end of text_path is held out
+    train_tokens_path: str | None = None  # local_npy (and auto): token files that exist
+    valid_tokens_path: str | None = None
+    valid_fraction: float = 0.05  # held out of a text that has no validation file
+    text_mb: float | None = (
+        5.0  # how much to generate (stories) or stream (tinystories), 1e6 bytes; None: all of TinyStories
+    )
+    seed: int = 0  # of the story generator
+
+    def __post_init__(self):
+        if self.dataset_mode not in DATASET_MODES:
+            raise unknown_name("dataset_mode", self.dataset_mode, DATASET_MODES)
+        require(
+            0 < self.valid_fraction < 1, f"data.valid_fraction is {self.valid_fraction}; it must be between 0 and 1"
+        )
+        require(
+            self.text_mb is None or self.text_mb > 0, f"data.text_mb is {self.text_mb}; it must be positive, or null"
+        )
+        require(
+            self.text_mb is not None or self.dataset_mode != "stories",
+            "data.text_mb is null, but dataset_mode 'stories' generates as much text as it says: give a number of MB",
+        )
+        if self.dataset_mode == "local_text":
+            require(self.text_path is not None, "dataset_mode 'local_text' needs data.text_path, a UTF-8 text file")
+        if self.dataset_mode == "local_npy":
+            require(
+                self.train_tokens_path is not None and self.valid_tokens_path is not None,
+                "dataset_mode 'local_npy' needs data.train_tokens_path and data.valid_tokens_path, .npy token files",
+            )
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """The byte-level BPE vocabulary: 256 bytes, the special tokens, and merges up to vocab_size."""
+
+    vocab_size: int = 10_000
+    special_tokens: tuple[str, ...] = (END_OF_TEXT,)
+    path: str | None = (
+        None  # a trained tokenizer to use instead of training one (needed by local_npy to decode samples)
+    )
+    num_workers: int | None = None  # processes for training and tokenization; None: one for each core
+
+    def __post_init__(self):
+        least = 256 + len(self.special_tokens)
+        require(
+            self.vocab_size >= least,
+            f"tokenizer.vocab_size is {self.vocab_size}; it must be at least {least}: "
+            f"256 bytes and {len(self.special_tokens)} special token(s)",
+        )
+        require(END_OF_TEXT in self.special_tokens, f"tokenizer.special_tokens must contain '{END_OF_TEXT}'")
+        require(len(set(self.special_tokens)) == len(self.special_tokens), "tokenizer.special_tokens has a token twice")
+        require(all(self.special_tokens), "tokenizer.special_tokens has an empty token")
+        require(
+            self.num_workers is None or self.num_workers >= 1,
+            f"tokenizer.num_workers is {self.num_workers}; it must be at least 1",
+        )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a TransformerLM. vocab_size None stands for the tokenizer's size and is resolved before use."""
+
+    d_model: int = 512
+    d_ff: int = 1344
+    num_layers: int = 4
+    num_heads: int = 16
+    context_length: int = 256
+    vocab_size: int | None = None
+    rope_theta: float = 10_000.0
+    tie_embeddings: bool = False
+
+    def __post_init__(self):
+        for name in ("d_model", "d_ff", "num_layers", "num_heads", "context_length"):
+            require(getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        require(
+            self.vocab_size is None or self.vocab_size >= 1,
+            f"model.vocab_size is {self.vocab_size}; it must be at least 1",
+        )
+        require(
+            self.d_model % self.num_heads == 0,
+            f"model.d_model {self.d_model} is not a multiple of model.num_heads {self.num_heads}",
+        )
+        require(
+            self.head_dim % 2 == 0,
+            f"model.d_model {self.d_model} over model.num_heads {self.num_heads} is {self.head_dim}; RoPE needs an even head_dim",
+        )
+        require(self.rope_theta > 0, f"model.rope_theta is {self.rope_theta}; it must be positive")
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.num_heads
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule: linear warm-up to learning_rate, cosine down to min_learning_rate at the last step."""
+
+    learning_rate: float = 1e-3
+    min_learning_rate: float = 1e-4
+    warmup_steps: int = 100
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0  # clip the global gradient norm here; 0 or less: no clipping
+
+    def __post_init__(self):
+        require(
+            0 <= self.min_learning_rate <= self.learning_rate,
+            f"optim.min_learning_rate {self.min_learning_rate} must lie between 0 and optim.learning_rate {self.learning_rate}",
+        )
+        require(self.learning_rate > 0, f"optim.learning_rate is {self.learning_rate}; it must be positive")
+        require(self.warmup_steps >= 0, f"optim.warmup_steps is {self.warmup_steps}; it must be 0 or more")
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"optim.{name} is {getattr(self, name)}; it must be in [0, 1)")
+        require(self.eps > 0, f"optim.eps is {self.eps}; it must be positive")
+        require(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}; it must be 0 or more")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training loop. Exactly one of steps and epochs is set."""
+
+    steps: int | None = 2000
+    epochs: float | None = None  # passes over the training tokens, converted to steps once their number is known
+    batch_size: int = 32  # sequences a process and micro-batch
+    gradient_accumulation_steps: int = 1
+    dtype: str = "fp32"  # bf16: autocast, parameters stay fp32
+    compile: bool = False  # torch.compile, block by block
+    device: str = "auto"
+    attention_kernel: str = "vectorized_torch"
+    ddp_wrapper: str = "none"
+    eval_interval: int = 200  # steps between evaluations; 0 or less: only at the end
+    eval_batches: int = 20
+    sample_interval: int = 500  # steps between samples; 0 or less: only at the end
+    log_interval: int = 10  # steps between rows of metrics.csv
+    checkpointing_interval: int = 500  # N > 0: save every N steps; <= 0: only the last step, which is always saved
+    keep_checkpoints: int = 2  # the newest that stay on disk
+    resume: bool = True  # continue from the newest good checkpoint of the run folder
+    seed: int = 0
+
+    def __post_init__(self):
+        require(
+            (self.steps is None) != (self.epochs is None),
+            f"set exactly one of train.steps ({self.steps}) and train.epochs ({self.epochs}); give null for the other",
+        )
+        require(self.steps is None or self.steps >= 1, f"train.steps is {self.steps}; it must be at least 1")
+        require(self.epochs is None or self.epochs > 0, f"train.epochs is {self.epochs}; it must be positive")
+        for name in ("batch_size", "gradient_accumulation_steps", "eval_batches", "log_interval", "keep_checkpoints"):
+            require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.dtype not in DTYPES:
+            raise unknown_name("train.dtype", self.dtype, DTYPES)
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """How samples are drawn. top_k 0 and top_p 1 switch those filters off; temperature 0 is greedy."""
+
+    prompts: tuple[str, ...] = ("Once upon a time", "One day")
+    max_new_tokens: int = 200
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 0.95
+    seed: int = 0
+
+    def __post_init__(self):
+        require(self.max_new_tokens >= 1, f"generate.max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        require(self.temperature >= 0, f"generate.temperature is {self.temperature}; it must be 0 (greedy) or more")
+        require(self.top_k >= 0, f"generate.top_k is {self.top_k}; it must be 0 (off) or more")
+        require(0 < self.top_p <= 1, f"generate.top_p is {self.top_p}; it must be in (0, 1]")
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    """Weights & Biases. mode auto: online when logged in, else offline; WANDB_MODE wins over it."""
+
+    project: str = "lmsys"
+    name: str | None = None
+    mode: str = "auto"
+
+    def __post_init__(self):
+        if self.mode not in (known := ("auto", "offline", "online", "disabled")):
+            raise unknown_name("wandb.mode", self.mode, known)
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """Everything a pipeline run needs. run_dir: a relative one lies in the repository."""
+
+    scale: str = "full"
+    run_dir: str = "runs/pipeline"
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def __post_init__(self):
+        if self.model.vocab_size is not None and self.data.dataset_mode != "local_npy" and self.tokenizer.path is None:
+            require(
+                self.model.vocab_size >= self.tokenizer.vocab_size,
+                f"model.vocab_size {self.model.vocab_size} is below tokenizer.vocab_size {self.tokenizer.vocab_size}: "
+                "token ids would lie beyond the model's vocabulary; raise it, or leave it out to take the tokenizer's",
+            )
+        if self.train.steps is not None:
+            require(
+                self.optim.warmup_steps <= self.train.steps,
+                f"optim.warmup_steps {self.optim.warmup_steps} is more than train.steps {self.train.steps}",
+            )
+
+
+# --- Presets --------------------------------------------------------------------------------------
+
+# The course's 2025 table (CS336 assignment 2, section 1.1.2): d_model, d_ff, layers, heads.
+# gpt2 and gpt2-medium are nanoGPT's 124M and 350M shapes; tiny and mini are for the CPU.
+MODEL_SIZES = {
+    "tiny": (64, 192, 2, 2),
+    "mini": (128, 384, 4, 4),
+    "small": (768, 3072, 12, 12),
+    "medium": (1024, 4096, 24, 16),
+    "large": (1280, 5120, 36, 20),
+    "xl": (1600, 6400, 48, 25),
+    "2.7b": (2560, 10240, 32, 32),
+    "gpt2": (768, 3072, 12, 12),
+    "gpt2-medium": (1024, 4096, 24, 16),
+}
+
+
+def model_size(size: str, *, vocab_size: int | None = None, context_length: int = 256, **other: Any) -> ModelConfig:
+    """The model of a named size. vocab_size None: 50304 for the nanoGPT shapes, 10000 for the course's."""
+    if size not in MODEL_SIZES:
+        raise unknown_name("model size", size, MODEL_SIZES)
+    d_model, d_ff, num_layers, num_heads = MODEL_SIZES[size]
+    if vocab_size is None:
+        vocab_size = 50_304 if size.startswith("gpt2") else 10_000
+    return ModelConfig(d_model, d_ff, num_layers, num_heads, context_length, vocab_size, **other)
+
+
+def resolve_scale(scale: str = "auto") -> str:
+    """smoke, cpu or full. auto takes LMSYS_SCALE if it is set, else full on a CUDA GPU and cpu without one."""
+    if scale == "auto":
+        scale = os.environ.get("LMSYS_SCALE") or "auto"
+    if scale not in SCALES:
+        raise unknown_name("scale", scale, SCALES)
+    if scale == "auto":
+        import torch
+
+        scale = "full" if torch.cuda.is_available() else "cpu"
+    return scale
+
+
+def pipeline_preset(scale: str) -> dict[str, Any]:
+    """The settings that a scale gives a pipeline, as a nested dict: the lowest layer of the four."""
+    if scale == "smoke":
+        return {
+            "scale": "smoke",
+            "run_dir": "runs/pipeline-smoke",
+            "data": {"dataset_mode": "stories", "text_mb": 0.2},
+            "tokenizer": {"vocab_size": 400},
+            "model": {"d_model": 32, "d_ff": 64, "num_layers": 2, "num_heads": 2, "context_length": 64},
+            "optim": {"warmup_steps": 2},
+            "train": {
+                "steps": 10,
+                "batch_size": 4,
+                "eval_interval": 5,
+                "eval_batches": 2,
+                "sample_interval": 5,
+                "log_interval": 1,
+                "checkpointing_interval": 5,
+            },
+            "generate": {"max_new_tokens": 16},
+        }
+    if scale == "cpu":
+        return {
+            "scale": "cpu",
+            "run_dir": "runs/pipeline-cpu",
+            "data": {"text_mb": 5.0},
+            "tokenizer": {"vocab_size": 1024},
+            "model": {"d_model": 128, "d_ff": 384, "num_layers": 4, "num_heads": 4, "context_length": 128},
+            "optim": {"learning_rate": 3e-3, "min_learning_rate": 3e-4, "warmup_steps": 40},
+            "train": {
+                "steps": 600,
+                "batch_size": 16,
+                "eval_interval": 100,
+                "eval_batches": 8,
+                "sample_interval": 150,
+                "log_interval": 5,
+                "checkpointing_interval": 200,
+            },
+            "generate": {"max_new_tokens": 120},
+        }
+    if scale == "full":
+        return {
+            "scale": "full",
+            "run_dir": "runs/pipeline-full",
+            "data": {"text_mb": None},
+            "train": {"batch_size": 64, "dtype": "bf16", "compile": True, "attention_kernel": "flash_attention_triton"},
+        }
+    raise unknown_name("scale", scale, SCALES)
+
+
+# --- JSON and overrides -> config -----------------------------------------------------------------
+
+# Other names of train.checkpointing_interval: the first is the same setting, the second an older one that gives way to it.
+_SAME_AS_INTERVAL, _OLDER_INTERVAL = "checkpointing_every", "save_interval"
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """A JSON object from a file; ValueError names the file and the place where it does not parse."""
+    path = Path(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"no config file at {path.resolve()}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a JSON file: {error}") from None
+    require(isinstance(value, dict), f"{path}: expected a JSON object with sections, got {type(value).__name__}")
+    return value
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """'train.steps=100' -> {'train': {'steps': 100}}. The value is read as JSON, and as a string where it is not JSON."""
+    key, equals, raw = text.partition("=")
+    require(bool(equals) and bool(key.strip()), f"override '{text}' is not of the form section.key=value")
+    try:
+        value = json.loads(raw)
+    except json.JSONDecodeError:
+        value = raw
+    for part in reversed(key.strip().split(".")):
+        value = {part: value}
+    return value
+
+
+def pipeline_config(
+    scale: str | None = None,
+    file: str | Path | None = None,
+    overrides: Iterable[str] = (),
+    flags: Mapping[str, Any] | None = None,
+) -> PipelineConfig:
+    """The config of a pipeline run: preset of the scale < file < overrides < flags.
+
+    Args:
+        scale: auto, smoke, cpu or full; None takes it from the layers above ('scale' key), else auto.
+        file: a JSON file with (some of) PipelineConfig's sections.
+        overrides: 'section.key=value' each, later ones winning.
+        flags: named flags as {'section.key': value}; None values are ignored.
+    Raises:
+        ValueError: unknown key, wrong type, or settings that cannot go together.
+    """
+    layers: list[tuple[str, dict[str, Any]]] = []
+    if file is not None:
+        layers.append((str(file), read_json(file)))
+    layers += [(f"override '{text}'", parse_override(text)) for text in overrides]
+    for key, value in (flags or {}).items():
+        if value is not None:
+            layers.append((f"flag {key}", parse_override(f"{key}={json.dumps(value)}")))
+    for source, layer in layers:
+        if scale is None and "scale" in layer and not isinstance(layer["scale"], str):
+            raise ValueError(f"{source}: scale must be a string, one of {', '.join(SCALES)}")
+    if scale is None:
+        scale = next((layer["scale"] for _, layer in reversed(layers) if "scale" in layer), "auto")
+    scale = resolve_scale(scale)
+
+    merged: dict[str, Any] = pipeline_preset(scale)
+    interval = older = None
+    for source, layer in layers:
+        layer = dict(layer, scale=scale)
+        if isinstance(layer.get("train"), dict):
+            layer["train"], here, older_here = _take_interval(source, layer["train"])
+            interval = interval if here is None else here
+            older = older if older_here is None else older_here
+        _merge(merged, layer, PipelineConfig, source)
+    chosen = interval if interval is not None else older
+    if chosen is not None:
+        merged.setdefault("train", {})["checkpointing_interval"] = chosen
+    train = merged.get("train", {})
+    if train.get("epochs") is not None and not any("steps" in layer.get("train", {}) for _, layer in layers):
+        train["steps"] = None  # epochs were asked for: the preset's steps give way
+    return build(PipelineConfig, merged)
+
+
+def _take_interval(source: str, train: dict[str, Any]) -> tuple[dict[str, Any], Any, Any]:
+    """Take the checkpoint interval, under any of its names, out of one layer's train section."""
+    train = dict(train)
+    interval, same = train.pop("checkpointing_interval", None), train.pop(_SAME_AS_INTERVAL, None)
+    require(
+        interval is None or same is None or interval == same,
+        f"{source}: train.checkpointing_interval {interval} and train.{_SAME_AS_INTERVAL} {same} are one setting with two values",
+    )
+    older = train.pop(_OLDER_INTERVAL, None)
+    for value in (interval, same, older):
+        _check_type("train.checkpointing_interval", value, int | None, source)
+    return train, same if interval is None else interval, older
+
+
+def _merge(into: dict[str, Any], layer: Mapping[str, Any], cls: type, source: str, prefix: str = "") -> None:
+    hints = typing.get_type_hints(cls)
+    for key, value in layer.items():
+        if key not in hints:
+            raise ValueError(f"{source}: {unknown_name('key', prefix + key, [prefix + name for name in hints])}")
+        if dataclasses.is_dataclass(hints[key]):
+            require(
+                isinstance(value, dict), f"{source}: '{prefix}{key}' is a section; give it as an object, not {value!r}"
+            )
+            _merge(into.setdefault(key, {}), value, hints[key], source, f"{prefix}{key}.")
+        else:
+            into[key] = _check_type(prefix + key, value, hints[key], source)
+
+
+def _check_type(key: str, value: Any, hint: Any, source: str) -> Any:
+    """value as the type that a dataclass field states, or ValueError."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
+        if option is type(None) and value is None:
+            return None
+        if option is float and isinstance(value, (int, float)) and not isinstance(value, bool) and value - value == 0:
+            return float(value)
+        if (
+            typing.get_origin(option) is tuple
+            and isinstance(value, (list, tuple))
+            and all(isinstance(v, str) for v in value)
+        ):
+            return tuple(value)
+        if option in (int, str, bool) and type(value) is option:
+            return value
+    wanted = " or ".join(
+        "null" if o is type(None) else "a list of strings" if typing.get_origin(o) is tuple else o.__name__
+        for o in options
+    )
+    raise ValueError(f"{source}: '{key}' must be {wanted}, got {json.dumps(value, default=str)}")
+
+
+def build(cls: type, values: Mapping[str, Any], source: str = "config") -> Any:
+    """A config dataclass from a nested dict, every key and type checked."""
+    checked: dict[str, Any] = {}
+    _merge(checked, values, cls, source)
+    hints = typing.get_type_hints(cls)
+    return cls(
+        **{k: build(hints[k], v, source) if dataclasses.is_dataclass(hints[k]) else v for k, v in checked.items()}
+    )
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The config as JSON-ready nested dicts; build(type(config), to_dict(config)) == config."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
