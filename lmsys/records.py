@@ -1,0 +1,200 @@
+"""Results: their schemas, where they go, and how they are written.
+
+A result file is tidy CSV, one measurement a row, with the schema's columns first. Rows are written as they are measured,
+to NAME.partial.csv, which replaces NAME.csv when the sweep is done: a sweep that dies loses no row and leaves the earlier
+results as they were. Beside each CSV lies NAME.json with the environment, the method and the full parameters.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+REFERENCE_MACHINES = ("h200", "h200-x2", "h200-x4", "h200-x8")
+STATUSES = ("ok", "oom", "unsupported", "error")
+
+SCHEMAS: dict[str, tuple[str, ...]] = {
+    "attention_sweep_results": (
+        *("kernel", "batch", "heads", "q_len", "k_len", "head_dim", "dtype", "causal", "pass", "status"),
+        *("median_ms", "p20_ms", "p80_ms", "samples", "tflops", "peak_mib"),
+    ),
+    "pipeline_metrics": (
+        *(
+            "step",
+            "tokens",
+            "train_loss",
+            "valid_loss",
+            "learning_rate",
+            "grad_norm",
+            "tokens_per_s",
+            "elapsed_s",
+            "mfu",
+        ),
+    ),
+    "tokenizer_benchmark_results": (
+        *("implementation", "task", "workers", "vocab_size", "text_mb", "status"),
+        *("seconds", "p20_s", "p80_s", "samples", "mb_per_s", "peak_mib"),
+    ),
+}
+
+
+def root() -> Path:
+    """The repository: LMSYS_ROOT if set, else the folder that holds the package."""
+    return Path(os.environ.get("LMSYS_ROOT") or Path(__file__).resolve().parent.parent)
+
+
+def machine_tag(machine: str | None = None) -> str:
+    """The machine that results belong to: the argument, else LMSYS_MACHINE, else local."""
+    tag = machine or os.environ.get("LMSYS_MACHINE") or "local"
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", tag):
+        raise ValueError(
+            f"machine '{tag}' must be lower-case letters, digits, '.', '_' or '-', such as 'local' or 'h200'"
+        )
+    return tag
+
+
+def artifacts_dir(machine: str | None = None) -> Path:
+    """artifacts/<machine>/, made if missing. Raises OSError, before any work, where it cannot be written."""
+    return writable_dir(root() / "artifacts" / machine_tag(machine))
+
+
+def book_dir(machine: str | None = None) -> Path:
+    """book/<machine>/, where executed notebooks go."""
+    return writable_dir(root() / "book" / machine_tag(machine))
+
+
+def writable_dir(path: str | Path) -> Path:
+    """The folder, made if missing and proved writable by writing to it. Raises OSError naming it."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path, prefix=".writable-"):
+            pass
+    except OSError as error:
+        raise OSError(
+            error.errno, f"cannot write to this folder ({error.strerror}); free it or choose another", str(path)
+        ) from error
+    return path
+
+
+@contextmanager
+def atomic_path(path: str | Path):
+    """A temporary path in the same folder that replaces `path` when the block ends well and is removed when it does not."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write a UTF-8 text file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return Path(path)
+
+
+def write_json(path: str | Path, value: Any) -> Path:
+    """Write a JSON file atomically."""
+    return write_text(path, json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
+
+
+class ResultWriter:
+    """Writes the rows of one result file as they are measured.
+
+    with ResultWriter("attention_sweep_results", folder, method=..., parameters=...) as writer:
+        writer.write(row)
+
+    Args:
+        name: a key of SCHEMAS. folder: where NAME.csv and NAME.json go. method: how it was measured (timer, warm-up,
+        samples). parameters: the run's full parameters. extra_columns: what rows hold beside the schema.
+    Rows lack no schema column: a missing value is None and stays empty in the CSV.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        folder: str | Path,
+        *,
+        method: Mapping[str, Any],
+        parameters: Mapping[str, Any],
+        extra_columns: Sequence[str] = (),
+    ):
+        self.columns = (*SCHEMAS[name], *extra_columns)
+        self.folder = writable_dir(folder)
+        self.path = self.folder / f"{name}.csv"
+        self.partial = self.folder / f"{name}.partial.csv"
+        self.method, self.parameters = dict(method), dict(parameters)
+        self.rows: list[dict[str, Any]] = []
+
+    def __enter__(self) -> ResultWriter:
+        from lmsys.device import environment
+
+        self._environment = environment()
+        self._file = self.partial.open("w", newline="", encoding="utf-8")
+        self._csv = csv.writer(self._file)
+        self._csv.writerow(self.columns)
+        self._file.flush()
+        return self
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append one row; unknown columns are an error of ours, missing ones are empty."""
+        unknown = set(row) - set(self.columns)
+        assert not unknown, f"columns not in the schema: {sorted(unknown)}"
+        assert "status" not in self.columns or row["status"] in STATUSES, row.get("status")
+        self.rows.append({column: row.get(column) for column in self.columns})
+        self._csv.writerow([cell(row.get(column)) for column in self.columns])
+        self._file.flush()
+
+    def __exit__(self, kind, error, trace) -> None:
+        self._file.close()
+        if kind is None:
+            stamp = {"environment": self._environment, "method": self.method, "parameters": self.parameters}
+            write_json(self.path.with_suffix(".json"), stamp)
+            os.replace(self.partial, self.path)
+
+
+def cell(value: Any) -> Any:
+    """A value as the CSV shows it: floats with six digits, None and NaN empty, truth as true and false."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return value
+
+
+def read_results(path: str | Path):
+    """A result file as a DataFrame; ValueError where it is missing or its columns are not the schema's."""
+    import pandas as pd
+
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"no results at {path}")
+    frame = pd.read_csv(path)
+    wanted = SCHEMAS.get(path.stem.removesuffix(".partial"))
+    if wanted and tuple(frame.columns[: len(wanted)]) != wanted:
+        raise ValueError(f"{path}: its first columns are {list(frame.columns[: len(wanted)])}, not {list(wanted)}")
+    return frame
+
+
+def markdown_table(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str] | None = None) -> str:
+    """Rows as a Markdown table. columns: key -> heading; by default the keys of the first row."""
+    rows = list(rows)
+    if columns is None:
+        columns = {key: key for key in (rows[0] if rows else {})}
+    lines = ["| " + " | ".join(columns.values()) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
+    lines += ["| " + " | ".join(str(cell(row.get(key))) for key in columns) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
