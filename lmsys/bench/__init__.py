@@ -1,0 +1,1 @@
+"""Experiments: each family sets up its points, checks them, measures them and returns tidy rows."""

@@ -1,0 +1,168 @@
+"""Time and memory of a callable, on a GPU by events and on a CPU by the wall clock.
+
+As Triton's do_bench does, each sample on a GPU starts with a cold L2 (a buffer larger than it is written first), is timed by
+a pair of events, and nothing synchronizes between samples. Memory is measured in a call of its own, before the timed ones.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+_L2_FLUSH_BYTES = 256 * 2**20  # several times the largest L2 of a GPU today (60 MB on an H200)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a callable took. status is ok or oom; times and memory are None unless it is ok."""
+
+    status: str
+    median_ms: float | None = None
+    p20_ms: float | None = None
+    p80_ms: float | None = None
+    peak_mib: float | None = None
+    times_ms: list[float] = field(default_factory=list)
+    note: str = ""
+
+    @property
+    def samples(self) -> int:
+        return len(self.times_ms)
+
+
+def method(device: torch.device, warmup: int, iterations: int) -> dict[str, Any]:
+    """How measure() measures, for the stamp of a result."""
+    gpu = device.type == "cuda"
+    return {
+        "timer": "CUDA events, cold L2" if gpu else "time.perf_counter",
+        "warmup": warmup,
+        "samples": iterations,
+        "statistic": "median, 20th and 80th percentile",
+        "memory": "peak allocated, inputs included" + ("" if gpu else " (from the profiler's allocation events)"),
+    }
+
+
+def measure(
+    function: Callable[..., Any],
+    *,
+    device: torch.device,
+    warmup: int,
+    iterations: int,
+    prepare: Callable[[], tuple] | None = None,
+    resident: Iterable[torch.Tensor] = (),
+) -> Measurement:
+    """Time function(*prepare()), with only function in the timed region.
+
+    Args:
+        function: the work. prepare: makes its arguments anew for each sample, untimed; None for no arguments.
+        warmup: untimed calls first (compilation and autotuning belong there); at least 1.
+        iterations: samples.
+        resident: tensors that exist before the call and count as memory on a CPU; a GPU's allocator counts them itself.
+    Returns:
+        Times in ms, peak memory in MiB; status oom where memory ran out.
+    """
+    arguments = prepare or (lambda: ())
+    try:
+        for _ in range(max(1, warmup)):
+            function(*arguments())
+        if device.type == "cuda":
+            peak = _peak_bytes_cuda(function, arguments, device)
+            times = _times_cuda(function, arguments, iterations, device)
+        else:
+            peak = sum(t.numel() * t.element_size() for t in resident) + _peak_bytes_cpu(function, arguments)
+            times = _times_cpu(function, arguments, iterations)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        release(device)
+        return Measurement("oom", note=str(error).splitlines()[0])
+    median, p20, p80 = quantiles(times)
+    return Measurement("ok", median, p20, p80, peak / 2**20, times)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that a GPU's or the CPU's memory ran out."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
+def release(device: torch.device) -> None:
+    """Give back what a failed or finished point still holds."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def quantiles(times_ms: list[float]) -> tuple[float, float, float]:
+    """Median, 20th and 80th percentile, interpolated linearly."""
+    values = torch.tensor(times_ms, dtype=torch.float64)
+    return tuple(torch.quantile(values, torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)).tolist())
+
+
+def _peak_bytes_cuda(function: Callable, arguments: Callable[[], tuple], device: torch.device) -> int:
+    release(device)
+    made = arguments()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    function(*made)
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device)
+
+
+def _times_cuda(
+    function: Callable, arguments: Callable[[], tuple], iterations: int, device: torch.device
+) -> list[float]:
+    flush = torch.empty(_L2_FLUSH_BYTES, dtype=torch.int8, device=device)
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(iterations)]
+    for start, end in pairs:
+        made = arguments()
+        flush.zero_()
+        start.record()
+        function(*made)
+        end.record()
+    torch.cuda.synchronize(device)
+    return [start.elapsed_time(end) for start, end in pairs]
+
+
+def _times_cpu(function: Callable, arguments: Callable[[], tuple], iterations: int) -> list[float]:
+    times = []
+    for _ in range(iterations):
+        made = arguments()
+        start = time.perf_counter()
+        function(*made)
+        times.append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def _peak_bytes_cpu(function: Callable, arguments: Callable[[], tuple]) -> int:
+    """The largest sum of the allocations and frees that PyTorch's profiler sees during the call."""
+    made = arguments()
+    with _without_native_stderr(), torch.autograd.profiler.profile(profile_memory=True) as profile:
+        result = function(*made)
+    del result
+    now = peak = 0
+    events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+@contextmanager
+def _without_native_stderr():
+    """The profiler's library writes two lines to file descriptor 2 at each use; nothing of interest is lost."""
+    sys.stderr.flush()
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
