@@ -46,9 +46,17 @@ SCHEMAS: dict[str, tuple[str, ...]] = {
 }
 
 
-def root() -> Path:
-    """The repository: LMSYS_ROOT if set, else the folder that holds the package."""
-    return Path(os.environ.get("LMSYS_ROOT") or Path(__file__).resolve().parent.parent)
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def output_root() -> Path:
+    """Where artifacts/, runs/ and executed notebooks go: LMSYS_OUTPUT if set, else the repository."""
+    return Path(os.environ.get("LMSYS_OUTPUT") or REPOSITORY)
+
+
+def output_path(path: str | Path) -> Path:
+    """A path of a setting that is written to: a relative one lies in the output root."""
+    return output_root() / Path(path).expanduser()
 
 
 def machine_tag(machine: str | None = None) -> str:
@@ -63,12 +71,12 @@ def machine_tag(machine: str | None = None) -> str:
 
 def artifacts_dir(machine: str | None = None) -> Path:
     """artifacts/<machine>/, made if missing. Raises OSError, before any work, where it cannot be written."""
-    return writable_dir(root() / "artifacts" / machine_tag(machine))
+    return writable_dir(output_root() / "artifacts" / machine_tag(machine))
 
 
 def book_dir(machine: str | None = None) -> Path:
     """book/<machine>/, where executed notebooks go."""
-    return writable_dir(root() / "book" / machine_tag(machine))
+    return writable_dir(output_root() / "book" / machine_tag(machine))
 
 
 def writable_dir(path: str | Path) -> Path:

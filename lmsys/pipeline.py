@@ -1,0 +1,444 @@
+"""The pipeline: text -> tokenizer -> token files -> a trained model -> evaluation -> stories.
+
+Each stage before training writes its outputs to the run folder and notes, in stages.json, the settings and inputs they came
+from. A stage whose outputs are there and match is skipped, and says so. Training resumes from its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lmsys import config as cfg
+from lmsys import cost, records
+from lmsys.config import PipelineConfig, require
+
+if TYPE_CHECKING:
+    from lmsys.tokenizer import Tokenizer
+    from lmsys.train import History
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What one stage did: ran or skipped, in how many seconds, and a sentence about it."""
+
+    name: str
+    status: str
+    seconds: float
+    detail: str
+
+
+@dataclass
+class PipelineResult:
+    """What a pipeline run leaves: its resolved config, the training history, the evaluation and the stories."""
+
+    config: PipelineConfig
+    run_dir: Path
+    history: History
+    evaluation: dict[str, Any]
+    stories: list[dict[str, str]]
+    stages: list[StageReport] = field(default_factory=list)
+
+
+def check(config: PipelineConfig, *, skip_data: bool = False) -> None:
+    """Everything that can be known to be wrong before any work: device, kernel, wrapper, inputs, folders.
+
+    Raises:
+        ValueError, OSError: one line that says what was given, what is allowed and how to mend it.
+    """
+    import torch
+
+    from lmsys.attention import check_support
+    from lmsys.data import choose_mode
+    from lmsys.device import resolve_device
+    from lmsys.parallel import check_wrapper
+
+    device = resolve_device(config.train.device)
+    check_support(
+        config.train.attention_kernel,
+        device=device,
+        dtype=torch.bfloat16 if config.train.dtype == "bf16" else torch.float32,
+        head_dim=config.model.head_dim,
+        heads=config.model.num_heads,
+        backward=True,
+    )
+    check_wrapper(config.train.ddp_wrapper, _world_size())
+    if not skip_data:
+        choose_mode(config.data)
+    if config.data.dataset_mode == "local_npy":
+        require(
+            config.tokenizer.path is not None or config.model.vocab_size is not None,
+            "dataset_mode 'local_npy' needs tokenizer.path (the tokenizer of the token files) or model.vocab_size",
+        )
+    if config.tokenizer.path is not None:
+        _input_file(config.tokenizer.path, "tokenizer.path")
+    records.writable_dir(records.output_path(config.run_dir))
+
+
+def _world_size() -> int:
+    import torch
+
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def _input_file(path: str, what: str) -> Path:
+    """A path that is read: relative ones are tried from the working directory, then from the repository."""
+    tried = [Path(path).expanduser().absolute(), records.REPOSITORY / path]
+    for candidate in tried:
+        if candidate.is_file():
+            return candidate
+    raise ValueError(f"{what}: no file '{path}' (looked for {' and '.join(str(t) for t in dict.fromkeys(tried))})")
+
+
+def run(
+    config: PipelineConfig,
+    *,
+    skip_data: bool = False,
+    progress: bool = True,
+    say: Callable[[str], None] = print,
+) -> PipelineResult:
+    """Run the pipeline of a config.
+
+    Args:
+        config: see lmsys.config.pipeline_config.
+        skip_data: take the tokenizer and token files that the run folder holds, whatever settings they came from.
+        progress: show progress bars. say: where each stage reports its line.
+    Raises:
+        ValueError, OSError: bad input, before anything is run or lost.
+    """
+    from lmsys.generate import generate_text
+    from lmsys.train import init_wandb, load_model, train
+
+    check(config, skip_data=skip_data)
+    run_dir = records.output_path(config.run_dir)
+    reports: list[StageReport] = []
+
+    def report(name: str, status: str, start: float, detail: str) -> None:
+        reports.append(StageReport(name, status, time.perf_counter() - start, detail))
+        say(f"[{name}] {'skipped: ' if status == 'skipped' else ''}{detail}")
+
+    stages = _Stages(run_dir, report)
+    if skip_data:
+        prepared = _existing(run_dir, report)
+    else:
+        prepared = _prepare(config, run_dir, stages, progress)
+    tokenizer, train_tokens, valid_tokens, bytes_per_token = prepared
+    config = _with_vocabulary(config, tokenizer)
+    stages.guard_training(config)
+
+    start = time.perf_counter()
+    wandb_run = init_wandb(config, run_dir)
+    try:
+        history = train(
+            config,
+            train_tokens=train_tokens,
+            valid_tokens=valid_tokens,
+            tokenizer=tokenizer,
+            run_dir=run_dir,
+            progress=progress,
+            wandb_run=wandb_run,
+        )
+        last = history.rows[-1]
+        parameters = cost.model_parameters(config.model)
+        detail = f"{parameters:,} parameters, step {last['step']}, {last['tokens']:,} tokens"
+        ran = history.resumed_from is None or history.resumed_from < last["step"]
+        if not ran:
+            detail += "; the run was finished already"
+        elif history.resumed_from is not None:
+            detail += f", resumed from step {history.resumed_from}"
+        report("training", "ran" if ran else "skipped", start, detail)
+
+        start = time.perf_counter()
+        model, _ = load_model(
+            history.checkpoint, device=config.train.device, attention_kernel=config.train.attention_kernel
+        )
+        evaluation = evaluate(config, model, valid_tokens, bytes_per_token)
+        said = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in evaluation.items())
+        report("evaluation", "ran", start, said)
+
+        start = time.perf_counter()
+        stories = []
+        if tokenizer is not None:
+            for prompt in config.generate.prompts:
+                stories.append({"prompt": prompt, "text": generate_text(model, tokenizer, prompt, config.generate)})
+        records.write_json(run_dir / "stories.json", stories)
+        done = f"{len(stories)} stories" if tokenizer else "no tokenizer given (tokenizer.path): no stories"
+        report("generation", "ran" if stories else "skipped", start, done)
+        if wandb_run is not None:
+            wandb_run.summary.update(evaluation)
+    finally:
+        if wandb_run is not None:
+            wandb_run.finish()
+    return PipelineResult(config, run_dir, history, evaluation, stories, reports)
+
+
+def evaluate(config: PipelineConfig, model, valid_tokens, bytes_per_token: float | None) -> dict[str, float]:
+    """Validation loss in nats a token over up to 100 batches, its perplexity, and bits per byte where the text is known."""
+    from lmsys.train import evaluate as mean_loss
+
+    loss = mean_loss(model, valid_tokens, config, max_batches=max(100, config.train.eval_batches))
+    result = {"valid_loss": loss, "perplexity": math.exp(loss)}
+    if bytes_per_token:
+        result["bits_per_byte"] = loss / math.log(2) / bytes_per_token
+    return result
+
+
+def _with_vocabulary(config: PipelineConfig, tokenizer: Tokenizer | None) -> PipelineConfig:
+    """The config with model.vocab_size set: the tokenizer's, unless a larger one is asked for."""
+    if tokenizer is None:
+        return config
+    size = config.model.vocab_size or tokenizer.vocab_size
+    require(
+        size >= tokenizer.vocab_size,
+        f"model.vocab_size {size} is below the tokenizer's {tokenizer.vocab_size}: raise it, or leave it out",
+    )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+
+
+def _prepare(config: PipelineConfig, run_dir: Path, stages: _Stages, progress: bool):
+    """Stages data, tokenizer and tokens. Returns (tokenizer, training tokens, validation tokens, bytes a token)."""
+    from lmsys.data import load_tokens, prepare_corpus, tokenize_to_npy
+    from lmsys.tokenizer import Tokenizer
+
+    corpus_file, tokenizer_file = run_dir / "corpus.json", run_dir / "tokenizer.json"
+    texts = [run_dir / "train.txt", run_dir / "valid.txt"]
+    token_files = [run_dir / "train.npy", run_dir / "valid.npy"]
+    paths = [
+        config.data.text_path,
+        config.data.valid_text_path,
+        config.data.train_tokens_path,
+        config.data.valid_tokens_path,
+    ]
+
+    def make_corpus() -> str:
+        corpus = prepare_corpus(config.data, run_dir, progress=progress)
+        records.write_json(corpus_file, dataclasses.asdict(corpus))
+        return f"{corpus.mode}: {corpus.reason}"
+
+    def corpus_outputs() -> list[Path]:
+        """What the data stage left: corpus.json, and the texts that it names."""
+        corpus = json.loads(corpus_file.read_text(encoding="utf-8"))
+        return [corpus_file, *(Path(corpus[key]) for key in ("train_text", "valid_text") if corpus[key])]
+
+    settings = {"data": cfg.to_dict(config.data), "inputs": [_fingerprint(path) for path in paths]}
+    corpus_key = stages.run("data", settings, corpus_outputs, make_corpus)
+    corpus = json.loads(corpus_file.read_text(encoding="utf-8"))
+    texts = [Path(corpus[key]) if corpus[key] else None for key in ("train_text", "valid_text")]
+
+    if corpus["mode"] == "local_npy":
+        files = [Path(corpus["train_tokens"]), Path(corpus["valid_tokens"])]
+        tokenizer = (
+            Tokenizer.load(_input_file(config.tokenizer.path, "tokenizer.path")) if config.tokenizer.path else None
+        )
+        require(
+            tokenizer is not None or config.model.vocab_size is not None,
+            "token files were found: give tokenizer.path (their tokenizer) or model.vocab_size",
+        )
+        key = corpus_key
+    else:
+        files = token_files
+
+        def make_tokenizer() -> str:
+            if config.tokenizer.path:
+                source = _input_file(config.tokenizer.path, "tokenizer.path")
+                tokenizer, how = Tokenizer.load(source), f"loaded from {source}"
+            else:
+                tokenizer = Tokenizer.train(
+                    texts[0],
+                    config.tokenizer.vocab_size,
+                    config.tokenizer.special_tokens,
+                    num_workers=config.tokenizer.num_workers,
+                    progress=progress,
+                )
+                how = f"trained on {texts[0].name}"
+            tokenizer.save(tokenizer_file)
+            return f"vocabulary of {tokenizer.vocab_size:,}, {how}"
+
+        settings = {
+            "vocab_size": config.tokenizer.vocab_size,
+            "special_tokens": list(config.tokenizer.special_tokens),
+            "path": _fingerprint(config.tokenizer.path),
+            "corpus": corpus_key,
+        }
+        key = stages.run("tokenizer", settings, lambda: [tokenizer_file], make_tokenizer)
+        tokenizer = Tokenizer.load(tokenizer_file)
+
+        def make_tokens() -> str:
+            counts = [
+                tokenize_to_npy(text, tokenizer, out, num_workers=config.tokenizer.num_workers, progress=progress)
+                for text, out in zip(texts, token_files, strict=True)
+            ]
+            return f"{counts[0]:,} training and {counts[1]:,} validation tokens"
+
+        key = stages.run("tokens", {"tokenizer": key}, lambda: token_files, make_tokens)
+    stages.training_input = key
+    vocab_size = tokenizer.vocab_size if config.model.vocab_size is None else config.model.vocab_size
+    tokens = [load_tokens(file, vocab_size=vocab_size, context_length=config.model.context_length) for file in files]
+    bytes_per_token = texts[1].stat().st_size / len(tokens[1]) if texts[1] else None
+    return tokenizer, *tokens, bytes_per_token
+
+
+def _existing(run_dir: Path, report: Callable):
+    """The tokenizer and token files of the run folder as they are, for skip_data."""
+    from lmsys.data import load_tokens
+    from lmsys.tokenizer import Tokenizer
+
+    files = [run_dir / name for name in ("tokenizer.json", "train.npy", "valid.npy")]
+    missing = [str(file) for file in files if not file.is_file()]
+    require(not missing, f"skip_data takes what an earlier run left, but there is no {' and no '.join(missing)}")
+    tokenizer = Tokenizer.load(files[0])
+    tokens = [load_tokens(file, vocab_size=tokenizer.vocab_size) for file in files[1:]]
+    report("data", "skipped", time.perf_counter(), f"skip_data: {len(tokens[0]):,} training tokens of an earlier run")
+    text = run_dir / "valid.txt"
+    return tokenizer, *tokens, text.stat().st_size / len(tokens[1]) if text.exists() else None
+
+
+def _fingerprint(path: str | Path | None) -> list[Any] | None:
+    """What tells one state of an input file from another: where it is, its size and time; None where it is not there."""
+    if path is None:
+        return None
+    for candidate in (Path(path).expanduser().absolute(), records.REPOSITORY / path):
+        if candidate.is_file():
+            stat = candidate.stat()
+            return [str(candidate), stat.st_size, stat.st_mtime_ns]
+    return None
+
+
+class _Stages:
+    """stages.json of a run folder: for each stage the settings that its outputs came from, and the outputs' fingerprints."""
+
+    def __init__(self, run_dir: Path, report: Callable[[str, str, float, str], None]):
+        self.run_dir, self.file, self.report = run_dir, run_dir / "stages.json", report
+        self.training_input: str | None = None
+        self.done: dict[str, Any] = {}
+        if self.file.is_file():
+            try:
+                self.done = json.loads(self.file.read_text(encoding="utf-8"))
+            except ValueError:
+                self.report("stages", "ran", time.perf_counter(), f"{self.file} is damaged: every stage runs again")
+
+    def run(
+        self, name: str, settings: dict[str, Any], outputs: Callable[[], Sequence[Path]], make: Callable[[], str]
+    ) -> str:
+        """Run make() unless the stage's outputs are there and match; return a key of this state for the stages after it."""
+        start = time.perf_counter()
+        settings = json.loads(json.dumps(settings))
+        earlier = self.done.get(name)
+        if earlier and earlier["settings"] == settings and self._intact(earlier["outputs"]):
+            self.report(name, "skipped", start, f"{earlier['detail']} (from an earlier run, settings unchanged)")
+        else:
+            detail = make()
+            prints = [_fingerprint(path) for path in outputs()]
+            self._note(name, {"settings": settings, "outputs": prints, "detail": detail})
+            self.report(name, "ran", start, detail)
+        state = {"settings": settings, "outputs": self.done[name]["outputs"]}
+        return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
+
+    def guard_training(self, config: PipelineConfig) -> None:
+        """Refuse to resume checkpoints that were trained on other tokens."""
+        earlier = self.done.get("training", {}).get("input")
+        has_checkpoints = any((self.run_dir / "checkpoints").glob("step-*"))
+        if (
+            config.train.resume
+            and has_checkpoints
+            and self.training_input
+            and earlier not in (None, self.training_input)
+        ):
+            raise ValueError(
+                f"the checkpoints in {self.run_dir} were trained on other tokens (data or tokenizer settings changed): "
+                "give another run_dir, or train.resume=false to train anew"
+            )
+        if self.training_input:
+            self._note("training", {"input": self.training_input})
+
+    def _intact(self, outputs: list[Any]) -> bool:
+        return all(output is not None and _fingerprint(output[0]) == output for output in outputs)
+
+    def _note(self, name: str, entry: dict[str, Any]) -> None:
+        self.done[name] = entry
+        records.write_json(self.file, self.done)
+
+
+# --- What a run says ------------------------------------------------------------------------------
+
+
+def conclusions(result: PipelineResult) -> list[str]:
+    """What a run shows, in sentences made from its numbers."""
+    rows, model = result.history.frame(), result.config.model
+    losses = rows.dropna(subset=["valid_loss"])
+    said = [
+        f"A model of {cost.model_parameters(model):,} parameters read {int(rows.tokens.iloc[-1]):,} tokens; its validation loss "
+        f"went from {losses.valid_loss.iloc[0]:.3f} at step {int(losses.step.iloc[0])} "
+        f"to {losses.valid_loss.iloc[-1]:.3f} nats a token "
+        f"(an untrained guess over its {model.vocab_size:,} tokens costs {math.log(model.vocab_size):.3f})."
+    ]
+    speed = rows.tokens_per_s.dropna()
+    if not speed.empty:
+        text = f"Training ran at a median of {speed.median():,.0f} tokens/s"
+        mfu = rows.mfu.dropna()
+        said.append(
+            text
+            + (
+                f", {100 * mfu.median():.1f}% MFU."
+                if not mfu.empty
+                else "; MFU is not given, this device's peak being unknown."
+            )
+        )
+    if "bits_per_byte" in result.evaluation:
+        said.append(
+            f"On held-out text it needs {result.evaluation['bits_per_byte']:.3f} bits a byte "
+            f"(perplexity {result.evaluation['perplexity']:.2f} a token)."
+        )
+    best = losses.valid_loss.min()
+    if losses.valid_loss.iloc[-1] > 1.02 * best:
+        at = int(losses.step.iloc[losses.valid_loss.argmin()])
+        said.append(f"It overfits: the validation loss was lowest, {best:.3f}, at step {at}.")
+    return said
+
+
+def write_report(result: PipelineResult, folder: str | Path) -> list[Path]:
+    """Write pipeline_metrics.csv with its .json, pipeline_loss.png and pipeline_report.md to folder; return their paths."""
+    from lmsys import plots
+    from lmsys.device import device_name, resolve_device
+
+    folder = Path(folder)
+    device = device_name(resolve_device(result.config.train.device))
+    method = {
+        "timer": "time.perf_counter around the steps since the row before, synchronized at each row",
+        "device": device,
+    }
+    with records.ResultWriter(
+        "pipeline_metrics",
+        folder,
+        method=method,
+        parameters=cfg.to_dict(result.config) | {"run_dir": result.config.run_dir},
+    ) as writer:
+        for row in result.history.rows:
+            writer.write({column: row.get(column) for column in records.SCHEMAS["pipeline_metrics"]})
+    figure = plots.loss_curve(result.history.frame(), f"{result.config.train.attention_kernel} on {device}")
+    written = [writer.path, plots.save(figure, folder / "pipeline_loss.png")]
+    text = ["# Pipeline", "", f"Measured on {device}.", ""]
+    text += [f"- {sentence}" for sentence in conclusions(result)]
+    text += ["", "## Stages", "", records.markdown_table([dataclasses.asdict(stage) for stage in result.stages])]
+    text += ["## Samples", ""]
+    for sample in samples(result):
+        text += [f"**Step {sample['step']}**, prompt “{sample['prompt']}”:", "", *_quote(sample["text"]), ""]
+    written.append(records.write_text(folder / "pipeline_report.md", "\n".join(text)))
+    return written
+
+
+def samples(result: PipelineResult) -> list[dict[str, Any]]:
+    """Samples in the order of their steps, one prompt throughout: the first of the config."""
+    prompt = result.config.generate.prompts[0] if result.config.generate.prompts else None
+    return [sample for sample in result.history.samples if sample["prompt"] == prompt]
+
+
+def _quote(text: str) -> list[str]:
+    return [f"> {line}" if line else ">" for line in text.strip().splitlines()]
