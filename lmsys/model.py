@@ -1,0 +1,228 @@
+"""TransformerLM: a decoder-only Transformer language model. Pre-norm, RMSNorm, RoPE, SwiGLU, no biases, no dropout.
+
+Sources: pre-norm, Xiong et al., arXiv 2002.04745; RMSNorm, Zhang and Sennrich, arXiv 1910.07467, eq. 4; RoPE, Su et al.
+(RoFormer), arXiv 2104.09864, eq. 15 and 34, pairs interleaved; SwiGLU, Shazeer, arXiv 2002.05202, eq. 6. The shape and
+the initialization are those of Stanford CS336, assignment 1; Q, K and V are one matrix here, rows in that order.
+Parameters are fp32; bf16 is autocast's business. Attention is any kernel of lmsys.attention, chosen by name.
+
+Legend: B batch, T tokens, V vocabulary, H heads, D head_dim, d = d_model = H D, f = d_ff.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lmsys.attention import attention, get_kernel
+from lmsys.config import ModelConfig
+
+
+class Linear(nn.Module):
+    """y = x W^T without a bias. Weights: normal of variance 2 / (in + out), truncated at three standard deviations."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        _truncated_normal(self.weight, math.sqrt(2 / (in_features + out_features)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class Embedding(nn.Module):
+    """A vector for each token id. Weights: normal of standard deviation std, truncated at three of them."""
+
+    def __init__(self, vocab_size: int, d_model: int, std: float = 1.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
+        _truncated_normal(self.weight, std)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * gain over the last dimension, computed in fp32, returned in the dtype of x."""
+
+    def __init__(self, d_model: int, eps: float = 1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d_model))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return (y * self.weight).to(x.dtype)
+
+
+class RotaryEmbedding(nn.Module):
+    """RoPE: pair i of a vector at position t is rotated by the angle t theta^(-2i/D). Pairs are neighbours (2i, 2i+1).
+
+    The tables, (context_length, D/2) in fp32, are buffers that no checkpoint holds. Keep the module in fp32: a table
+    cast to bf16 no longer tells far positions apart.
+    """
+
+    def __init__(self, head_dim: int, context_length: int, theta: float = 10_000.0):
+        super().__init__()
+        frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+        angles = torch.arange(context_length, dtype=torch.float64)[:, None] * frequencies
+        self.register_buffer("cos", angles.cos().float(), persistent=False)
+        self.register_buffer("sin", angles.sin().float(), persistent=False)
+
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """x: (..., T, D), rotated. positions: (..., T) int, 0 to T - 1 where not given."""
+        if positions is None:
+            return rotate(x, self.cos[: x.shape[-2]], self.sin[: x.shape[-2]])
+        return rotate(x, self.cos[positions], self.sin[positions])
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each pair (2i, 2i+1) of x (..., T, D) by the angle whose cos and sin, (..., T, D/2), are given.
+
+    Eager, a complex product: one pass over x, 2.5 times as fast on a CPU as the real form, with its backward. Compiled,
+    the real form, which the compiler fuses and complex numbers it cannot.
+    """
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():
+        a, b = pairs.unbind(-1)
+        rotated = torch.stack((a * cos - b * sin, a * sin + b * cos), -1)
+    else:
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
+    return rotated.flatten(-2).to(x.dtype)
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head causal self-attention with RoPE on queries and keys."""
+
+    def __init__(self, config: ModelConfig, kernel: str):
+        super().__init__()
+        self.num_heads, self.head_dim, self.kernel = config.num_heads, config.head_dim, kernel
+        self.qkv_proj = Linear(config.d_model, 3 * config.d_model)
+        _truncated_normal(self.qkv_proj.weight, config.d_model**-0.5)  # three square matrices, each at its own scale
+        self.output_proj = Linear(config.d_model, config.d_model)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x: (B, T, d) -> (B, T, d). cos, sin: (T, D/2)."""
+        qkv = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        q, k = rotate(qkv[:2], cos, sin).unbind(0)  # (B, H, T, D) each
+        y = attention(q, k, qkv[2], causal=True, kernel=self.kernel)
+        return self.output_proj(y.transpose(1, 2).flatten(-2))
+
+
+class SwiGLU(nn.Module):
+    """W2 (silu(W1 x) * W3 x)."""
+
+    def __init__(self, d_model: int, d_ff: int):
+        super().__init__()
+        self.w1 = Linear(d_model, d_ff)
+        self.w2 = Linear(d_ff, d_model)
+        self.w3 = Linear(d_model, d_ff)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class TransformerBlock(nn.Module):
+    """x + attention(norm(x)), then x + SwiGLU(norm(x))."""
+
+    def __init__(self, config: ModelConfig, kernel: str):
+        super().__init__()
+        self.ln1 = RMSNorm(config.d_model)
+        self.attn = CausalSelfAttention(config, kernel)
+        self.ln2 = RMSNorm(config.d_model)
+        self.ffn = SwiGLU(config.d_model, config.d_ff)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.attn(self.ln1(x), cos, sin)
+        return x + self.ffn(self.ln2(x))
+
+
+class TransformerLM(nn.Module):
+    """Token ids (B, T) -> next-token logits (B, T, V).
+
+    A tied head is the embedding itself, no second parameter; the embedding then starts at standard deviation
+    1 / sqrt(d) instead of 1, so that the first logits have unit variance and the first loss is near ln V.
+
+    Args:
+        config: the shape; vocab_size must be set.
+        attention_kernel: a name of lmsys.attention.
+    Raises:
+        ValueError: vocab_size not set, or unknown kernel.
+    """
+
+    def __init__(self, config: ModelConfig, *, attention_kernel: str = "vectorized_torch"):
+        super().__init__()
+        if config.vocab_size is None:
+            raise ValueError("model.vocab_size is not set: give it the tokenizer's vocabulary size")
+        get_kernel(attention_kernel)
+        self.config = config
+        self.compiled = False
+        std = config.d_model**-0.5 if config.tie_embeddings else 1.0
+        self.token_embeddings = Embedding(config.vocab_size, config.d_model, std)
+        self.rope = RotaryEmbedding(config.head_dim, config.context_length, config.rope_theta)
+        self.layers = nn.ModuleList(TransformerBlock(config, attention_kernel) for _ in range(config.num_layers))
+        self.ln_final = RMSNorm(config.d_model)
+        self.lm_head = None if config.tie_embeddings else Linear(config.d_model, config.vocab_size)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids: (B, T) int64 -> logits (B, T, V), in the autocast dtype where autocast is on.
+
+        Raises:
+            ValueError: T beyond context_length; on the CPU, an id outside the vocabulary. On a GPU that check would
+                wait for the device at every step: check the data once instead, as lmsys.train does.
+        """
+        return self.logits(self.hidden(ids))
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """ids: (B, T) -> what the head reads, (B, T, d)."""
+        length, config = ids.shape[-1], self.config
+        if length > config.context_length:
+            raise ValueError(
+                f"{length} tokens are more than the model's context_length {config.context_length}; give fewer tokens"
+            )
+        if ids.device.type == "cpu" and ids.numel():
+            low, high = (int(extreme) for extreme in ids.aminmax())
+            if low < 0 or high >= config.vocab_size:
+                raise ValueError(
+                    f"token id {low if low < 0 else high} is outside the model's vocabulary of {config.vocab_size}; "
+                    "use the tokenizer that the model was made for"
+                )
+        x = self.token_embeddings(ids)
+        cos, sin = self.rope.cos[:length], self.rope.sin[:length]
+        for layer in self.layers:
+            x = layer(x, cos, sin)
+        return self.ln_final(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., d) -> (..., V)."""
+        head = self.token_embeddings if self.lm_head is None else self.lm_head
+        return F.linear(hidden, head.weight)
+
+    def set_attention_kernel(self, name: str) -> None:
+        """Use another attention kernel from now on."""
+        get_kernel(name)
+        for layer in self.layers:
+            layer.attn.kernel = name
+
+    def compile_blocks(self) -> None:
+        """torch.compile each block on its first call. Blocks share one shape, so that one compilation serves all."""
+        for layer in self.layers:
+            layer.compile()
+        self.compiled = True
+
+    def num_parameters(self) -> int:
+        """Parameters, a tied head counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean of log sum_v exp(logits_v) - logits_target over all tokens, in fp32. logits: (..., V); targets: (...) int64."""
+    logits = logits.float()
+    return (logits.logsumexp(-1) - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)).mean()
+
+
+def _truncated_normal(weight: Tensor, std: float) -> None:
+    nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
