@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -47,6 +48,32 @@ class PipelineResult:
     stages: list[StageReport] = field(default_factory=list)
 
 
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default_pipeline.json"
+
+
+def settings(
+    scale: str | None = None,
+    config: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    text_path: str | None = None,
+    attention_kernel: str | None = None,
+    ddp_wrapper: str | None = None,
+    run_dir: str | None = None,
+) -> PipelineConfig:
+    """The config of a pipeline run: preset of the scale < config file < overrides < the other arguments.
+
+    config: a JSON file, the package's default_pipeline.json if None. text_path: your own text (dataset_mode local_text).
+    """
+    flags = {
+        "data.dataset_mode": "local_text" if text_path else None,
+        "data.text_path": text_path,
+        "train.attention_kernel": attention_kernel,
+        "train.ddp_wrapper": ddp_wrapper,
+        "run_dir": run_dir,
+    }
+    return cfg.pipeline_config(scale, DEFAULT_CONFIG if config is None else config, overrides, flags)
+
+
 def check(config: PipelineConfig, *, skip_data: bool = False) -> None:
     """Everything that can be known to be wrong before any work: device, kernel, wrapper, inputs, folders.
 
@@ -78,7 +105,7 @@ def check(config: PipelineConfig, *, skip_data: bool = False) -> None:
             "dataset_mode 'local_npy' needs tokenizer.path (the tokenizer of the token files) or model.vocab_size",
         )
     if config.tokenizer.path is not None:
-        _input_file(config.tokenizer.path, "tokenizer.path")
+        input_file(config.tokenizer.path, "tokenizer.path")
     records.writable_dir(records.output_path(config.run_dir))
 
 
@@ -88,7 +115,7 @@ def _world_size() -> int:
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
-def _input_file(path: str, what: str) -> Path:
+def input_file(path: str, what: str) -> Path:
     """A path that is read: relative ones are tried from the working directory, then from the repository."""
     tried = [Path(path).expanduser().absolute(), records.REPOSITORY / path]
     for candidate in tried:
@@ -125,10 +152,7 @@ def run(
         say(f"[{name}] {'skipped: ' if status == 'skipped' else ''}{detail}")
 
     stages = _Stages(run_dir, report)
-    if skip_data:
-        prepared = _existing(run_dir, report)
-    else:
-        prepared = _prepare(config, run_dir, stages, progress)
+    prepared = _existing(run_dir, report) if skip_data else _prepare(config, run_dir, stages, progress)
     tokenizer, train_tokens, valid_tokens, bytes_per_token = prepared
     config = _with_vocabulary(config, tokenizer)
     stages.guard_training(config)
@@ -235,7 +259,7 @@ def _prepare(config: PipelineConfig, run_dir: Path, stages: _Stages, progress: b
     if corpus["mode"] == "local_npy":
         files = [Path(corpus["train_tokens"]), Path(corpus["valid_tokens"])]
         tokenizer = (
-            Tokenizer.load(_input_file(config.tokenizer.path, "tokenizer.path")) if config.tokenizer.path else None
+            Tokenizer.load(input_file(config.tokenizer.path, "tokenizer.path")) if config.tokenizer.path else None
         )
         require(
             tokenizer is not None or config.model.vocab_size is not None,
@@ -247,7 +271,7 @@ def _prepare(config: PipelineConfig, run_dir: Path, stages: _Stages, progress: b
 
         def make_tokenizer() -> str:
             if config.tokenizer.path:
-                source = _input_file(config.tokenizer.path, "tokenizer.path")
+                source = input_file(config.tokenizer.path, "tokenizer.path")
                 tokenizer, how = Tokenizer.load(source), f"loaded from {source}"
             else:
                 tokenizer = Tokenizer.train(
@@ -366,6 +390,98 @@ class _Stages:
         records.write_json(self.file, self.done)
 
 
+# --- The parts by themselves ----------------------------------------------------------------------
+
+
+def train_alone(
+    size: str = "small",
+    *,
+    context_length: int = 512,
+    vocab_size: int | None = None,
+    text: str | None = None,
+    tokenizer_path: str | None = None,
+    num_tokens: int = 1_000_000,
+    resume: bool = False,
+    file: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    flags: dict[str, Any] | None = None,
+    progress: bool = True,
+) -> History:
+    """Train a model of a named size on random tokens, or on a text file, without the pipeline's stages.
+
+    Args:
+        size: see config.MODEL_SIZES. context_length, vocab_size: of the model; vocab_size None is the size's own,
+        or the tokenizer's for a text. text: a UTF-8 file; None for num_tokens random tokens. tokenizer_path: for text;
+        without it a tokenizer is trained on the text. resume: continue the newest checkpoint of the run folder.
+        file, overrides, flags: as for config.pipeline_config; without steps or epochs, one epoch.
+    """
+    from lmsys.data import RandomTokenDataset, TextFileDataset
+    from lmsys.tokenizer import Tokenizer
+    from lmsys.train import train
+
+    flags = {"run_dir": f"runs/train-{size}", "train.resume": resume} | {
+        k: v for k, v in (flags or {}).items() if v is not None
+    }
+    if "train.epochs" not in flags and "train.steps" not in flags:
+        flags["train.epochs"] = 1.0
+    shape = cfg.model_size(size, vocab_size=vocab_size, context_length=context_length)
+    config = cfg.pipeline_config(
+        None, file, overrides, flags | {f"model.{k}": v for k, v in cfg.to_dict(shape).items()}
+    )
+    records.writable_dir(records.output_path(config.run_dir))
+    tokenizer = None
+    if text is None:
+        tokens = RandomTokenDataset(num_tokens, config.model.vocab_size, seed=config.train.seed).tokens
+    else:
+        source = input_file(text, "--text")
+        if tokenizer_path:
+            tokenizer = Tokenizer.load(input_file(tokenizer_path, "--tokenizer"))
+        else:
+            tokenizer = Tokenizer.train(
+                source, config.model.vocab_size, config.tokenizer.special_tokens, progress=progress
+            )
+        tokenizer.save(records.output_path(config.run_dir) / "tokenizer.json")
+        if vocab_size is None:
+            config = dataclasses.replace(
+                config, model=dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
+            )
+        config = _with_vocabulary(config, tokenizer)
+        tokens = TextFileDataset(source, tokenizer).tokens
+    held_out = max(config.model.context_length + 1, int(len(tokens) * config.data.valid_fraction))
+    require(
+        len(tokens) >= 2 * held_out,
+        f"{len(tokens):,} tokens are too few to train on and to validate with at context_length {config.model.context_length}",
+    )
+    return train(
+        config,
+        train_tokens=tokens[:-held_out],
+        valid_tokens=tokens[-held_out:],
+        tokenizer=tokenizer,
+        run_dir=records.output_path(config.run_dir),
+        progress=progress,
+    )
+
+
+def load_run(path: str | Path, tokenizer_path: str | Path | None = None, *, device: str = "auto"):
+    """(model, tokenizer) of a checkpoint, or of a run folder: then its newest good checkpoint.
+
+    tokenizer_path: a tokenizer.json; None for the run folder's own.
+    """
+    from lmsys import checkpoint
+    from lmsys.tokenizer import Tokenizer
+    from lmsys.train import load_model
+
+    path = Path(path).expanduser()
+    path = path if path.exists() else records.output_path(path)
+    require(path.is_dir(), f"no checkpoint or run folder at {path}")
+    run_dir = path if (path / "checkpoints").is_dir() else path.parent.parent
+    chosen = checkpoint.latest(path / "checkpoints") if path == run_dir else path
+    require(chosen is not None, f"{path} holds no good checkpoint")
+    tokenizer_file = Path(tokenizer_path) if tokenizer_path else run_dir / "tokenizer.json"
+    require(tokenizer_file.is_file(), f"no tokenizer at {tokenizer_file}: give --tokenizer")
+    return load_model(chosen, device=device)[0], Tokenizer.load(tokenizer_file)
+
+
 # --- What a run says ------------------------------------------------------------------------------
 
 
@@ -426,19 +542,33 @@ def write_report(result: PipelineResult, folder: str | Path) -> list[Path]:
     written = [writer.path, plots.save(figure, folder / "pipeline_loss.png")]
     text = ["# Pipeline", "", f"Measured on {device}.", ""]
     text += [f"- {sentence}" for sentence in conclusions(result)]
-    text += ["", "## Stages", "", records.markdown_table([dataclasses.asdict(stage) for stage in result.stages])]
-    text += ["## Samples", ""]
-    for sample in samples(result):
-        text += [f"**Step {sample['step']}**, prompt “{sample['prompt']}”:", "", *_quote(sample["text"]), ""]
+    text += ["", "## Stages", "", stages_table(result), "## Samples", "", samples_page(result)]
     written.append(records.write_text(folder / "pipeline_report.md", "\n".join(text)))
     return written
 
 
-def samples(result: PipelineResult) -> list[dict[str, Any]]:
-    """Samples in the order of their steps, one prompt throughout: the first of the config."""
-    prompt = result.config.generate.prompts[0] if result.config.generate.prompts else None
-    return [sample for sample in result.history.samples if sample["prompt"] == prompt]
+def stages_table(result: PipelineResult) -> str:
+    """The stages of a run as a Markdown table."""
+    columns = {"name": "stage", "status": "status", "seconds": "seconds", "detail": "what it did"}
+    lines = [dataclasses.asdict(stage) | {"seconds": round(stage.seconds, 1)} for stage in result.stages]
+    return records.markdown_table(lines, columns)
+
+
+def samples_page(result: PipelineResult) -> str:
+    """The first prompt's samples in the order of their steps, then the final stories, as Markdown."""
+    if not result.stories:
+        return "No tokenizer was given, so no text can be sampled."
+    prompt = result.config.generate.prompts[0]
+    parts = []
+    for sample in result.history.samples:
+        if sample["prompt"] == prompt:
+            parts += [f"**Step {sample['step']}**", "", *_quote(sample["text"]), ""]
+    for story in result.stories[1:]:
+        parts += [f"**The end, another prompt: “{story['prompt']}”**", "", *_quote(story["text"]), ""]
+    return "\n".join(parts)
 
 
 def _quote(text: str) -> list[str]:
-    return [f"> {line}" if line else ">" for line in text.strip().splitlines()]
+    """A block quote that shows text as it is: Markdown's own signs escaped, line ends kept."""
+    escaped = re.sub(r"([\\`*_{}\[\]<>#$|~])", r"\\\1", text.strip())
+    return [f"> {line}  " if line.strip() else ">" for line in escaped.splitlines()]

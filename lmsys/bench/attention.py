@@ -403,6 +403,18 @@ def _available_bytes() -> int | None:
 # --- What a sweep says ----------------------------------------------------------------------------
 
 
+def row_line(row: dict[str, Any]) -> str:
+    """One row as a line of progress."""
+    where = f"{row['dtype']} {'causal' if row['causal'] else 'full  '} {row['q_len']:>6}:{row['k_len']:<6}"
+    what = f"{row['kernel']:<28} {row['pass']:<16}"
+    if row["status"] != "ok":
+        return f"{where} {what} {row['status']}: {row.get('note', '')}"
+    return (
+        f"{where} {what} {row['median_ms']:>10.4g} ms [{row['p20_ms']:.4g}, {row['p80_ms']:.4g}] "
+        f"{row['tflops']:>8.4g} TFLOP/s {row['peak_mib']:>9.1f} MiB"
+    )
+
+
 def conclusions(frame) -> list[str]:
     """What the rows of a sweep show, in sentences made from their numbers."""
     said = []

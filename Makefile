@@ -1,0 +1,53 @@
+# make report   install once, execute the notebooks, build the site      make test   install once, run every check
+# make lab      open JupyterLab                                            make clean  remove what make made
+#
+# SCALE=auto|smoke|cpu|full   auto: full on a CUDA GPU, else cpu.   MACHINE=local   where results go: artifacts/MACHINE, book/MACHINE
+# PYTHON=python3              what the environment is made with: 3.11 or newer
+
+PYTHON ?= python3
+SCALE ?= auto
+MACHINE ?= local
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+SITE := book/_build/html/index.html
+NOTEBOOKS := pipeline attention_sweep
+EXECUTED := $(NOTEBOOKS:%=book/$(MACHINE)/%.ipynb)
+SOURCES := $(shell find lmsys -name '*.py' -o -name '*.json' -o -name '*.cu')
+PAGES := README.md _config.yml _toc.yml $(shell find book artifacts -path book/_build -prune -o -path book/local -prune -o -type f -print)
+
+.PHONY: report test lab clean
+.DELETE_ON_ERROR:
+
+report: $(SITE)
+	@echo "The site is at $(SITE)"
+
+$(SITE): $(EXECUTED) $(PAGES)
+	$(BIN)/python -m lmsys report --site_only
+	@touch $@
+
+# One notebook at a time, in this order: they measure, and would disturb each other.
+.NOTPARALLEL:
+book/$(MACHINE)/%.ipynb: notebooks/%.ipynb $(SOURCES) | $(INSTALLED)
+	$(BIN)/python -m lmsys report $* --no_site --scale $(SCALE) --machine $(MACHINE)
+
+$(INSTALLED): requirements.txt pyproject.toml
+	@$(PYTHON) -c "import sys; sys.exit(None if sys.version_info >= (3, 11) else 'lmsys needs Python 3.11 or newer, this is %s: make PYTHON=python3.12 ...' % sys.version.split()[0])"
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+# Tests write to a folder of their own, so that they neither see nor touch results.
+test: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pytest tests
+	scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && export LMSYS_OUTPUT="$$scratch" LMSYS_SCALE=smoke WANDB_MODE=offline && \
+	$(BIN)/pytest --nbmake --nbmake-timeout=300 notebooks && \
+	$(BIN)/jupyter-book build book -W -n --keep-going --quiet --path-output "$$scratch/site"
+
+lab: $(INSTALLED)
+	$(BIN)/jupyter lab notebooks
+
+clean:
+	rm -rf .venv book/_build book/local artifacts/local runs

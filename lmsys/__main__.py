@@ -1,0 +1,338 @@
+"""python -m lmsys COMMAND: one thin function a command; the notebooks call the same functions of the package.
+
+Bad input ends in one line on standard error and exit code 2. LMSYS_TRACEBACK=1 shows the traceback as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code: 0, or 2 for bad input."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.function(arguments)
+    except (ValueError, OSError) as error:
+        if os.environ.get("LMSYS_TRACEBACK"):
+            raise
+        print(f"lmsys {arguments.command}: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"lmsys {arguments.command}: interrupted; what was written so far stays", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    else:
+        text = str(error) or type(error).__name__
+    return " ".join(text.split())
+
+
+# --- Commands -------------------------------------------------------------------------------------
+
+
+def pipeline(arguments: argparse.Namespace) -> None:
+    from lmsys import pipeline as pipelines
+    from lmsys.records import artifacts_dir
+
+    config = pipelines.settings(
+        scale=arguments.scale,
+        config=arguments.config,
+        overrides=arguments.override,
+        text_path=arguments.text,
+        attention_kernel=arguments.attention_kernel,
+        ddp_wrapper=arguments.ddp_wrapper,
+        run_dir=arguments.run_dir,
+    )
+    folder = artifacts_dir(arguments.machine)
+    result = pipelines.run(config, skip_data=arguments.skip_data)
+    for sentence in pipelines.conclusions(result):
+        print(sentence)
+    _print_written(pipelines.write_report(result, folder))
+
+
+def train(arguments: argparse.Namespace) -> None:
+    from lmsys.pipeline import train_alone
+
+    flags = {
+        "run_dir": arguments.run_dir,
+        "train.steps": arguments.steps,
+        "train.epochs": arguments.epochs,
+        "train.batch_size": arguments.batch_size,
+        "train.dtype": arguments.dtype,
+        "train.compile": arguments.compile,
+        "train.device": arguments.device,
+        "train.attention_kernel": arguments.attention_kernel,
+        "train.ddp_wrapper": arguments.ddp_wrapper,
+        "optim.learning_rate": arguments.learning_rate,
+    }
+    history = train_alone(
+        arguments.size,
+        context_length=arguments.context_length,
+        vocab_size=arguments.vocab_size,
+        text=arguments.text,
+        tokenizer_path=arguments.tokenizer,
+        num_tokens=arguments.num_tokens,
+        resume=arguments.resume,
+        file=arguments.config,
+        overrides=arguments.override,
+        flags=flags,
+    )
+    last = history.rows[-1]
+    print(
+        f"step {last['step']}: training loss {last['train_loss']:.4f}, validation loss {history.final_valid_loss:.4f}"
+    )
+    print(f"checkpoint: {history.checkpoint}")
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    from lmsys.config import GenerateConfig
+    from lmsys.generate import generate_text
+    from lmsys.pipeline import load_run
+
+    settings = GenerateConfig(
+        prompts=tuple(arguments.prompt),
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+    )
+    model, tokenizer = load_run(arguments.checkpoint, arguments.tokenizer, device=arguments.device)
+    for prompt in settings.prompts:
+        print(generate_text(model, tokenizer, prompt, settings), end="\n\n")
+
+
+def attention_sweep(arguments: argparse.Namespace) -> None:
+    from lmsys.bench import attention
+    from lmsys.records import artifacts_dir
+
+    sweep = attention.settings(
+        scale=arguments.scale,
+        kernels=arguments.kernels,
+        custom_tiers=arguments.custom_tiers,
+        batch=arguments.batch,
+        heads=arguments.heads,
+        kv_heads=arguments.kv_heads,
+        head_dim=arguments.head_dim,
+        dtypes=arguments.dtypes,
+        causal=None if arguments.causal is None else [value == "true" for value in arguments.causal],
+        passes=arguments.passes,
+        warmup=arguments.warmup,
+        iterations=arguments.iters,
+        device=arguments.device,
+        seed=arguments.seed,
+    )
+    folder = artifacts_dir(arguments.machine)
+    frame = attention.run(sweep, folder, on_row=lambda row: print(attention.row_line(row)))
+    for sentence in attention.conclusions(frame):
+        print(sentence.replace("**", ""))
+    _print_written([folder / "attention_sweep_results.csv", *attention.write_report(frame, folder)])
+
+
+def bench_tokenizer(arguments: argparse.Namespace) -> None:
+    from lmsys.bench import tokenizer
+    from lmsys.records import artifacts_dir
+
+    folder = artifacts_dir(arguments.machine)
+    rows = tokenizer.run(
+        folder,
+        text_path=arguments.text,
+        vocab_size=arguments.vocab_size,
+        encode_mb=arguments.encode_mb,
+        num_workers=arguments.workers,
+        repeats=arguments.repeats,
+    )
+    print(tokenizer.table(rows))
+
+
+def report(arguments: argparse.Namespace) -> None:
+    from lmsys import report as reports
+
+    if not arguments.site_only:
+        for notebook in arguments.notebooks or reports.RUNS:
+            reports.run_notebook(notebook, scale=arguments.scale, machine=arguments.machine)
+    if not arguments.no_site:
+        print(f"site: {reports.build_site()}")
+
+
+def _print_written(paths: Sequence[Path]) -> None:
+    print("written: " + " ".join(os.path.relpath(path) for path in paths))
+
+
+# --- Arguments ------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    from lmsys import __version__
+    from lmsys.config import DATASET_MODES, MODEL_SIZES, SCALES
+
+    parser = argparse.ArgumentParser(
+        prog="python -m lmsys",
+        description="Fast Transformer language-model training, written from scratch and measured beside the best.",
+        epilog="python -m lmsys COMMAND --help describes a command. The notebooks in notebooks/ call the same functions.",
+    )
+    parser.add_argument("--version", action="version", version=f"lmsys {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, function, summary: str, description: str, example: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary}. {description}",
+            epilog=f"example:\n  python -m lmsys {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        added.set_defaults(function=function)
+        return added
+
+    def add_machine(added: argparse.ArgumentParser) -> None:
+        added.add_argument("--machine", help="results go to artifacts/MACHINE (default: LMSYS_MACHINE, else local)")
+
+    def add_scale(added: argparse.ArgumentParser, default: str | None) -> None:
+        added.add_argument(
+            "--scale",
+            choices=SCALES,
+            default=default,
+            help="preset; auto is full on a CUDA GPU, else cpu (default: auto)",
+        )
+
+    def add_config(added: argparse.ArgumentParser) -> None:
+        added.add_argument(
+            "--override",
+            action="append",
+            default=[],
+            metavar="section.key=value",
+            help="set one setting over the file's; the value is JSON, or a plain string; may be repeated",
+        )
+        added.add_argument("--attention_kernel", metavar="K", help="attention kernel by name (train.attention_kernel)")
+        added.add_argument("--ddp_wrapper", metavar="W", help="data-parallel wrapper by name (train.ddp_wrapper)")
+        added.add_argument("--run_dir", help="folder of the run; a relative one lies in the repository")
+
+    added = command(
+        "pipeline",
+        pipeline,
+        "Text to a trained model",
+        "Data, tokenizer, token files, training, evaluation, stories.\n"
+        "Stages whose outputs exist and match their settings are skipped; training resumes from its newest checkpoint.\n"
+        "Settings: preset of the scale < --config file < --override < named flags.\n"
+        f"data.dataset_mode is one of {', '.join(DATASET_MODES)}.",
+        "pipeline --text my.txt --override train.steps=500",
+    )
+    added.add_argument("--config", help="JSON file (default: lmsys/configs/default_pipeline.json)")
+    add_scale(added, None)
+    added.add_argument("--text", help="your own UTF-8 text file: data.dataset_mode=local_text with this data.text_path")
+    add_config(added)
+    added.add_argument(
+        "--skip_data", action="store_true", help="take the run folder's tokenizer and token files as they are"
+    )
+    add_machine(added)
+
+    added = command(
+        "train",
+        train,
+        "Train a model on random tokens or a text file",
+        "A model of a named size, without the pipeline's stages.",
+        "train --size small --epochs 2 --batch_size 4 --context_length 512 --dtype bf16",
+    )
+    added.add_argument("--size", default="small", help=f"model size: {', '.join(MODEL_SIZES)} (default: small)")
+    added.add_argument("--context_length", type=int, default=512, help="tokens of a sequence (default: 512)")
+    added.add_argument("--vocab_size", type=int, help="vocabulary (default: the size's own, or the tokenizer's)")
+    added.add_argument("--text", help="a UTF-8 file to train on (default: random tokens)")
+    added.add_argument("--tokenizer", help="tokenizer.json for --text (default: one is trained on the text)")
+    added.add_argument("--num_tokens", type=int, default=1_000_000, help="random tokens to train on (default: 1000000)")
+    added.add_argument("--steps", type=int, help="optimizer steps (default: from --epochs)")
+    added.add_argument("--epochs", type=float, help="passes over the tokens (default: 1, unless --steps)")
+    added.add_argument("--batch_size", type=int, help="sequences a batch")
+    added.add_argument("--learning_rate", type=float, help="highest learning rate")
+    added.add_argument("--dtype", choices=("fp32", "bf16"), help="bf16 is autocast; parameters stay fp32")
+    added.add_argument("--compile", action="store_true", default=None, help="torch.compile, block by block")
+    added.add_argument("--device", help="auto, cpu, cuda or cuda:N")
+    added.add_argument("--resume", action="store_true", help="continue the run folder's newest checkpoint")
+    added.add_argument("--config", help="JSON file of settings under the flags")
+    add_config(added)
+
+    added = command(
+        "generate",
+        generate,
+        "Write text with a trained model",
+        "Samples from a checkpoint of a run.",
+        'generate --checkpoint runs/pipeline-cpu --prompt "Once upon a time"',
+    )
+    added.add_argument("--checkpoint", required=True, help="a checkpoint, or a run folder (then its newest good one)")
+    added.add_argument("--prompt", action="append", required=True, help="text to continue; may be repeated")
+    added.add_argument("--tokenizer", help="tokenizer.json (default: the run folder's)")
+    added.add_argument("--max_new_tokens", type=int, default=200, help="tokens to write at most (default: 200)")
+    added.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
+    added.add_argument("--top_k", type=int, default=0, help="sample among the k likeliest; 0 is off (default: 0)")
+    added.add_argument("--top_p", type=float, default=0.95, help="nucleus sampling; 1 is off (default: 0.95)")
+    added.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    added.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+
+    added = command(
+        "attention-sweep",
+        attention_sweep,
+        "Compare attention kernels over sequence lengths",
+        "Each point is checked against float64, then timed; running out of memory is a row.",
+        "attention-sweep --custom_tiers 128:64 256:128 --warmup 10 --iters 50",
+    )
+    add_scale(added, "auto")
+    added.add_argument("--kernels", nargs="+", metavar="K", help="kernels by name (default: all)")
+    added.add_argument(
+        "--custom_tiers", nargs="+", metavar="Q:K", help="lengths, powers of two, in place of the scale's"
+    )
+    for name in ("batch", "heads", "kv_heads", "head_dim"):
+        added.add_argument(f"--{name}", type=int, help=f"{name} of the inputs (default: the scale's)")
+    added.add_argument("--dtypes", nargs="+", metavar="D", help="fp32, fp16, bf16 (default: the scale's)")
+    added.add_argument("--causal", nargs="+", choices=("true", "false"), help="masks to run (default: the scale's)")
+    added.add_argument(
+        "--passes", nargs="+", metavar="P", help="forward, backward, forward_backward (default: forward)"
+    )
+    added.add_argument("--warmup", type=int, help="untimed calls of each point")
+    added.add_argument("--iters", type=int, help="timed calls of each point")
+    added.add_argument("--seed", type=int, default=0, help="of the inputs (default: 0)")
+    added.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add_machine(added)
+
+    added = command(
+        "bench-tokenizer",
+        bench_tokenizer,
+        "Time tokenizer training and encoding beside tokenizers and tiktoken",
+        "All on the same text, each in processes of its own, ids compared.",
+        "bench-tokenizer --vocab_size 10000",
+    )
+    added.add_argument("--text", help="a UTF-8 file (default: at least 50 MB of generated stories)")
+    added.add_argument("--vocab_size", type=int, default=10_000, help="vocabulary to train (default: 10000)")
+    added.add_argument("--encode_mb", type=float, default=20, help="how much of the text to encode, MB (default: 20)")
+    added.add_argument(
+        "--workers", type=int, default=2, help="processes or threads of each implementation (default: 2)"
+    )
+    added.add_argument("--repeats", type=int, default=3, help="samples of each figure (default: 3)")
+    add_machine(added)
+
+    added = command(
+        "report",
+        report,
+        "Execute the notebooks and build the site",
+        "Executed notebooks go to book/MACHINE/, results to artifacts/MACHINE/, the site to book/_build/html/.",
+        "report --scale cpu",
+    )
+    added.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="notebooks by name (default: all)")
+    add_scale(added, "auto")
+    group = added.add_mutually_exclusive_group()
+    group.add_argument("--no_site", action="store_true", help="execute the notebooks only")
+    group.add_argument("--site_only", action="store_true", help="build the site only")
+    add_machine(added)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,289 @@
+"""The report: notebooks executed by papermill, and the site that jupyter-book builds from them.
+
+As a Sphinx extension (named in _config.yml) this module fills the numbers of the book's pages from artifacts/ while the
+site is built: a page writes `<!-- fill: NAME -->` and FILLS[NAME]() takes its place. The README's numbers stand between the
+same marker and `<!-- end -->`, and are brought up to date by build_site().
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lmsys import records
+from lmsys.config import SCALES, resolve_scale, unknown_name
+
+# Notebook -> the parameters that a scale gives it beside `scale` itself, which the notebook's own presets read.
+RUNS: dict[str, dict[str, dict[str, Any]]] = {
+    "pipeline": {"smoke": {}, "cpu": {}, "full": {}},
+    "attention_sweep": {"smoke": {}, "cpu": {}, "full": {"passes": ["forward", "backward"]}},
+}
+HEADLINE_MACHINE = "h200"
+
+
+# --- Notebooks ------------------------------------------------------------------------------------
+
+
+def run_notebook(
+    name: str,
+    *,
+    scale: str = "auto",
+    machine: str | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Execute notebooks/NAME.ipynb with papermill into book/<machine>/NAME.ipynb, which it replaces once it has succeeded.
+
+    Raises:
+        ValueError: unknown notebook, scale or parameter. papermill's PapermillExecutionError: a cell failed; what ran until
+        then is in artifacts/<machine>/NAME.failed.ipynb.
+    """
+    import papermill
+
+    if name not in RUNS:
+        raise unknown_name("notebook", name, RUNS)
+    if scale not in SCALES:
+        raise unknown_name("scale", scale, SCALES)
+    scale = resolve_scale(scale)
+    source = records.REPOSITORY / "notebooks" / f"{name}.ipynb"
+    target = records.book_dir(machine) / f"{name}.ipynb"
+    running = records.artifacts_dir(machine) / f"{name}.running.ipynb"
+    failed = running.with_name(f"{name}.failed.ipynb")
+    settings = {"scale": scale, "machine": records.machine_tag(machine), **RUNS[name][scale], **(parameters or {})}
+    start = time.perf_counter()
+    say(f"[{name}] running at scale {scale} ...")
+    try:
+        papermill.execute_notebook(source, running, settings, kernel_name="python3", progress_bar=False)
+    except papermill.exceptions.PapermillExecutionError:
+        os.replace(running, failed)
+        say(f"[{name}] failed; what ran is in {failed}")
+        raise
+    _clean(running)
+    os.replace(running, target)
+    failed.unlink(missing_ok=True)
+    say(f"[{name}] done in {time.perf_counter() - start:.0f} s: {os.path.relpath(target)}")
+    return target
+
+
+def _clean(notebook: Path) -> None:
+    """Take papermill's paths and times of this machine out of an executed notebook's metadata."""
+    import nbformat
+
+    content = nbformat.read(notebook, as_version=4)
+    content.metadata.pop("papermill", None)
+    for cell in content.cells:
+        for key in ("papermill", "execution"):
+            cell.metadata.pop(key, None)
+    nbformat.write(content, notebook)
+
+
+def take_parameters(
+    function: Callable, namespace: Mapping[str, Any], also: Sequence[str] = ("machine",)
+) -> dict[str, Any]:
+    """A notebook's parameters, as arguments of a function of the package.
+
+    Args:
+        function: its argument names are the parameters that the notebook may be given.
+        namespace: the notebook's globals().
+        also: parameters that the notebook uses by itself.
+    Raises:
+        ValueError: papermill was given a parameter that the function does not have.
+    """
+    known = list(inspect.signature(function).parameters)
+    for source in namespace.get("In", ()):
+        if source.startswith("# Parameters"):  # the cell that papermill injects
+            for statement in ast.parse(source).body:
+                for target in getattr(statement, "targets", ()):
+                    if target.id not in (*known, *also):
+                        raise unknown_name("notebook parameter", target.id, [*known, *also])
+    return {name: namespace[name] for name in known if name in namespace}
+
+
+# --- The site -------------------------------------------------------------------------------------
+
+
+def build_site() -> Path:
+    """Bring the README's numbers up to date and build the site; return its first page.
+
+    Raises:
+        OSError: jupyter-book failed; its output says why.
+    """
+    fill_readme()
+    book = records.REPOSITORY / "book"
+    done = subprocess.run([sys.executable, "-m", "jupyter_book", "build", str(book), "--quiet"], cwd=records.REPOSITORY)
+    if done.returncode != 0:
+        raise OSError(f"jupyter-book build book failed with exit code {done.returncode}")
+    return book / "_build" / "html" / "index.html"
+
+
+def fill_readme() -> bool:
+    """Refresh the README's numbers from artifacts/; return whether the file changed."""
+    readme = records.REPOSITORY / "README.md"
+    text = readme.read_text(encoding="utf-8")
+
+    def filled(match: re.Match) -> str:
+        return f"<!-- fill: {match[1]} -->\n{fill(match[1])}\n<!-- end -->"
+
+    new = re.sub(r"<!-- fill: (\w+) -->\n.*?<!-- end -->", filled, text, flags=re.DOTALL)
+    if new != text:
+        records.write_text(readme, new)
+    return new != text
+
+
+def setup(app) -> dict[str, Any]:
+    """Sphinx's entry: fill the marked places of each page as it is read."""
+
+    def source_read(app, docname: str, source: list[str]) -> None:
+        source[0] = re.sub(r"<!-- fill: (\w+) -->", lambda match: fill(match[1]), source[0])
+
+    app.connect("source-read", source_read)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
+
+
+def fill(name: str) -> str:
+    """The Markdown of one marked place."""
+    if name not in FILLS:
+        raise unknown_name("fill", name, FILLS)
+    return FILLS[name]()
+
+
+def _artifact(name: str) -> Path:
+    return records.REPOSITORY / "artifacts" / HEADLINE_MACHINE / name
+
+
+def _stamp(name: str) -> dict[str, Any]:
+    return json.loads(_artifact(f"{name}.json").read_text(encoding="utf-8"))
+
+
+def _missing(name: str) -> str:
+    return f"*Not measured yet: artifacts/{HEADLINE_MACHINE}/{name}.csv is not there.*"
+
+
+def attention_headline() -> str:
+    """The kernels at the longest causal square tier: time, TFLOP/s and memory, forward and backward."""
+    name = "attention_sweep_results"
+    if not _artifact(f"{name}.csv").exists():
+        return _missing(name)
+    frame = records.read_results(_artifact(f"{name}.csv"))
+    frame = frame[frame.causal & (frame.q_len == frame.k_len)]
+    frame = frame[frame.q_len == frame.q_len.max()]
+    forward = frame[frame["pass"] == "forward"].set_index("kernel")
+    backward = frame[frame["pass"] == "backward"].set_index("kernel")
+    first = frame.iloc[0]
+    lines = []
+    for kernel, row in forward.sort_values("median_ms").iterrows():
+        line = {
+            "kernel": f"`{kernel}`",
+            "forward": _time(row),
+            "tflops": _number(row.tflops, row),
+            "peak": _number(row.peak_mib, row),
+        }
+        if kernel in backward.index:
+            line |= {
+                "backward": _time(backward.loc[kernel]),
+                "btflops": _number(backward.loc[kernel].tflops, backward.loc[kernel]),
+            }
+        lines.append(line)
+    columns = {"kernel": "kernel", "forward": "forward, ms", "tflops": "TFLOP/s", "peak": "peak MiB"}
+    if len(backward):
+        columns |= {"backward": "backward, ms", "btflops": "TFLOP/s"}
+    caption = (
+        f"Causal attention on {_gpu(name)}: batch {first.batch}, {first.heads} heads, head_dim {first.head_dim}, "
+        f"{first.q_len:,} tokens, {first.dtype}; medians of {int(forward.samples.max())} runs with the 20th and 80th percentile."
+    )
+    return f"{caption}\n\n{records.markdown_table(lines, columns)}".rstrip()
+
+
+def _time(row) -> str:
+    return f"{row.median_ms:.3g} [{row.p20_ms:.3g}, {row.p80_ms:.3g}]" if row.status == "ok" else str(row.status)
+
+
+def _number(value: float, row) -> str:
+    return f"{value:,.0f}" if row.status == "ok" else ""
+
+
+def _gpu(name: str) -> str:
+    gpu = _stamp(name)["environment"].get("gpu") or "a CPU"
+    return f"an {gpu}" if gpu.startswith("NVIDIA") else gpu
+
+
+def pipeline_headline() -> str:
+    """What the reference pipeline run reached."""
+    name = "pipeline_metrics"
+    if not _artifact(f"{name}.csv").exists():
+        return _missing(name)
+    frame = records.read_results(_artifact(f"{name}.csv"))
+    parameters = _stamp(name)["parameters"]
+    valid, last = frame.valid_loss.dropna(), frame.iloc[-1]
+    sentence = (
+        f"On {_gpu(name)}, with the kernel `{parameters['train']['attention_kernel']}`: {int(last.tokens):,} tokens in "
+        f"{last.elapsed_s:,.0f} s, a median of {frame.tokens_per_s.median():,.0f} tokens/s"
+    )
+    if frame.mfu.notna().any():
+        sentence += f" ({100 * frame.mfu.median():.1f}% MFU)"
+    return (
+        sentence
+        + f"; validation loss {valid.iloc[0]:.3f} at the first evaluation, {valid.min():.3f} at its best, {valid.iloc[-1]:.3f} at the end."
+    )
+
+
+def tokenizer_headline() -> str:
+    """The tokenizer beside its peers."""
+    name = "tokenizer_benchmark_results"
+    if not _artifact(f"{name}.csv").exists():
+        return _missing(name)
+    frame = records.read_results(_artifact(f"{name}.csv"))
+    lines = [
+        {
+            "task": row.task,
+            "implementation": f"`{row.implementation}`",
+            "workers": row.workers,
+            "seconds": f"{row.seconds:.3g} [{row.p20_s:.3g}, {row.p80_s:.3g}]",
+            "mb_per_s": f"{row.mb_per_s:.3g}",
+            "peak_mib": f"{row.peak_mib:,.0f}",
+        }
+        for row in frame[frame.status == "ok"].itertuples()
+    ]
+    columns = {"task": "task", "implementation": "implementation", "workers": "workers", "seconds": "seconds"}
+    return records.markdown_table(lines, columns | {"mb_per_s": "MB/s", "peak_mib": "peak MiB"}).rstrip()
+
+
+def environment() -> str:
+    """Where the reference results were measured."""
+    name = "attention_sweep_results"
+    if not _artifact(f"{name}.json").exists():
+        return _missing(name)
+    stamp = _stamp(name)["environment"]
+    labels = {
+        "gpu": "GPU",
+        "driver": "driver",
+        "cuda": "CUDA",
+        "torch": "PyTorch",
+        "triton": "Triton",
+        "cudnn": "cuDNN",
+        "cpu": "CPU",
+        "clock_sm": "SM clock, as found",
+        "clock_sm_max": "SM clock, highest",
+        "power_limit": "power limit",
+        "date": "date",
+    }
+    lines = [{"what": label, "value": stamp[key]} for key, label in labels.items() if stamp.get(key)]
+    lines.append({"what": "commit", "value": f"`{(stamp['git']['commit'] or 'unknown')[:12]}`"})
+    return records.markdown_table(lines, {"what": "what", "value": HEADLINE_MACHINE}).rstrip()
+
+
+FILLS: dict[str, Callable[[], str]] = {
+    "attention_headline": attention_headline,
+    "pipeline_headline": pipeline_headline,
+    "tokenizer_headline": tokenizer_headline,
+    "environment": environment,
+}
