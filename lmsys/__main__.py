@@ -87,9 +87,7 @@ def train(arguments: argparse.Namespace) -> None:
         flags=flags,
     )
     last = history.rows[-1]
-    print(
-        f"step {last['step']}: training loss {last['train_loss']:.4f}, validation loss {history.final_valid_loss:.4f}"
-    )
+    print(f"step {last['step']}: training loss {last['train_loss']:.4f}, validation loss {history.valid_loss:.4f}")
     print(f"checkpoint: {history.checkpoint}")
 
 

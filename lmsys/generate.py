@@ -52,20 +52,23 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     stop_id: int | None = None,
+    vocab_size: int | None = None,
 ) -> list[int]:
     """Continue a sequence of token ids. Returns the new ids alone, without the prompt and without stop_id.
+
+    vocab_size: sample only ids below it, for a model whose vocabulary is padded beyond its tokenizer's.
 
     Raises:
         ValueError: no ids, or one outside the model's vocabulary.
     """
-    vocab_size, context_length = model.config.vocab_size, model.config.context_length
+    context_length = model.config.context_length
     window = list(ids)
     if not window:
         raise ValueError("the prompt has no tokens; give at least one")
-    if min(window) < 0 or max(window) >= vocab_size:
+    if min(window) < 0 or max(window) >= model.config.vocab_size:
         raise ValueError(
-            f"the prompt has token ids from {min(window)} to {max(window)}, outside the model's vocabulary of {vocab_size}; "
-            "use the tokenizer that the model was trained with"
+            f"the prompt has token ids from {min(window)} to {max(window)}, outside the model's vocabulary of "
+            f"{model.config.vocab_size}; use the tokenizer that the model was trained with"
         )
     device = model.token_embeddings.weight.device
     generator = torch.Generator().manual_seed(seed)
@@ -78,7 +81,7 @@ def generate(
             padded = torch.zeros(1, min(length, context_length), dtype=torch.int64)
             padded[0, : len(window)] = torch.tensor(window)
             hidden = model.hidden(padded.to(device))[0, len(window) - 1]
-            logits = model.logits(hidden).float().cpu()
+            logits = model.logits(hidden)[:vocab_size].float().cpu()
             probabilities = next_token_probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p)
             token = int(torch.multinomial(probabilities, 1, generator=generator))
             if token == stop_id:
@@ -105,5 +108,6 @@ def generate_text(model: TransformerLM, tokenizer: Tokenizer, prompt: str, confi
         top_p=config.top_p,
         seed=config.seed,
         stop_id=end,
+        vocab_size=tokenizer.vocab_size,
     )
     return tokenizer.decode(ids + new)

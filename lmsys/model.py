@@ -219,9 +219,8 @@ class TransformerLM(nn.Module):
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean of log sum_v exp(logits_v) - logits_target over all tokens, in fp32. logits: (..., V); targets: (...) int64."""
-    logits = logits.float()
-    return (logits.logsumexp(-1) - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)).mean()
+    """Mean of -log softmax(logits)[target] over all tokens, in fp32. logits: (..., V); targets: (...) int64."""
+    return -logits.float().log_softmax(-1).gather(-1, targets.unsqueeze(-1)).mean()
 
 
 def _truncated_normal(weight: Tensor, std: float) -> None:

@@ -22,6 +22,7 @@ from lmsys import cost, records
 from lmsys.config import PipelineConfig, require
 
 if TYPE_CHECKING:
+    from lmsys.model import TransformerLM
     from lmsys.tokenizer import Tokenizer
     from lmsys.train import History
 
@@ -141,7 +142,7 @@ def run(
         ValueError, OSError: bad input, before anything is run or lost.
     """
     from lmsys.generate import generate_text
-    from lmsys.train import init_wandb, load_model, train
+    from lmsys.train import init_wandb, train
 
     check(config, skip_data=skip_data)
     run_dir = records.output_path(config.run_dir)
@@ -207,7 +208,13 @@ def evaluate(config: PipelineConfig, model, valid_tokens, bytes_per_token: float
     """Validation loss in nats a token over up to 100 batches, its perplexity, and bits per byte where the text is known."""
     from lmsys.train import evaluate as mean_loss
 
-    loss = mean_loss(model, valid_tokens, config, max_batches=max(100, config.train.eval_batches))
+    loss = mean_loss(
+        model,
+        valid_tokens,
+        batch_size=config.train.batch_size,
+        max_batches=max(100, config.train.eval_batches),
+        dtype=config.train.dtype,
+    )
     result = {"valid_loss": loss, "perplexity": math.exp(loss)}
     if bytes_per_token:
         result["bits_per_byte"] = loss / math.log(2) / bytes_per_token
@@ -469,7 +476,6 @@ def load_run(path: str | Path, tokenizer_path: str | Path | None = None, *, devi
     """
     from lmsys import checkpoint
     from lmsys.tokenizer import Tokenizer
-    from lmsys.train import load_model
 
     path = Path(path).expanduser()
     path = path if path.exists() else records.output_path(path)
@@ -479,7 +485,16 @@ def load_run(path: str | Path, tokenizer_path: str | Path | None = None, *, devi
     require(chosen is not None, f"{path} holds no good checkpoint")
     tokenizer_file = Path(tokenizer_path) if tokenizer_path else run_dir / "tokenizer.json"
     require(tokenizer_file.is_file(), f"no tokenizer at {tokenizer_file}: give --tokenizer")
-    return load_model(chosen, device=device)[0], Tokenizer.load(tokenizer_file)
+    return load_model(chosen, device), Tokenizer.load(tokenizer_file)
+
+
+def load_model(path: str | Path, device: str = "auto", attention_kernel: str = "vectorized_torch") -> TransformerLM:
+    """The model of a checkpoint, on a device, ready to evaluate and to generate."""
+    from lmsys import checkpoint
+    from lmsys.device import resolve_device
+
+    model, _ = checkpoint.load_model(path, attention_kernel=attention_kernel)
+    return model.to(resolve_device(device)).eval()
 
 
 # --- What a run says ------------------------------------------------------------------------------

@@ -129,14 +129,20 @@ def fill_readme() -> bool:
     """Refresh the README's numbers from artifacts/; return whether the file changed."""
     readme = records.REPOSITORY / "README.md"
     text = readme.read_text(encoding="utf-8")
-
-    def filled(match: re.Match) -> str:
-        return f"<!-- fill: {match[1]} -->\n{fill(match[1])}\n<!-- end -->"
-
-    new = re.sub(r"<!-- fill: (\w+) -->\n.*?<!-- end -->", filled, text, flags=re.DOTALL)
+    new = filled(text)
     if new != text:
         records.write_text(readme, new)
     return new != text
+
+
+def filled(text: str) -> str:
+    """A text with what stands between `<!-- fill: NAME -->` and `<!-- end -->` made anew."""
+    return re.sub(
+        r"<!-- fill: (\w+) -->\n.*?<!-- end -->",
+        lambda match: f"<!-- fill: {match[1]} -->\n{fill(match[1])}\n<!-- end -->",
+        text,
+        flags=re.DOTALL,
+    )
 
 
 def setup(app) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def train(
     settings = config.train
     rank, world_size = _process()
     run_dir = None if run_dir is None else Path(run_dir)
-    device, steps = check(config, train_tokens, valid_tokens, run_dir, world_size)
+    device, steps = check(config, train_tokens, valid_tokens, tokenizer, run_dir, world_size)
     tokens_per_step = _tokens_per_step(config, world_size)
     is_main = rank == 0
     say = print if is_main else _quiet
@@ -168,7 +168,7 @@ def train(
                 step_loss = torch.zeros((), device=device)
                 for _ in range(settings.gradient_accumulation_steps):
                     inputs, targets = (_to_device(array, device) for array in sampler.next())
-                    with _autocast(device, settings.dtype):
+                    with autocast(device, settings.dtype):
                         loss = loss_function(trained(inputs), targets) / settings.gradient_accumulation_steps
                     loss.backward()
                     step_loss += loss.detach()
@@ -215,7 +215,7 @@ def train(
                         wandb_run.log({name: value for name, value in row.items() if value is not None}, step=step)
                 if sampling and is_main:
                     for prompt in config.generate.prompts:
-                        with _autocast(device, settings.dtype):
+                        with autocast(device, settings.dtype):
                             text = generate_text(model, tokenizer, prompt, config.generate)
                         samples.append({"step": step, "prompt": prompt, "text": text})
                         if files:
@@ -250,7 +250,7 @@ def evaluate(
     device = model.token_embeddings.weight.device
     total, count = torch.zeros((), dtype=torch.float64, device=device), 0
     for inputs, targets in sequential_batches(tokens, batch_size, model.config.context_length, max_batches):
-        with _autocast(device, dtype):
+        with autocast(device, dtype):
             loss = cross_entropy(model(_to_device(inputs, device)), _to_device(targets, device))
         total += loss.double() * targets.size
         count += targets.size
@@ -302,6 +302,7 @@ def check(
     config: PipelineConfig,
     train_tokens: np.ndarray,
     valid_tokens: np.ndarray,
+    tokenizer: Tokenizer | None = None,
     run_dir: Path | None = None,
     world_size: int = 1,
 ) -> tuple[torch.device, int]:
@@ -329,6 +330,10 @@ def check(
         )
     if model.vocab_size is None:
         raise ValueError("model.vocab_size is not set: give it the tokenizer's vocabulary size")
+    if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"the tokenizer's vocabulary of {tokenizer.vocab_size} is larger than model.vocab_size {model.vocab_size}; raise it"
+        )
     for name, tokens in (("training", train_tokens), ("validation", valid_tokens)):
         if len(tokens) <= model.context_length:
             raise ValueError(
@@ -391,7 +396,7 @@ def _resume_point(
 ) -> checkpoint.Checkpoint | None:
     """The newest good checkpoint of the run folder, checked to fit; None to start anew.
 
-    Starting anew (train.resume false) moves an earlier run's files to previous-N: nothing is lost, nothing mixed up.
+    Starting anew (train.resume false) moves the earlier run's files to previous/, in place of what was put there before.
     """
     if run_dir is None:
         return None
@@ -429,8 +434,8 @@ def _put_aside(run_dir: Path, say: Callable[[str], None]) -> None:
     old = [path for name in (METRICS_FILE, SAMPLES_FILE, CHECKPOINTS) if (path := run_dir / name).exists()]
     if not old:
         return
-    number = next(n for n in range(1, 1_000_000) if not (run_dir / f"previous-{n}").exists())
-    aside = run_dir / f"previous-{number}"
+    aside = run_dir / "previous"
+    shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     for path in old:
         os.rename(path, aside / path.name)
@@ -508,7 +513,8 @@ def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def _autocast(device: torch.device, dtype: str) -> torch.autocast:
+def autocast(device: torch.device, dtype: str) -> torch.autocast:
+    """The context in which a model of train.dtype computes: bf16 autocast, or nothing for fp32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
 
 

@@ -1,0 +1,96 @@
+import csv
+import json
+import os
+
+import pytest
+
+from lmsys import records
+
+
+def row(**other):
+    values = dict.fromkeys(records.SCHEMAS["attention_sweep_results"])
+    return values | {"kernel": "k", "status": "ok", "median_ms": 1.23456789, "causal": True} | other
+
+
+def writer(folder, **other):
+    return records.ResultWriter(
+        "attention_sweep_results", folder, method={"timer": "t"}, parameters={"seed": 0}, **other
+    )
+
+
+def test_result_file_has_the_schema_and_its_environment(tmp_path):
+    with writer(tmp_path, extra_columns=("note",)) as results:
+        results.write(row(note="fine"))
+        results.write(row(status="oom", median_ms=None))
+    frame = records.read_results(tmp_path / "attention_sweep_results.csv")
+    assert tuple(frame.columns) == (*records.SCHEMAS["attention_sweep_results"], "note")
+    assert frame.median_ms[0] == pytest.approx(1.23457) and frame.median_ms.isna()[1]
+    assert frame.causal.tolist() == [True, True]
+    stamp = json.loads((tmp_path / "attention_sweep_results.json").read_text())
+    assert stamp["method"] == {"timer": "t"} and stamp["parameters"] == {"seed": 0}
+    assert {"date", "git", "torch", "triton", "cpu", "gpu"} <= set(stamp["environment"])
+
+
+def test_rows_are_on_disk_as_they_are_measured_and_survive_a_failure(tmp_path):
+    with writer(tmp_path) as results:
+        results.write(row(kernel="earlier"))
+    with pytest.raises(RuntimeError), writer(tmp_path) as results:
+        results.write(row(kernel="first"))
+        with results.partial.open() as file:
+            assert [line["kernel"] for line in csv.DictReader(file)] == ["first"]
+        raise RuntimeError("the sweep dies")
+    assert records.read_results(tmp_path / "attention_sweep_results.csv").kernel.tolist() == ["earlier"]
+    assert records.read_results(tmp_path / "attention_sweep_results.partial.csv").kernel.tolist() == ["first"]
+
+
+def test_rows_outside_the_schema_are_refused(tmp_path):
+    with pytest.raises(AssertionError, match="speed"), writer(tmp_path) as results:
+        results.write(row(speed=1))
+    with pytest.raises(AssertionError), writer(tmp_path) as results:
+        results.write(row(status="great"))
+
+
+def test_read_results_names_what_is_wrong(tmp_path):
+    with pytest.raises(ValueError, match="no results at"):
+        records.read_results(tmp_path / "attention_sweep_results.csv")
+    (tmp_path / "attention_sweep_results.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="its first columns are"):
+        records.read_results(tmp_path / "attention_sweep_results.csv")
+
+
+def test_machine_tag(monkeypatch):
+    assert records.machine_tag() == "local"
+    monkeypatch.setenv("LMSYS_MACHINE", "h200-x2")
+    assert records.machine_tag() == "h200-x2"
+    assert records.machine_tag("mine") == "mine"
+    for bad in ("../up", "a b", "A", "."):
+        with pytest.raises(ValueError, match="lower-case letters"):
+            records.machine_tag(bad)
+
+
+def test_unwritable_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match="cannot write to this folder") as caught:
+        records.writable_dir(tmp_path / "file" / "sub")
+    assert caught.value.filename == str(tmp_path / "file" / "sub")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write to read-only folders")
+def test_read_only_folder_is_named(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(OSError, match="cannot write to this folder"):
+        records.writable_dir(tmp_path)
+
+
+def test_atomic_path_leaves_the_old_file_and_no_other_after_a_failure(tmp_path):
+    target = tmp_path / "x.txt"
+    records.write_text(target, "old")
+    with pytest.raises(RuntimeError), records.atomic_path(target) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert target.read_text() == "old" and os.listdir(tmp_path) == ["x.txt"]
+
+
+def test_markdown_table():
+    table = records.markdown_table([{"a": 1.0, "b": None}, {"a": True, "b": "x"}], {"a": "A", "b": "B"})
+    assert table == "| A | B |\n| --- | --- |\n| 1 |  |\n| true | x |\n"

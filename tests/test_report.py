@@ -1,0 +1,63 @@
+import json
+
+import nbformat
+import pytest
+
+from lmsys import report
+from lmsys.bench import attention
+from lmsys.records import REPOSITORY
+
+NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
+
+
+def test_every_notebook_has_a_run_and_every_scale():
+    assert [path.stem for path in NOTEBOOKS] == sorted(report.RUNS)
+    for scales in report.RUNS.values():
+        assert list(scales) == ["smoke", "cpu", "full"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_stripped_and_parameterized(path):
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert code[0].metadata.tags == ["parameters"]
+    assert all(cell.execution_count is None and not cell.outputs for cell in code)
+    assert all(len(cell.source.splitlines()) <= 18 for cell in code)
+    parameters: dict = {}
+    exec(code[0].source, parameters)
+    assert parameters["scale"] == "auto" and parameters["machine"] is None
+
+
+def test_take_parameters_refuses_what_a_notebook_does_not_know():
+    namespace = {"scale": "smoke", "heads": 2, "In": ["", "scale = 1", "# Parameters\nscale = 'smoke'\nmachine = 'x'"]}
+    assert report.take_parameters(attention.settings, namespace) == {"scale": "smoke", "heads": 2}
+    namespace["In"].append("# Parameters\nhedas = 3")
+    with pytest.raises(ValueError, match="unknown notebook parameter 'hedas'. Did you mean 'heads'"):
+        report.take_parameters(attention.settings, namespace)
+
+
+def test_unknown_names_are_errors():
+    with pytest.raises(ValueError, match="unknown notebook 'x'. Known|unknown notebook 'x'."):
+        report.run_notebook("x")
+    with pytest.raises(ValueError, match="unknown scale"):
+        report.run_notebook("pipeline", scale="x")
+    with pytest.raises(ValueError, match="unknown fill"):
+        report.fill("x")
+
+
+def test_the_readme_holds_the_numbers_of_the_artifacts():
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert "<!-- fill: attention_headline -->" in readme
+    assert report.filled(readme) == readme, "run: python -m lmsys report --site_only"
+
+
+def test_committed_notebooks_and_stamps_are_clean():
+    """What is committed of the reference machines holds no traceback and no path of the machine it ran on."""
+    for path in (REPOSITORY / "book").glob("h200*/*.ipynb"):
+        notebook = nbformat.read(path, as_version=4)
+        outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+        assert outputs and all(output.output_type != "error" for output in outputs), path
+        assert "papermill" not in notebook.metadata
+    for path in (REPOSITORY / "artifacts").glob("h200*/*.csv"):
+        stamp = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        assert stamp["environment"]["gpu"] == "NVIDIA H200", path
