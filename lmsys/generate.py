@@ -34,10 +34,10 @@ def next_token_probabilities(logits: Tensor, *, temperature: float = 1.0, top_k:
     ordered, ids = (logits / temperature).sort(-1, descending=True, stable=True)
     if top_k:
         ordered[top_k:] = -torch.inf
-    probabilities = ordered.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities
-    before[0] = -1.0  # the likeliest token always stays
-    kept = probabilities.masked_fill(before >= top_p, 0.0)
+    kept = ordered.softmax(-1)
+    if top_p < 1:
+        before = kept.cumsum(-1) - kept  # of the likelier tokens; 0 for the likeliest, which so always stays
+        kept = kept.masked_fill(before >= top_p, 0.0)
     return torch.zeros_like(kept).scatter_(-1, ids, kept / kept.sum())
 
 
