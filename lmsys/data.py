@@ -65,7 +65,8 @@ def _candidates(path: str | Path) -> list[Path]:
     return list(dict.fromkeys((path.absolute(), records.REPOSITORY / path)))
 
 
-def _input_file(path: str | Path, setting: str) -> Path:
+def input_file(path: str | Path, setting: str) -> Path:
+    """The file that a setting names, see find_input; ValueError where it is missing or empty."""
     found = find_input(path)
     if found is None:
         tried = " and ".join(str(tried) for tried in _candidates(path))
@@ -86,8 +87,8 @@ def choose_mode(config: DataConfig) -> tuple[str, str]:
     """
     mode = config.dataset_mode
     if mode == "local_npy":
-        _input_file(config.train_tokens_path, "data.train_tokens_path")
-        _input_file(config.valid_tokens_path, "data.valid_tokens_path")
+        input_file(config.train_tokens_path, "data.train_tokens_path")
+        input_file(config.valid_tokens_path, "data.valid_tokens_path")
     if mode == "local_text":
         _check_text_inputs(config)
     if mode != "auto":
@@ -117,9 +118,9 @@ def choose_mode(config: DataConfig) -> tuple[str, str]:
 
 
 def _check_text_inputs(config: DataConfig) -> None:
-    _input_file(config.text_path, "data.text_path")
+    input_file(config.text_path, "data.text_path")
     if config.valid_text_path is not None:
-        _input_file(config.valid_text_path, "data.valid_text_path")
+        input_file(config.valid_text_path, "data.valid_text_path")
 
 
 def tinystories_unreachable(timeout_s: float = PROBE_SECONDS) -> str | None:
@@ -167,17 +168,17 @@ def prepare_corpus(config: DataConfig, folder: str | Path, *, progress: bool = T
     folder = Path(folder)
     mode, reason = choose_mode(config)
     if mode == "local_npy":
-        train = _input_file(config.train_tokens_path, "data.train_tokens_path")
-        valid = _input_file(config.valid_tokens_path, "data.valid_tokens_path")
+        train = input_file(config.train_tokens_path, "data.train_tokens_path")
+        valid = input_file(config.valid_tokens_path, "data.valid_tokens_path")
         load_tokens(train)
         load_tokens(valid)
         return Corpus(mode, reason, train_tokens=train, valid_tokens=valid)
     train, valid = folder / "train.txt", folder / "valid.txt"
     if mode == "local_text":
-        text = _input_file(config.text_path, "data.text_path")
+        text = input_file(config.text_path, "data.text_path")
         check_text(text)
         if config.valid_text_path is not None:
-            train, valid = text, _input_file(config.valid_text_path, "data.valid_text_path")
+            train, valid = text, input_file(config.valid_text_path, "data.valid_text_path")
             check_text(valid)
         else:
             _split_text(text, train, valid, config.valid_fraction)

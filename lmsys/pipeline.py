@@ -84,7 +84,7 @@ def check(config: PipelineConfig, *, skip_data: bool = False) -> None:
     import torch
 
     from lmsys.attention import check_support
-    from lmsys.data import choose_mode
+    from lmsys.data import choose_mode, input_file
     from lmsys.device import resolve_device
     from lmsys.parallel import check_wrapper
 
@@ -114,15 +114,6 @@ def _world_size() -> int:
     import torch
 
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-
-
-def input_file(path: str, what: str) -> Path:
-    """A path that is read: relative ones are tried from the working directory, then from the repository."""
-    tried = [Path(path).expanduser().absolute(), records.REPOSITORY / path]
-    for candidate in tried:
-        if candidate.is_file():
-            return candidate
-    raise ValueError(f"{what}: no file '{path}' (looked for {' and '.join(str(t) for t in dict.fromkeys(tried))})")
 
 
 def run(
@@ -235,11 +226,10 @@ def _with_vocabulary(config: PipelineConfig, tokenizer: Tokenizer | None) -> Pip
 
 def _prepare(config: PipelineConfig, run_dir: Path, stages: _Stages, progress: bool):
     """Stages data, tokenizer and tokens. Returns (tokenizer, training tokens, validation tokens, bytes a token)."""
-    from lmsys.data import load_tokens, prepare_corpus, tokenize_to_npy
+    from lmsys.data import input_file, load_tokens, prepare_corpus, tokenize_to_npy
     from lmsys.tokenizer import Tokenizer
 
     corpus_file, tokenizer_file = run_dir / "corpus.json", run_dir / "tokenizer.json"
-    texts = [run_dir / "train.txt", run_dir / "valid.txt"]
     token_files = [run_dir / "train.npy", run_dir / "valid.npy"]
     paths = [
         config.data.text_path,
@@ -250,21 +240,23 @@ def _prepare(config: PipelineConfig, run_dir: Path, stages: _Stages, progress: b
 
     def make_corpus() -> str:
         corpus = prepare_corpus(config.data, run_dir, progress=progress)
-        records.write_json(corpus_file, dataclasses.asdict(corpus))
+        # Files of the run folder are named relative to it, so that the folder can be moved.
+        named = {key: value and _relative(value, run_dir) for key, value in dataclasses.asdict(corpus).items()}
+        records.write_json(corpus_file, named | {"mode": corpus.mode, "reason": corpus.reason})
         return f"{corpus.mode}: {corpus.reason}"
 
     def corpus_outputs() -> list[Path]:
         """What the data stage left: corpus.json, and the texts that it names."""
         corpus = json.loads(corpus_file.read_text(encoding="utf-8"))
-        return [corpus_file, *(Path(corpus[key]) for key in ("train_text", "valid_text") if corpus[key])]
+        return [corpus_file, *(run_dir / corpus[key] for key in ("train_text", "valid_text") if corpus[key])]
 
     settings = {"data": cfg.to_dict(config.data), "inputs": [_fingerprint(path) for path in paths]}
     corpus_key = stages.run("data", settings, corpus_outputs, make_corpus)
     corpus = json.loads(corpus_file.read_text(encoding="utf-8"))
-    texts = [Path(corpus[key]) if corpus[key] else None for key in ("train_text", "valid_text")]
+    texts = [run_dir / corpus[key] if corpus[key] else None for key in ("train_text", "valid_text")]
 
     if corpus["mode"] == "local_npy":
-        files = [Path(corpus["train_tokens"]), Path(corpus["valid_tokens"])]
+        files = [run_dir / corpus["train_tokens"], run_dir / corpus["valid_tokens"]]
         tokenizer = (
             Tokenizer.load(input_file(config.tokenizer.path, "tokenizer.path")) if config.tokenizer.path else None
         )
@@ -335,11 +327,19 @@ def _fingerprint(path: str | Path | None) -> list[Any] | None:
     """What tells one state of an input file from another: where it is, its size and time; None where it is not there."""
     if path is None:
         return None
-    for candidate in (Path(path).expanduser().absolute(), records.REPOSITORY / path):
-        if candidate.is_file():
-            stat = candidate.stat()
-            return [str(candidate), stat.st_size, stat.st_mtime_ns]
-    return None
+    from lmsys.data import find_input
+
+    found = find_input(path)
+    if found is None:
+        return None
+    stat = found.stat()
+    return [str(found), stat.st_size, stat.st_mtime_ns]
+
+
+def _relative(path: str | Path, folder: Path) -> str:
+    """The path relative to the folder where it lies in it, else as it is."""
+    path = Path(path)
+    return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
 
 
 class _Stages:
@@ -366,7 +366,7 @@ class _Stages:
             self.report(name, "skipped", start, f"{earlier['detail']} (from an earlier run, settings unchanged)")
         else:
             detail = make()
-            prints = [_fingerprint(path) for path in outputs()]
+            prints = [[_relative(path, self.run_dir), *_fingerprint(path)[1:]] for path in outputs()]
             self._note(name, {"settings": settings, "outputs": prints, "detail": detail})
             self.report(name, "ran", start, detail)
         state = {"settings": settings, "outputs": self.done[name]["outputs"]}
@@ -390,7 +390,8 @@ class _Stages:
             self._note("training", {"input": self.training_input})
 
     def _intact(self, outputs: list[Any]) -> bool:
-        return all(output is not None and _fingerprint(output[0]) == output for output in outputs)
+        prints = [_fingerprint(self.run_dir / output[0]) for output in outputs]
+        return all(found and found[1:] == output[1:] for found, output in zip(prints, outputs, strict=True))
 
     def _note(self, name: str, entry: dict[str, Any]) -> None:
         self.done[name] = entry
@@ -422,7 +423,7 @@ def train_alone(
         without it a tokenizer is trained on the text. resume: continue the newest checkpoint of the run folder.
         file, overrides, flags: as for config.pipeline_config; without steps or epochs, one epoch.
     """
-    from lmsys.data import RandomTokenDataset, TextFileDataset
+    from lmsys.data import RandomTokenDataset, TextFileDataset, input_file
     from lmsys.tokenizer import Tokenizer
     from lmsys.train import train
 

@@ -1,0 +1,167 @@
+"""The command line: help, and one clear line with exit code 2 for each bad input."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from lmsys import records
+from lmsys.__main__ import main
+
+COMMANDS = ["pipeline", "train", "generate", "attention-sweep", "bench-tokenizer", "report"]
+SMOKE = ["pipeline", "--scale", "smoke"]
+
+
+def fails(capsys, *arguments):
+    """Run a command that must end with exit code 2 and one line; return the line."""
+    assert main([str(argument) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith(f"lmsys {arguments[0]}: ")]
+    assert len(lines) == 1 and error.splitlines()[-1] == lines[0] and "Traceback" not in error, error
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    "command", [[], *([name] for name in COMMANDS)], ids=lambda command: " ".join(command) or "all"
+)
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--help"])
+    assert ended.value.code == 0
+    assert "usage: python -m lmsys" in capsys.readouterr().out
+
+
+def test_import_is_light():
+    """`import lmsys` and the command's help import neither torch nor anything else that is slow."""
+    code = "import sys, lmsys, lmsys.__main__, lmsys.config; sys.exit(bool({'torch', 'pandas', 'triton'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no file"),
+        (b"", "is empty"),
+        (b" \n", "white space"),
+        (b"ab\xff", "not UTF-8"),
+        (b"short text\nof two lines\n", ""),
+    ],
+    ids=["missing", "empty", "blank", "binary", "short"],
+)
+def test_bad_text_files(tmp_path, capsys, content, message):
+    path = tmp_path / "my.txt"
+    if content is not None:
+        path.write_bytes(content)
+    line = fails(capsys, *SMOKE, "--text", path, "--run_dir", tmp_path / "run")
+    assert (message in line and "my.txt" in line) or (message == "" and "context" in line)
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_vocabulary_below_257(capsys):
+    assert "at least 257" in fails(capsys, *SMOKE, "--override", "tokenizer.vocab_size=200")
+
+
+def test_token_ids_beyond_the_vocabulary(tmp_path, capsys):
+    for name in ("train", "valid"):
+        np.save(tmp_path / f"{name}.npy", np.arange(1000, dtype=np.uint16))
+    overrides = [
+        "data.dataset_mode=local_npy",
+        f"data.train_tokens_path={tmp_path / 'train.npy'}",
+        f"data.valid_tokens_path={tmp_path / 'valid.npy'}",
+        "model.vocab_size=500",
+    ]
+    line = fails(capsys, *SMOKE, *(part for override in overrides for part in ("--override", override)))
+    assert "999" in line and "500" in line
+
+
+def test_context_beyond_the_models(tmp_path, capsys):
+    np.save(tmp_path / "tokens.npy", np.zeros(50, dtype=np.uint16))
+    overrides = [
+        "data.dataset_mode=local_npy",
+        f"data.train_tokens_path={tmp_path / 'tokens.npy'}",
+        f"data.valid_tokens_path={tmp_path / 'tokens.npy'}",
+        "model.vocab_size=500",
+    ]
+    line = fails(capsys, *SMOKE, *(part for override in overrides for part in ("--override", override)))
+    assert "context" in line and "tokens.npy" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--attention_kernel", "flash"], "unknown attention kernel 'flash'"),
+        (["--attention_kernel", "torch_sdpa_cudnn", "--override", "train.device=cpu"], "torch_sdpa_cudnn"),
+        (["--ddp_wrapper", "flashddp"], "more than one"),
+        (["--ddp_wrapper", "dpp"], "unknown ddp_wrapper 'dpp'"),
+        (["--override", "train.device=cuda:64"], "cuda:64"),
+        (["--config", "none.json"], "no config file"),
+        (["--machine", "../up"], "machine '../up'"),
+        (["--skip_data"], "an earlier run"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_bad_pipeline_settings(arguments, message, capsys):
+    assert message in fails(capsys, *SMOKE, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--custom_tiers", "100:64"], "q_len 100 is not a power of two"),
+        (["--custom_tiers", "128:0"], "k_len 0 is not a power of two"),
+        (["--custom_tiers", "128"], "not of the form q:k"),
+        (["--kernels", "flash_attention_trition"], "Did you mean 'flash_attention_triton'"),
+        (["--dtypes", "fp8"], "unknown dtype 'fp8'"),
+        (["--passes", "backwards"], "unknown pass 'backwards'"),
+        (["--heads", "4", "--kv_heads", "3"], "not a multiple of kv_heads"),
+        (["--iters", "0"], "iterations is 0"),
+        (["--device", "cuda:64"], "cuda:64"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_sweep_settings(arguments, message, capsys, output_root):
+    assert message in fails(capsys, "attention-sweep", "--scale", "smoke", *arguments)
+    assert not output_root.exists()
+
+
+def test_unwritable_artifacts_folder_is_found_before_any_work(capsys, output_root):
+    output_root.mkdir()
+    (output_root / "artifacts").write_text("a file in the way")
+    line = fails(capsys, "attention-sweep", "--scale", "smoke")
+    assert "cannot write to this folder" in line and str(output_root / "artifacts") in line
+    assert fails(capsys, *SMOKE) == line.replace("attention-sweep", "pipeline")
+    assert not (output_root / "runs").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write to read-only folders")
+def test_read_only_artifacts_folder_keeps_what_it_held(capsys, output_root):
+    folder = output_root / "artifacts" / "local"
+    folder.mkdir(parents=True)
+    (folder / "attention_sweep_results.csv").write_text("old")
+    folder.chmod(0o500)
+    assert "cannot write" in fails(capsys, "attention-sweep", "--scale", "smoke")
+    assert (folder / "attention_sweep_results.csv").read_text() == "old"
+
+
+def test_full_disk_leaves_what_was_there(capsys, output_root, monkeypatch):
+    """A write that fails for want of space ends in one line, and the earlier results stay."""
+    folder = records.writable_dir(output_root / "artifacts" / "local")
+    (folder / "attention_sweep_report.md").write_text("old")
+
+    def full(path, text):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(records, "write_text", full)
+    line = fails(capsys, "attention-sweep", "--scale", "smoke", "--kernels", "vectorized_torch")
+    assert "No space left on device" in line
+    assert (folder / "attention_sweep_report.md").read_text() == "old"
+
+
+def test_generate_needs_a_checkpoint(tmp_path, capsys):
+    assert "no checkpoint or run folder" in fails(
+        capsys, "generate", "--checkpoint", tmp_path / "none", "--prompt", "x"
+    )
+    (tmp_path / "checkpoints").mkdir()
+    assert "no good checkpoint" in fails(capsys, "generate", "--checkpoint", tmp_path, "--prompt", "x")

@@ -1,0 +1,159 @@
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from lmsys import checkpoint, pipeline
+from lmsys.config import to_dict
+from lmsys.records import SCHEMAS, read_results
+
+TINY = [
+    "train.steps=4",
+    "train.eval_interval=2",
+    "train.sample_interval=2",
+    "train.checkpointing_interval=2",
+    "data.text_mb=0.05",
+]
+
+
+def run(*overrides, **arguments):
+    lines = []
+    config = pipeline.settings("smoke", overrides=[*TINY, *overrides])
+    return pipeline.run(config, progress=False, say=lines.append, **arguments), lines
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of one finished run, to be copied by tests that go on from it."""
+    with pytest.MonkeyPatch.context() as patch:
+        root = tmp_path_factory.mktemp("finished")
+        patch.setenv("LMSYS_OUTPUT", str(root))
+        patch.setenv("WANDB_MODE", "offline")
+        result, lines = run()
+    return root, result, lines
+
+
+@pytest.fixture
+def again(finished, output_root):
+    """A copy of the finished run in this test's own output root, its files as old as they were."""
+    shutil.copytree(finished[0], output_root, copy_function=shutil.copy2, symlinks=True)
+    return output_root / "runs/pipeline-smoke"
+
+
+def test_text_to_stories(finished):
+    root, result, lines = finished
+    folder = root / "runs" / "pipeline-smoke"
+    assert [stage.name for stage in result.stages] == [
+        "data",
+        "tokenizer",
+        "tokens",
+        "training",
+        "evaluation",
+        "generation",
+    ]
+    assert all(stage.status == "ran" for stage in result.stages)
+    assert lines[0].startswith("[data] stories: dataset_mode is 'stories'")
+    assert result.config.model.vocab_size == 400
+    assert [row["step"] for row in result.history.rows] == [1, 2, 3, 4]
+    assert {sample["step"] for sample in result.history.samples} == {2, 4}
+    assert result.evaluation["perplexity"] == pytest.approx(np.exp(result.evaluation["valid_loss"]))
+    bytes_per_token = (folder / "valid.txt").stat().st_size / len(np.load(folder / "valid.npy"))
+    bits = result.evaluation["valid_loss"] / np.log(2) / bytes_per_token
+    assert result.evaluation["bits_per_byte"] == pytest.approx(bits)
+    assert [story["prompt"] for story in result.stories] == list(result.config.generate.prompts)
+    assert json.loads((folder / "stories.json").read_text()) == result.stories
+    assert any((folder / "wandb").iterdir()), "wandb is a required part of a pipeline run"
+
+
+def test_report_and_metrics_presence(finished, tmp_path):
+    result = finished[1]
+    written = pipeline.write_report(result, tmp_path)
+    assert {path.name for path in written} == {"pipeline_metrics.csv", "pipeline_loss.png", "pipeline_report.md"}
+    frame = read_results(tmp_path / "pipeline_metrics.csv")
+    assert tuple(frame.columns) == SCHEMAS["pipeline_metrics"] and len(frame) == 4
+    stamp = json.loads((tmp_path / "pipeline_metrics.json").read_text())
+    assert stamp["parameters"]["train"]["steps"] == 4
+    assert all(sentence in (tmp_path / "pipeline_report.md").read_text() for sentence in pipeline.conclusions(result))
+
+
+def test_stages_that_match_are_skipped_and_say_so(again):
+    result, lines = run()
+    assert [stage.status for stage in result.stages] == ["skipped"] * 4 + ["ran"] * 2
+    assert all(
+        ": " in line and "skipped" in line for line in lines if line.startswith(("[data]", "[tokenizer]", "[tokens]"))
+    )
+    assert "finished already" in result.stages[3].detail
+
+
+def test_a_changed_output_or_setting_runs_its_stage_and_those_after_it(again):
+    (again / "train.npy").unlink()
+    result, _ = run()
+    assert [stage.status for stage in result.stages[:3]] == ["skipped", "skipped", "ran"]
+    result, _ = run("tokenizer.vocab_size=350", "run_dir=runs/pipeline-smoke", "train.resume=false")
+    assert [stage.status for stage in result.stages[:4]] == ["skipped", "ran", "ran", "ran"]
+    assert result.config.model.vocab_size == 350
+
+
+def test_checkpoints_of_other_tokens_are_not_resumed(again):
+    before = checkpoint.latest(again / "checkpoints")
+    with pytest.raises(ValueError, match=r"trained on other tokens.*another run_dir, or train.resume=false"):
+        run("data.seed=5")
+    assert checkpoint.latest(again / "checkpoints") == before
+
+
+def test_a_longer_run_goes_on_from_the_checkpoint(again):
+    config = dataclasses.replace(pipeline.settings("smoke", overrides=TINY))
+    longer, _ = run("train.steps=6")
+    assert longer.history.resumed_from == config.train.steps
+    assert [row["step"] for row in longer.history.rows] == [1, 2, 3, 4, 5, 6]
+
+
+def test_skip_data_takes_what_is_there(again, output_root):
+    result, lines = run("data.seed=99", skip_data=True)
+    assert "skip_data" in lines[0] and result.stages[0].status == "skipped"
+    with pytest.raises(ValueError, match="skip_data takes what an earlier run left"):
+        run("run_dir=runs/none", skip_data=True)
+
+
+def test_your_own_text_and_a_model_that_generates(tmp_path, output_root):
+    text = tmp_path / "mine.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. Ünïcödé too! 🦊\n" * 400, encoding="utf-8")
+    config = pipeline.settings("smoke", overrides=[*TINY, "train.dtype=bf16"], text_path=str(text), run_dir="runs/mine")
+    result = pipeline.run(config, progress=False, say=lambda line: None)
+    assert result.stages[0].detail.startswith("local_text")
+    model, tokenizer = pipeline.load_run("runs/mine")
+    assert model.config == result.config.model and tokenizer.vocab_size == result.config.model.vocab_size
+    with pytest.raises(ValueError, match="no tokenizer at"):
+        pipeline.load_run(output_root / "runs/mine/checkpoints/step-00000004", tmp_path / "none.json")
+
+
+def test_token_files_need_a_tokenizer_or_a_vocabulary(tmp_path):
+    for name in ("train", "valid"):
+        np.save(tmp_path / f"{name}.npy", np.arange(2000, dtype=np.uint16) % 300)
+    overrides = [
+        "data.dataset_mode=local_npy",
+        f"data.train_tokens_path={tmp_path / 'train.npy'}",
+        f"data.valid_tokens_path={tmp_path / 'valid.npy'}",
+    ]
+    with pytest.raises(ValueError, match="needs tokenizer.path"):
+        run(*overrides)
+    result, _ = run(*overrides, "model.vocab_size=300")
+    assert result.stories == [] and "bits_per_byte" not in result.evaluation
+    assert result.stages[-1].status == "skipped"
+
+
+def test_train_alone_on_random_tokens_and_on_a_text(tmp_path):
+    flags = {"train.steps": 2, "train.batch_size": 2, "optim.warmup_steps": 1}
+    history = pipeline.train_alone(
+        "tiny", context_length=16, vocab_size=300, num_tokens=2000, flags=flags, progress=False
+    )
+    assert history.rows[-1]["step"] == 2
+    text = tmp_path / "text.txt"
+    text.write_text("Once there was a cat who sat on a mat. " * 200, encoding="utf-8")
+    flags["run_dir"] = "runs/text"
+    history = pipeline.train_alone(
+        "tiny", context_length=16, vocab_size=280, text=str(text), flags=flags, progress=False
+    )
+    assert to_dict(pipeline.load_run("runs/text")[0].config)["vocab_size"] <= 280
