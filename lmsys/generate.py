@@ -31,7 +31,7 @@ def next_token_probabilities(logits: Tensor, *, temperature: float = 1.0, top_k:
     logits = logits.float()
     if temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    ordered, ids = (logits / temperature).sort(-1, descending=True, stable=True)
+    ordered, ids = (logits / temperature).sort(dim=-1, descending=True, stable=True)
     if top_k:
         ordered[top_k:] = -torch.inf
     kept = ordered.softmax(-1)

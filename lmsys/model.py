@@ -11,6 +11,7 @@ Legend: B batch, T tokens, V vocabulary, H heads, D head_dim, d = d_model = H D,
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -207,10 +208,10 @@ class TransformerLM(nn.Module):
         for layer in self.layers:
             layer.attn.kernel = name
 
-    def compile_blocks(self) -> None:
-        """torch.compile each block on its first call. Blocks share one shape, so that one compilation serves all."""
+    def compile_blocks(self, **options: Any) -> None:
+        """torch.compile each block at its first call, with torch.compile's options. One compilation serves all blocks."""
         for layer in self.layers:
-            layer.compile()
+            layer.compile(**options)
         self.compiled = True
 
     def num_parameters(self) -> int:

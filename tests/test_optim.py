@@ -1,0 +1,137 @@
+"""AdamW and clipping against torch's own, the schedule against its formula."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lmsys.optim import AdamW, clip_grad_norm, cosine_schedule, parameter_groups
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+
+
+def grads(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def test_adamw_follows_torch_over_steps():
+    ours, theirs = net(), net()
+    settings = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    optimizer, reference = AdamW(ours.parameters(), **settings), torch.optim.AdamW(theirs.parameters(), **settings)
+    for step in range(50):
+        for one in (optimizer, reference):
+            one.param_groups[0]["lr"] = 1e-2 / (1 + step)
+        grads(ours, step)
+        grads(theirs, step)
+        optimizer.step()
+        reference.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_first_step_is_the_learning_rate_and_decay_is_decoupled():
+    parameter = nn.Parameter(torch.tensor([2.0, -3.0]))
+    parameter.grad = torch.tensor([1e-3, 1e3])  # with bias correction, any gradient moves by lr
+    AdamW([parameter], lr=0.1, weight_decay=0.5).step()
+    torch.testing.assert_close(
+        parameter.data, torch.tensor([2.0 * 0.95 - 0.1, -3.0 * 0.95 - 0.1]), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_parameters_that_join_later_have_their_own_step():
+    torch.manual_seed(0)
+    ours = [nn.Parameter(torch.randn(3)) for _ in range(2)]
+    theirs = copy.deepcopy(ours)
+    optimizer, reference = AdamW(ours, lr=0.1), torch.optim.AdamW(theirs, lr=0.1, betas=(0.9, 0.95), weight_decay=0.1)
+    for step in range(4):
+        for pair in zip(ours, theirs, strict=True):
+            gradient = torch.randn(3)
+            for parameter in pair:
+                parameter.grad = gradient.clone()
+        if step < 2:
+            ours[1].grad = theirs[1].grad = None
+        optimizer.step()
+        reference.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_state_round_trips_exactly():
+    one, two = net(), net()
+    first = AdamW(one.parameters(), lr=1e-2)
+    for step in range(3):
+        grads(one, step)
+        first.step()
+    two.load_state_dict(one.state_dict())
+    second = AdamW(two.parameters(), lr=5.0)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for model, optimizer in ((one, first), (two, second)):
+        grads(model, 9)
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def test_closure_and_bad_settings():
+    model = net()
+    optimizer = AdamW(model.parameters())
+
+    def closure():
+        loss = model(torch.ones(1, 5)).square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() > 0
+    with pytest.raises(ValueError, match="lr is -1"):
+        AdamW(model.parameters(), lr=-1)
+    with pytest.raises(ValueError, match="betas"):
+        AdamW(model.parameters(), betas=(0.9, 1.0))
+
+
+def test_only_matrices_decay():
+    model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Embedding(4, 3))
+    model[0].bias.requires_grad = False
+    decayed, plain = parameter_groups(model, 0.3)
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
+    assert {id(p) for p in decayed["params"]} == {id(model[0].weight), id(model[2].weight)}
+    assert {id(p) for p in plain["params"]} == {id(model[1].weight), id(model[1].bias)}
+
+
+def test_schedule_values():
+    def rate(step, warmup=10, total=110):
+        return cosine_schedule(step, learning_rate=1.0, min_learning_rate=0.1, warmup_steps=warmup, total_steps=total)
+
+    assert [rate(step) for step in (0, 1, 5, 10)] == pytest.approx([0, 0.1, 0.5, 1.0])
+    assert rate(35) == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2)
+    assert rate(60) == pytest.approx(0.55)
+    assert rate(110) == rate(500) == pytest.approx(0.1)
+    assert rate(0, warmup=0) == 1.0
+    assert rate(4, warmup=5, total=5) == pytest.approx(0.8)
+    assert all(rate(step) > rate(step + 1) for step in range(10, 110))
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1e6])
+def test_clipping_follows_torch(max_norm):
+    ours, theirs = net(), net()
+    grads(ours, 3)
+    grads(theirs, 3)
+    norm = clip_grad_norm(ours.parameters(), max_norm)
+    expected = nn.utils.clip_grad_norm_(theirs.parameters(), max_norm)
+    torch.testing.assert_close(norm, expected)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_clipping_can_be_off():
+    model = net()
+    assert clip_grad_norm(model.parameters(), 1.0).item() == 0  # no gradients yet
+    grads(model, 3)
+    before = [p.grad.clone() for p in model.parameters()]
+    assert clip_grad_norm(model.parameters(), 0.0).item() > 1
+    assert all(torch.equal(p.grad, b) for p, b in zip(model.parameters(), before, strict=True))
