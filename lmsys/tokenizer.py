@@ -1,0 +1,813 @@
+r"""Byte-level byte-pair encoding: parallel training, encoding, decoding, files.
+
+Source: Sennrich, Haddow and Birch, "Neural Machine Translation of Rare Words with Subword Units" (2016), section 3.2, over
+bytes and with the pre-tokenization pattern of GPT-2 (Radford et al., 2019, section 2.2). Pairs are counted within
+pre-tokens; the most frequent pair becomes a token, ties go to the lexicographically greater pair of byte strings. Encoding
+merges, in each pre-token, all occurrences of the pair that was learned first, until no learned pair is left.
+
+What makes it fast in plain Python:
+
+- Text is first cut into *pieces*, `\s?\S+|\s+(?!\S)`, by the standard library's `re`; GPT-2's pattern, three times slower,
+  sees each distinct piece once. This changes nothing: a match of GPT-2's pattern is whitespace only, or non-whitespace after
+  at most one space, so a pre-token always ends where whitespace follows non-whitespace; a run of whitespace before
+  non-whitespace is matched without its last character; and the lookahead, the only part of the pattern that sees beyond its
+  match, finds at the end of a piece what allows the same match as in the whole text.
+- A word is a `str` whose characters are token ids, so merging a pair is `str.replace`, which goes left to right as it must.
+- Counts are updated only where the merged pair occurs, and the next pair comes from a heap with lazy deletion.
+- Encoding looks pieces up in a bounded cache of packed ids and joins those.
+
+Limits: at most 1,114,112 token ids (the range of `chr`). Memory in training grows with the number of distinct pieces and
+pre-tokens of the text, not with its length.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import multiprocessing
+import os
+import re
+import sys
+import warnings
+from array import array
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from itertools import islice, pairwise
+from operator import add
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import regex
+
+from lmsys.config import END_OF_TEXT, require
+from lmsys.records import write_json
+
+PRETOKEN = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+
+# What `\s` matches in PRETOKEN: Unicode's White_Space. `\s` of the standard library also matches \x1c to \x1f.
+WHITESPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
+_PIECE = re.compile(f"[{WHITESPACE}]?[^{WHITESPACE}]+|[{WHITESPACE}]+(?![^{WHITESPACE}])")
+
+
+def _cut_pattern() -> re.Pattern[bytes]:
+    """Matches in UTF-8, with no width, before ASCII whitespace that follows a character other than whitespace."""
+    encoded = [character.encode() for character in WHITESPACE]
+    not_after = b"".join(
+        b"(?<!%s)" % b"|".join(re.escape(c) for c in encoded if len(c) == width) for width in (1, 2, 3)
+    )
+    return re.compile(rb"(?<=[\x00-\xff])" + not_after + rb"(?=[\t-\r ])")
+
+
+_CUT = _cut_pattern()
+
+CHUNK_BYTES = 2**20  # text that one process holds at a time
+_TASK_CHUNKS = 16  # chunks that a counting task goes through before it sends its counts back
+_SEARCH_BYTES = 2**16  # how far a cut may lie behind its place for the sake of a special token
+_MAX_PIECES = 2**17  # entries of an encoding cache, and of a counter of pieces; about 25 MiB
+_MAX_CACHED_LENGTH = 64  # longer pieces are rare, and not kept
+_SHORT_WORD = 128  # bytes; above, merging keeps a heap instead of searching the word for each merge
+_MAX_IDS = sys.maxunicode + 1
+_NEVER = sys.maxsize  # the rank of a pair that is not merged
+
+
+_FORMAT = "lmsys byte-level BPE 1"
+
+
+# --- Training -------------------------------------------------------------------------------------
+
+
+def train_bpe(
+    input_path: str | os.PathLike,
+    vocab_size: int,
+    special_tokens: Sequence[str] = (END_OF_TEXT,),
+    *,
+    num_workers: int | None = None,
+    progress: bool = False,
+) -> tuple[dict[int, bytes], list[tuple[bytes, bytes]]]:
+    """Learn a byte-level BPE vocabulary from a UTF-8 file.
+
+    Args:
+        input_path: the text. Line ends are kept as they are.
+        vocab_size: the 256 bytes, the special tokens and the merges together; at least 257.
+        special_tokens: boundaries of the text that take no part in merges, as 256, 257, ... in the vocabulary.
+        num_workers: processes that count pre-tokens; None: one for each core. 1 starts none. The result is the same.
+        progress: show a bar.
+    Returns:
+        (vocab, merges): id -> bytes, and the pairs in the order in which they were learned. Where the text runs out of
+        pairs, the vocabulary is smaller than asked for, with a warning.
+    Raises:
+        ValueError: vocab_size too small; a missing, empty or non-UTF-8 file.
+    """
+    special_tokens = _check_special_tokens(special_tokens)
+    least = 256 + max(1, len(special_tokens))
+    require(
+        least <= vocab_size <= _MAX_IDS,
+        f"vocab_size is {vocab_size}; it must be at least {least}, 256 bytes and {least - 256} more, and at most {_MAX_IDS}",
+    )
+    counts = _count_pretokens(input_path, special_tokens, _resolve_workers(num_workers), progress)
+    vocab = {byte: bytes([byte]) for byte in range(256)}
+    for token in special_tokens:
+        if token.encode() not in vocab.values():
+            vocab[len(vocab)] = token.encode()
+    merges = _learn_merges(counts, vocab, vocab_size, progress)
+    if len(vocab) < vocab_size:
+        warnings.warn(
+            f"{input_path}: every pre-token is one token after {len(merges)} merges; "
+            f"the vocabulary has {len(vocab)} tokens instead of {vocab_size}",
+            stacklevel=2,
+        )
+    return vocab, merges
+
+
+def _count_pretokens(path: str | os.PathLike, special_tokens: Sequence[str], workers: int, progress: bool) -> Counter:
+    """How often each pre-token occurs in the file."""
+    bounds = find_chunk_boundaries(path, special_tokens=special_tokens)
+    chunks = len(bounds) - 1
+    tasks = -(-chunks // (workers * _TASK_CHUNKS)) * workers  # a multiple of the workers, so that they end together
+    step = -(-chunks // tasks)
+    spans = [bounds[i : i + step + 1] for i in range(0, chunks, step)]
+    counts: Counter[str] = Counter()
+    with _progress_bar(progress, bounds[-1], "counting words", unit="B", unit_scale=True) as bar:
+        state = (os.fspath(path), special_tokens)
+        results = _map_in_order(_count_span, state, ((span,) for span in spans), min(workers, len(spans)))
+        for span, counted in zip(spans, results, strict=True):
+            counts.update(counted)
+            bar.update(span[-1] - span[0])
+    return counts
+
+
+def _count_span(state: tuple[str, Sequence[str]], bounds: Sequence[int]) -> Counter:
+    """Count the pre-tokens of the file's chunks between bounds, one chunk in memory at a time."""
+    path, special_tokens = state
+    special = _special_pattern(special_tokens)
+    pieces: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    with open(path, "rb") as file:
+        file.seek(bounds[0])
+        for start, end in pairwise(bounds):
+            text = _decode_utf8(file.read(end - start), path, start)
+            for segment in special.split(text) if special else (text,):
+                pieces.update(_PIECE.findall(segment))
+            if len(pieces) > _MAX_PIECES or end == bounds[-1]:
+                for piece, count in pieces.items():
+                    for pretoken in PRETOKEN.findall(piece):
+                        counts[pretoken] += count
+                pieces.clear()
+    return counts
+
+
+def _learn_merges(
+    pretokens: Mapping[str, int], vocab: dict[int, bytes], vocab_size: int, progress: bool
+) -> list[tuple[bytes, bytes]]:
+    """Add merges to vocab until it has vocab_size tokens or no pair is left. Returns the merges."""
+    words = [pretoken.encode().decode("latin-1") for pretoken in pretokens]  # characters are token ids
+    frequencies = list(pretokens.values())
+    counts: defaultdict[str, int] = defaultdict(int)  # pair -> how often it occurs
+    places: defaultdict[str, list[int]] = defaultdict(list)  # pair -> words it occurs in, or once did
+    for index, word in enumerate(words):
+        frequency = frequencies[index]
+        for pair in map(add, word, word[1:]):
+            counts[pair] += frequency
+            places[pair].append(index)
+
+    ids = {token: index for index, token in vocab.items()}
+    # For a min-heap in which the greater byte string comes first: complement the bytes, and let a prefix come last.
+    descending = {chr(index): _descending(token) for index, token in vocab.items()}
+    heap = [(-count, descending[pair[0]], descending[pair[1]], pair) for pair, count in counts.items()]
+    heapq.heapify(heap)
+    merges: dict[tuple[bytes, bytes], None] = {}
+
+    with _progress_bar(progress, vocab_size - len(vocab), "learning merges") as bar:
+        while heap and len(vocab) < vocab_size:
+            entry = heapq.heappop(heap)
+            pair = entry[-1]
+            count = counts.get(pair, 0)
+            if count != -entry[0]:  # it has changed since; a count only falls while no entry is pushed for it
+                if 0 < count < -entry[0]:
+                    heapq.heappush(heap, (-count, *entry[1:]))
+                continue
+            left, right = pair
+            merge = vocab[ord(left)], vocab[ord(right)]
+            merges[merge] = None
+            token = merge[0] + merge[1]
+            if token not in ids:  # several pairs can make one token, which keeps its id
+                ids[token] = len(vocab)
+                vocab[len(vocab)] = token
+                descending[chr(ids[token])] = _descending(token)
+                bar.update()
+            grown = _merge_pair(pair, chr(ids[token]), words, frequencies, counts, places)
+            for new in grown:
+                heapq.heappush(heap, (-counts[new], descending[new[0]], descending[new[1]], new))
+    return list(merges)
+
+
+def _merge_pair(
+    pair: str,
+    merged: str,
+    words: list[str],
+    frequencies: Sequence[int],
+    counts: dict[str, int],
+    places: dict[str, list[int]],
+) -> set[str]:
+    """Replace pair by merged in all words and update the counts around it. Returns the pairs that occur more often now."""
+    left, right = pair
+    grown: set[str] = set()
+    for index in places.pop(pair):
+        if pair not in words[index]:
+            continue
+        word = words[index] = words[index].replace(pair, merged)
+        frequency = frequencies[index]
+        last = len(word) - 1
+        at = word.find(merged)
+        while at >= 0:
+            if at > 0:
+                before = word[at - 1]
+                counts[(right if before == merged else before) + left] -= frequency
+                new = before + merged
+                counts[new] += frequency
+                places[new].append(index)
+                grown.add(new)
+            if at < last and (after := word[at + 1]) != merged:
+                counts[right + after] -= frequency
+                new = merged + after
+                counts[new] += frequency
+                places[new].append(index)
+                grown.add(new)
+            at = word.find(merged, at + 1)
+    del counts[pair]
+    return grown
+
+
+def _descending(token: bytes) -> str:
+    """A key that orders byte strings the other way round."""
+    return "".join(chr(255 - byte) for byte in token) + "\u0100"
+
+
+# --- Cutting files into chunks, and the processes that work on them ---------------------------------
+
+
+def find_chunk_boundaries(
+    path: str | os.PathLike, *, chunk_bytes: int = CHUNK_BYTES, special_tokens: Sequence[str] = ()
+) -> list[int]:
+    """Byte offsets that cut a UTF-8 file into chunks of about chunk_bytes whose tokens are those of the whole file.
+
+    A cut lies at the start of a special token or, where none comes within 64 KiB, before ASCII whitespace that follows
+    a character other than whitespace, where a pre-token always ends (see the top of the module). No occurrence of a
+    special token lies across a cut, so no character and no special token is split. Text without such a place stays one chunk.
+
+    Returns:
+        Offsets from 0 to the file's size, strictly increasing.
+    Raises:
+        ValueError: the file is missing or empty.
+    """
+    require(chunk_bytes >= 1, f"chunk_bytes is {chunk_bytes}; it must be at least 1")
+    try:
+        size = os.path.getsize(path)
+    except FileNotFoundError:
+        raise ValueError(f"no text file at {Path(path).resolve()}") from None
+    with open(path, "rb") as file:
+        require(size > 0, f"{path}: the file is empty")
+        special = [token.encode() for token in special_tokens]
+        longest = max(map(len, special), default=0)
+        pattern = _special_pattern(special_tokens, bytes)
+        bounds = [0]
+        target = chunk_bytes
+        while target < size:
+            start = max(0, target - max(longest, 3))  # 3 bytes: the longest whitespace character
+            file.seek(start)
+            window = file.read(target - start + _SEARCH_BYTES + longest)
+            end = target - start + _SEARCH_BYTES
+            cut = next(
+                (
+                    start + match.start()
+                    for cuts in (pattern, _CUT)
+                    if cuts
+                    for match in cuts.finditer(window, target - start)
+                    if match.start() < end and not _inside_special(window, match.start(), special)
+                ),
+                None,
+            )
+            if cut is None:
+                target += _SEARCH_BYTES
+            else:
+                bounds.append(cut)
+                target = cut + chunk_bytes
+    return [*bounds, size]
+
+
+def _inside_special(text, at: int, special_tokens: Sequence) -> bool:
+    """Whether a special token occurs across the place `at` of a str or bytes."""
+    return any(text.find(token, max(0, at - len(token) + 1), at + len(token) - 1) >= 0 for token in special_tokens)
+
+
+def _decode_utf8(data: bytes, path: str | os.PathLike, offset: int) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: not UTF-8 text: byte 0x{data[error.start]:02x} at offset {offset + error.start} ({error.reason})"
+        ) from None
+
+
+def _resolve_workers(num_workers: int | None) -> int:
+    if num_workers is None:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    require(num_workers >= 1, f"num_workers is {num_workers}; it must be at least 1")
+    return num_workers
+
+
+def _map_in_order(function: Callable, state: Any, tasks: Iterable[tuple], workers: int) -> Iterator[Any]:
+    """function(state, *task) for each task, in order, in processes that get state once.
+
+    At most two tasks a worker are under way or waiting to be taken, so memory does not grow with their number.
+    """
+    if workers == 1:
+        yield from (function(state, *task) for task in tasks)
+        return
+    # fork where it is at home: workers start in milliseconds, and neither a notebook nor a script without a __main__ guard
+    # is imported anew, as forkserver and spawn would. It is safe beside CUDA and other threads because a worker runs only
+    # the functions of this module: no torch, no locks of others. macOS and Windows have spawn.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    pool = ProcessPoolExecutor(workers, context, _set_worker_state, (state,))
+    tasks = iter(tasks)
+    try:
+        with warnings.catch_warnings():  # Python 3.12 warns of any fork beside threads
+            warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
+            waiting = deque(pool.submit(_call_in_worker, function, task) for task in islice(tasks, 2 * workers))
+        while waiting:
+            yield waiting.popleft().result()
+            waiting.extend(pool.submit(_call_in_worker, function, task) for task in islice(tasks, 1))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_worker_state: Any = None
+
+
+def _set_worker_state(state: Any) -> None:
+    global _worker_state
+    _worker_state = state
+
+
+def _call_in_worker(function: Callable, task: tuple) -> Any:
+    return function(_worker_state, *task)
+
+
+@contextmanager
+def _progress_bar(show: bool, total: int, what: str, **options: Any):
+    from tqdm.auto import tqdm
+
+    with tqdm(total=total, desc=what, disable=not show, **options) as bar:
+        yield bar
+
+
+# --- Special tokens and files -----------------------------------------------------------------------
+
+
+def _check_special_tokens(special_tokens: Sequence[str] | None) -> tuple[str, ...]:
+    require(
+        not isinstance(special_tokens, str), f"special_tokens is the string {special_tokens!r}; give a list of strings"
+    )
+    special_tokens = tuple(special_tokens or ())
+    for token in special_tokens:
+        require(isinstance(token, str) and token != "", f"special token {token!r} is not a non-empty string")
+        require(_is_encodable(token), f"special token {token!r} has a lone surrogate, which UTF-8 cannot hold")
+    require(len(set(special_tokens)) == len(special_tokens), f"special_tokens {list(special_tokens)} has a token twice")
+    return special_tokens
+
+
+def _is_encodable(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _special_pattern(special_tokens: Sequence[str], kind: type = str) -> re.Pattern | None:
+    """Matches a special token, the longest where several begin; None where there are none."""
+    if not special_tokens:
+        return None
+    pattern = "|".join(map(re.escape, sorted(special_tokens, key=len, reverse=True)))
+    return re.compile(pattern if kind is str else pattern.encode())
+
+
+@cache
+def _byte_to_printable() -> dict[int, str]:
+    """GPT-2's printable character for each byte: itself where it is a visible Latin-1 character, else the next from U+0100."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + n) for n, byte in enumerate(hidden)}
+
+
+@cache
+def _printable_to_byte() -> dict[str, int]:
+    return {character: byte for byte, character in _byte_to_printable().items()}
+
+
+def _to_printable(token: bytes) -> str:
+    return "".join(map(_byte_to_printable().__getitem__, token))
+
+
+def _from_printable(text: str) -> bytes:
+    """Raises KeyError at a character that stands for no byte."""
+    return bytes(map(_printable_to_byte().__getitem__, text))
+
+
+# --- The tokenizer ----------------------------------------------------------------------------------
+
+
+class _Cache(dict):
+    """key -> compute(key), for at most max_entries short keys; emptied when full."""
+
+    __slots__ = ("_compute", "_max_entries")
+
+    def __init__(self, compute: Callable[[str], bytes], max_entries: int):
+        self._compute = compute
+        self._max_entries = max_entries
+
+    def __missing__(self, key: str) -> bytes:
+        value = self._compute(key)
+        if len(key) <= _MAX_CACHED_LENGTH:
+            if len(self) >= self._max_entries:
+                self.clear()
+            self[key] = value
+        return value
+
+
+class _Ranks(dict):
+    """pair -> rank, or _NEVER."""
+
+    def __missing__(self, pair: str) -> int:
+        return _NEVER
+
+
+class Tokenizer:
+    """Encodes text to token ids and decodes them.
+
+    Args:
+        vocab: id -> bytes, with all 256 single bytes, no bytes twice, ids from 0 up (gaps are allowed).
+        merges: pairs of tokens in the order in which they were learned; their concatenations are tokens.
+        special_tokens: strings that are one token each wherever they occur, the longest first where several begin.
+            Those that vocab lacks are appended to it.
+    Raises:
+        ValueError: the parts do not fit together.
+    """
+
+    def __init__(
+        self,
+        vocab: Mapping[int, bytes],
+        merges: Sequence[tuple[bytes, bytes]],
+        special_tokens: Sequence[str] | None = None,
+    ):
+        self.special_tokens = _check_special_tokens(special_tokens)
+        self.vocab: dict[int, bytes] = dict(vocab)
+        for index, token in self.vocab.items():
+            require(
+                isinstance(index, int) and 0 <= index < _MAX_IDS and isinstance(token, bytes) and token != b"",
+                f"vocabulary entry {index!r}: {token!r} is not an id from 0 to {_MAX_IDS - 1} with its bytes",
+            )
+        self._ids: dict[bytes, int] = {token: index for index, token in self.vocab.items()}
+        if len(self._ids) < len(self.vocab):
+            index, token = next((i, t) for i, t in self.vocab.items() if self._ids[t] != i)
+            raise ValueError(f"the vocabulary has the bytes {token!r} twice, as ids {index} and {self._ids[token]}")
+        missing = [byte for byte in range(256) if bytes([byte]) not in self._ids]
+        require(
+            not missing, f"the vocabulary lacks {len(missing)} of the 256 single bytes, first {bytes(missing[:1])!r}"
+        )
+        for token in self.special_tokens:
+            if token.encode() not in self._ids:
+                index = max(self.vocab) + 1
+                self.vocab[index] = token.encode()
+                self._ids[token.encode()] = index
+
+        # A word in the making is a str whose characters are token ids.
+        self.merges: list[tuple[bytes, bytes]] = [(left, right) for left, right in merges]
+        self._ranks = _Ranks()  # pair -> when it was learned
+        self._replacements: list[tuple[str, str]] = []  # rank -> (pair, what it becomes)
+        for rank, (left, right) in enumerate(self.merges):
+            for token in (left, right, left + right):
+                require(token in self._ids, f"merge {rank}, {left!r} and {right!r}: the vocabulary lacks {token!r}")
+            pair = chr(self._ids[left]) + chr(self._ids[right])
+            self._ranks.setdefault(pair, rank)
+            self._replacements.append((pair, chr(self._ids[left + right])))
+        self._byte_symbols = [chr(self._ids[bytes([byte])]) for byte in range(256)]
+
+        self.vocab_size: int = max(self.vocab) + 1  # the highest id + 1
+        self.token_dtype = np.uint16 if self.vocab_size <= 65_536 else np.uint32  # the smallest that holds all ids
+        self._typecode = "H" if self.token_dtype is np.uint16 else "I"
+        self._special = _special_pattern(self.special_tokens)
+        self._longest_special = max(map(len, self.special_tokens), default=0)
+        self._special_ids = {token: self._pack(chr(self.token_id(token))) for token in self.special_tokens}
+        self._pretokens = _Cache(self._encode_pretoken, _MAX_PIECES)
+        self._pieces = _Cache(self._encode_piece, _MAX_PIECES)
+
+    def __reduce__(self):
+        return Tokenizer, (self.vocab, self.merges, self.special_tokens)
+
+    def __repr__(self) -> str:
+        return (
+            f"Tokenizer(vocab_size={self.vocab_size}, merges={len(self.merges)}, special_tokens={self.special_tokens})"
+        )
+
+    @classmethod
+    def train(
+        cls,
+        path: str | os.PathLike,
+        vocab_size: int,
+        special_tokens: Sequence[str] = (END_OF_TEXT,),
+        *,
+        num_workers: int | None = None,
+        progress: bool = False,
+    ) -> Tokenizer:
+        """A tokenizer trained on a UTF-8 file; see train_bpe."""
+        vocab, merges = train_bpe(path, vocab_size, special_tokens, num_workers=num_workers, progress=progress)
+        return cls(vocab, merges, special_tokens)
+
+    def token_id(self, token: str) -> int:
+        """The id of a token given as text. ValueError where it is not one token."""
+        index = self._ids.get(token.encode("utf-8", "surrogatepass"))
+        require(index is not None, f"{token!r} is not a token of this vocabulary of {len(self.vocab)}")
+        return index
+
+    # Encoding
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a text. ValueError where it has a lone surrogate, which is no Unicode text."""
+        return self.encode_to_array(text).tolist()
+
+    def encode_to_array(self, text: str, dtype: Any = None) -> np.ndarray:
+        """The token ids of a text as a one-dimensional array of token_dtype, or of dtype where it holds them all."""
+        dtype = np.dtype(self.token_dtype if dtype is None else dtype)
+        require(
+            dtype.kind in "iu" and np.iinfo(dtype).max >= self.vocab_size - 1,
+            f"dtype {dtype} cannot hold the ids of a vocabulary of {self.vocab_size}; take {np.dtype(self.token_dtype)}",
+        )
+        try:
+            return np.frombuffer(self._encode_packed(text), self.token_dtype).astype(dtype, copy=False)
+        except UnicodeEncodeError:
+            at, character = next((i, c) for i, c in enumerate(text) if not _is_encodable(c))
+            raise ValueError(
+                f"the text has a lone surrogate, U+{ord(character):04X} at character {at}, which UTF-8 cannot hold"
+            ) from None
+
+    def encode_iterable(self, iterable: Iterable[str]) -> Iterator[int]:
+        """The ids of encode("".join(iterable)), as the pieces come and in bounded memory.
+
+        What has come is encoded up to the last place where a pre-token surely ends: before a space or line feed after
+        a character other than whitespace. Only text without such a place is held until it comes.
+        """
+        text = ""
+        for part in iterable:
+            scanned = max(1, len(text) - self._longest_special)
+            text += part
+            if cut := self._last_cut(text, scanned):
+                yield from self.encode(text[:cut])
+                text = text[cut:]
+        yield from self.encode(text)
+
+    def encode_file_chunks(
+        self, path: str | os.PathLike, *, num_workers: int | None = None, chunk_bytes: int = CHUNK_BYTES
+    ) -> Iterator[tuple[np.ndarray, int]]:
+        """The ids of a UTF-8 file in order, chunk by chunk, encoded in processes and in bounded memory.
+
+        Args:
+            num_workers: processes; None: one for each core. 1 starts none.
+            chunk_bytes: text in a chunk; the ids do not depend on it.
+        Yields:
+            (ids of token_dtype, bytes of the file that they stand for).
+        Raises:
+            ValueError: a missing, empty or non-UTF-8 file, before the chunk in question.
+        """
+        workers = _resolve_workers(num_workers)
+        bounds = find_chunk_boundaries(path, chunk_bytes=chunk_bytes, special_tokens=self.special_tokens)
+        state = (self, os.fspath(path))
+        yield from _map_in_order(_encode_chunk, state, pairwise(bounds), min(workers, len(bounds) - 1))
+
+    def _encode_packed(self, text: str) -> bytearray:
+        lookup = self._pieces.__getitem__
+        if self._special is None:
+            return bytearray().join(map(lookup, _PIECE.findall(text)))
+        parts: list[bytes] = []
+        start = 0
+        for match in self._special.finditer(text):
+            parts.extend(map(lookup, _PIECE.findall(text, start, match.start())))
+            parts.append(self._special_ids[match.group()])
+            start = match.end()
+        parts.extend(map(lookup, _PIECE.findall(text, start)))
+        return bytearray().join(parts)  # writable, as an array from it should be
+
+    def _encode_piece(self, piece: str) -> bytes:
+        return b"".join(map(self._pretokens.__getitem__, PRETOKEN.findall(piece)))
+
+    def _encode_pretoken(self, pretoken: str) -> bytes:
+        word = "".join(map(self._byte_symbols.__getitem__, pretoken.encode()))
+        return self._pack(self._merge(word) if len(word) <= _SHORT_WORD else self._merge_long(word))
+
+    def _pack(self, word: str) -> bytes:
+        return array(self._typecode, map(ord, word)).tobytes()
+
+    def _merge(self, word: str) -> str:
+        """Merge the pair that was learned first, at all its places, until none is left."""
+        rank_of = self._ranks.__getitem__
+        while len(word) > 1 and (rank := min(map(rank_of, map(add, word, word[1:])))) != _NEVER:
+            word = word.replace(*self._replacements[rank])
+        return word
+
+    def _merge_long(self, word: str) -> str:
+        """As _merge, in n log n for a word of n bytes: a linked list of symbols, and the places of each rank's pair."""
+        symbols: list[str] = list(word)
+        after = [*range(1, len(word)), -1]
+        before = list(range(-1, len(word) - 1))
+        places: dict[int, list[int]] = {}
+        heap: list[int] = []  # ranks that have places
+
+        def note(place: int) -> None:
+            rank = self._ranks[symbols[place] + symbols[after[place]]]
+            if rank != _NEVER:
+                if rank not in places:
+                    places[rank] = []
+                    heapq.heappush(heap, rank)
+                places[rank].append(place)
+
+        for place in range(len(word) - 1):
+            note(place)
+        while heap:
+            rank = heapq.heappop(heap)
+            pair, merged = self._replacements[rank]
+            made = []
+            for place in sorted(places.pop(rank)):
+                right = after[place]
+                if right >= 0 and symbols[place] + symbols[right] == pair:  # it may have gone since it was noted
+                    symbols[place], symbols[right] = merged, ""
+                    after[place] = after[right]
+                    if after[place] >= 0:
+                        before[after[place]] = place
+                    made.append(place)
+            for place in made:
+                if before[place] >= 0:
+                    note(before[place])
+                if after[place] >= 0:
+                    note(place)
+        return "".join(symbols)
+
+    def _last_cut(self, text: str, start: int) -> int:
+        """The last place, from start on, where text can be cut whatever follows it; 0 if there is none."""
+        end = len(text) - max(self._longest_special - 1, 0)  # beyond, a special token may have begun
+        while (end := max(text.rfind(" ", start, end + 1), text.rfind("\n", start, end + 1))) >= start:
+            if not text[end - 1].isspace() and not _inside_special(text, end, self.special_tokens):
+                return end
+            end -= 1
+        return 0
+
+    # Decoding
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids; bytes that are not UTF-8 become U+FFFD. ValueError at an id outside the vocabulary."""
+        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        try:
+            return b"".join(map(self.vocab.__getitem__, ids)).decode("utf-8", errors="replace")
+        except KeyError as error:
+            raise ValueError(
+                f"token id {error.args[0]} is not in the vocabulary, whose ids go from 0 to {self.vocab_size - 1}"
+            ) from None
+
+    # Files
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write vocabulary, merges and special tokens to a JSON file, bytes in GPT-2's printable characters; atomic."""
+        return write_json(
+            path,
+            {
+                "format": _FORMAT,
+                "special_tokens": list(self.special_tokens),
+                "vocab": {_to_printable(token): index for index, token in self.vocab.items()},
+                "merges": [f"{_to_printable(left)} {_to_printable(right)}" for left, right in self.merges],
+            },
+        )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Tokenizer:
+        """A tokenizer that save() wrote. ValueError, naming the file, where it is missing, damaged or something else."""
+        value = _read_json(path)
+        require(
+            isinstance(value, dict) and value.get("format") == _FORMAT,
+            f"{path}: not a tokenizer saved by this package (its JSON has no 'format': '{_FORMAT}')",
+        )
+        with _damage_named(path):
+            vocab = {index: _from_printable(token) for token, index in value["vocab"].items()}
+            require(len(vocab) == len(value["vocab"]), "two tokens have the same id")
+            merges = [_merge_from_line(line) for line in value["merges"]]
+            return cls(vocab, merges, value["special_tokens"])
+
+    @classmethod
+    def from_files(
+        cls,
+        vocab_path: str | os.PathLike,
+        merges_path: str | os.PathLike,
+        special_tokens: Sequence[str] | None = (END_OF_TEXT,),
+    ) -> Tokenizer:
+        """A tokenizer from GPT-2's files: a JSON object of printable token -> id, and a merge a line.
+
+        Raises:
+            ValueError: names the file that is missing or damaged.
+        """
+        special_tokens = _check_special_tokens(special_tokens)
+        vocab: dict[int, bytes] = {}
+        with _damage_named(vocab_path):
+            for token, index in _read_json(vocab_path).items():
+                vocab[index] = token.encode() if token in special_tokens else _from_printable(token)
+        with _damage_named(merges_path):
+            lines = _read_text(merges_path).split("\n")
+            if lines[0].startswith("#version"):
+                del lines[0]
+            merges = [_merge_from_line(line) for line in lines if line.strip()]
+        with _damage_named(f"{vocab_path} and {merges_path}"):
+            return cls(vocab, merges, special_tokens)
+
+    from_gpt2 = from_files
+
+    def export_huggingface(self, path: str | os.PathLike) -> Path:
+        """Write a tokenizer.json that Hugging Face `tokenizers` loads and that gives the same ids; atomic.
+
+        Raises:
+            ValueError: a special token reads like the printable form of another token, which that format cannot tell apart.
+        """
+        special = {self.token_id(token): token for token in self.special_tokens}
+        names = {index: special.get(index) or _to_printable(token) for index, token in self.vocab.items()}
+        vocab = {name: index for index, name in names.items()}
+        for index, name in special.items():
+            same = next(i for i, other in names.items() if other == name and (i != index or vocab[name] == index))
+            require(
+                same == index,
+                f"special token {name!r} cannot be exported: tokenizer.json would take it for token {same}, {self.vocab[same]!r}",
+            )
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        return write_json(
+            path,
+            {
+                "version": "1.0",
+                "truncation": None,
+                "padding": None,
+                "added_tokens": [{"id": index, "content": name, **flags} for index, name in sorted(special.items())],
+                "normalizer": None,
+                "pre_tokenizer": byte_level,
+                "post_processor": None,
+                "decoder": byte_level,
+                "model": {
+                    "type": "BPE",
+                    "dropout": None,
+                    "unk_token": None,
+                    "continuing_subword_prefix": None,
+                    "end_of_word_suffix": None,
+                    "fuse_unk": False,
+                    "byte_fallback": False,
+                    "ignore_merges": False,
+                    "vocab": vocab,
+                    "merges": [[_to_printable(left), _to_printable(right)] for left, right in self.merges],
+                },
+            },
+        )
+
+
+def _encode_chunk(state: tuple[Tokenizer, str], bounds: tuple[int, int]) -> tuple[np.ndarray, int]:
+    tokenizer, path = state
+    start, end = bounds
+    with open(path, "rb") as file:
+        file.seek(start)
+        text = _decode_utf8(file.read(end - start), path, start)
+    return tokenizer.encode_to_array(text), end - start
+
+
+def _merge_from_line(line: str) -> tuple[bytes, bytes]:
+    left, right = line.split(" ")
+    return _from_printable(left), _from_printable(right)
+
+
+def _read_text(path: str | os.PathLike) -> str:
+    try:
+        return Path(path).read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"no tokenizer file at {Path(path).resolve()}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text: {error.reason} at offset {error.start}") from None
+
+
+def _read_json(path: str | os.PathLike) -> Any:
+    try:
+        return json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not a JSON file: {error}") from None
+
+
+@contextmanager
+def _damage_named(path: str | os.PathLike):
+    """Errors from content of an unexpected shape become a ValueError that names the file."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if str(path) in str(error):
+            raise
+        what = f"lacks or does not know {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{path}: not a whole tokenizer file: {what}") from None
