@@ -246,8 +246,8 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     for name in sorted(wanted.keys() | given.keys()):
         if wanted.get(name) != given.get(name):
             raise ValueError(
-                f"the weights do not fit the model: {name} is {given.get(name, 'not')} in the file "
-                f"and {wanted.get(name, 'not')} in the model"
+                f"the weights do not fit the model: {name} is {given.get(name, 'absent')} in the file "
+                f"and {wanted.get(name, 'absent')} in the model"
             )
     model.load_state_dict(weights, strict=False)  # a tied tensor is in the file under one of its names
 
