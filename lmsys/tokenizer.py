@@ -133,7 +133,7 @@ def _count_pretokens(path: str | os.PathLike, special_tokens: Sequence[str], wor
     counts: Counter[str] = Counter()
     with _progress_bar(progress, bounds[-1], "counting words", unit="B", unit_scale=True) as bar:
         state = (os.fspath(path), special_tokens)
-        results = _map_in_order(_count_span, state, ((span,) for span in spans), min(workers, len(spans)))
+        results = _map_in_order(_count_span, state, spans, min(workers, len(spans)))
         for span, counted in zip(spans, results, strict=True):
             counts.update(counted)
             bar.update(span[-1] - span[0])
@@ -320,13 +320,13 @@ def _resolve_workers(num_workers: int | None) -> int:
     return num_workers
 
 
-def _map_in_order(function: Callable, state: Any, tasks: Iterable[tuple], workers: int) -> Iterator[Any]:
-    """function(state, *task) for each task, in order, in processes that get state once.
+def _map_in_order(function: Callable, state: Any, tasks: Iterable, workers: int) -> Iterator[Any]:
+    """function(state, task) for each task, in order, in processes that get state once.
 
     At most two tasks a worker are under way or waiting to be taken, so memory does not grow with their number.
     """
     if workers == 1:
-        yield from (function(state, *task) for task in tasks)
+        yield from (function(state, task) for task in tasks)
         return
     # fork where it is at home: workers start in milliseconds, and neither a notebook nor a script without a __main__ guard
     # is imported anew, as forkserver and spawn would. It is safe beside CUDA and other threads because a worker runs only
@@ -353,8 +353,8 @@ def _set_worker_state(state: Any) -> None:
     _worker_state = state
 
 
-def _call_in_worker(function: Callable, task: tuple) -> Any:
-    return function(_worker_state, *task)
+def _call_in_worker(function: Callable, task: Any) -> Any:
+    return function(_worker_state, task)
 
 
 @contextmanager
