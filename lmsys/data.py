@@ -17,7 +17,7 @@ import mmap
 import os
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -188,7 +188,8 @@ def prepare_corpus(config: DataConfig, folder: str | Path, *, progress: bool = T
         size_mb = AUTO_STORIES_MB if config.text_mb is None else config.text_mb
         whole = folder / f".stories.{os.getpid()}.tmp"
         try:
-            stories.generate(whole, size_mb, config.seed)
+            with _naming(train):
+                stories.generate(whole, size_mb, config.seed)
             _split_text(whole, train, valid, config.valid_fraction)
         finally:
             whole.unlink(missing_ok=True)
@@ -198,12 +199,18 @@ def prepare_corpus(config: DataConfig, folder: str | Path, *, progress: bool = T
 @contextmanager
 def _writing(path: Path) -> Iterator[Path]:
     """records.atomic_path, with `path` in the error where the disk is full or the folder cannot be written."""
-    temporary = None
+    with _naming(path), records.atomic_path(path) as temporary:
+        yield temporary
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name `path` in an OSError of the block that names no file, or only a temporary one."""
     try:
-        with records.atomic_path(path) as temporary:
-            yield temporary
+        yield
     except OSError as error:
-        if error.errno is None or error.filename not in (None, str(temporary)):
+        named = None if error.filename is None else Path(error.filename).name
+        if error.errno is None or (named is not None and not (named.startswith(".") and named.endswith(".tmp"))):
             raise
         raise OSError(error.errno, f"cannot write this file ({error.strerror})", str(path)) from error
 
@@ -250,10 +257,9 @@ def _split_text(text: Path, train: Path, valid: Path, valid_fraction: float) -> 
             )
         source.seek(0)
         with _writing(train) as train_temporary, _writing(valid) as valid_temporary:
-            with train_temporary.open("wb") as out:
-                _copy(source, out, cut)
-            with valid_temporary.open("wb") as out:
-                _copy(source, out, size - cut)
+            for path, temporary, length in ((train, train_temporary, cut), (valid, valid_temporary, size - cut)):
+                with _naming(path), temporary.open("wb") as out:
+                    _copy(source, out, length)
 
 
 def _cut_before_end(view: mmap.mmap, size: int, valid_fraction: float) -> int:
@@ -285,23 +291,25 @@ def _download_tinystories(config: DataConfig, train: Path, valid: Path, progress
     unreachable = tinystories_unreachable()
     if unreachable is not None:
         raise OSError(f"TinyStories cannot be reached ({unreachable}); {_OTHER_MODES}")
-    limits = [None, None]
+    limits = {"train": None, "validation": None}
     if config.text_mb is not None:
-        total = config.text_mb * 1e6
-        limits = [total * (1 - config.valid_fraction), total * config.valid_fraction]
+        limits["validation"] = config.text_mb * 1e6 * config.valid_fraction
+        limits["train"] = config.text_mb * 1e6 - limits["validation"]
     with _writing(train) as train_temporary, _writing(valid) as valid_temporary:
-        for split, path, limit in zip(
-            ("validation", "train"), (valid_temporary, train_temporary), reversed(limits), strict=True
-        ):
-            texts = _stream_tinystories(split)
-            with path.open("wb") as out, _bar(limit, f"TinyStories {split}", progress) as bar:
-                written = 0
+        for split, path, temporary in (("validation", valid, valid_temporary), ("train", train, train_temporary)):
+            written, limit = 0, limits[split]
+            with (
+                _naming(path),
+                temporary.open("wb") as out,
+                _bar(limit, f"TinyStories {split}", progress) as bar,
+                closing(_stream_tinystories(split)) as texts,
+            ):
                 for text in texts:
-                    written += (size := out.write(f"{text.strip()}\n{END_OF_TEXT}\n".encode()))
+                    size = out.write(f"{text.strip()}\n{END_OF_TEXT}\n".encode())
+                    written += size
                     bar.update(size)
                     if limit is not None and written >= limit:
                         break
-                texts.close()
             require(written > 0, f"TinyStories' split '{split}' came without a story; {_OTHER_MODES}")
 
 
@@ -354,10 +362,11 @@ def tokenize_to_npy(
         _writing(out_path) as temporary,
         temporary.open("wb") as out,
         _bar(size, f"tokenize {text_path.name}", progress) as bar,
+        closing(tokenizer.encode_file_chunks(text_path, num_workers=num_workers)) as chunks,
     ):
         _write_npy_header(out, dtype, 0)
         start = out.tell()
-        for ids, consumed in tokenizer.encode_file_chunks(text_path, num_workers=num_workers):
+        for ids, consumed in chunks:
             out.write(np.ascontiguousarray(ids, dtype=dtype).data)
             count += len(ids)
             bar.update(consumed)
