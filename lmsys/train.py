@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import functools
 import json
 import math
 import os
@@ -120,6 +121,13 @@ def train(
         betas=(config.optim.beta1, config.optim.beta2),
         eps=config.optim.eps,
     )
+    rate_at = functools.partial(
+        cosine_schedule,
+        learning_rate=config.optim.learning_rate,
+        min_learning_rate=config.optim.min_learning_rate,
+        warmup_steps=config.optim.warmup_steps,
+        total_steps=steps,
+    )
     sampler = BatchSampler(
         train_tokens,
         settings.batch_size,
@@ -155,13 +163,7 @@ def train(
         try:
             window_started = time.perf_counter()
             for step in range(first_step, steps + 1):
-                learning_rate = cosine_schedule(
-                    step,
-                    learning_rate=config.optim.learning_rate,
-                    min_learning_rate=config.optim.min_learning_rate,
-                    warmup_steps=config.optim.warmup_steps,
-                    total_steps=steps,
-                )
+                learning_rate = rate_at(step)
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_generate import ByteTokenizer
 
-from lmsys import checkpoint
+from lmsys import checkpoint, cost
 from lmsys import train as training
 from lmsys.config import ModelConfig, PipelineConfig, build, to_dict
 from lmsys.model import TransformerLM
@@ -284,6 +284,12 @@ def test_evaluation_is_the_mean_over_its_tokens():
     expected = torch.nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten()).item()
     for batch_size in (1, 4, 7):  # 4: the last batch is smaller
         assert evaluate(model, tokens, batch_size=batch_size, max_batches=10) == pytest.approx(expected, rel=1e-5)
+
+
+def test_mfu_is_flops_over_the_peak(monkeypatch):
+    monkeypatch.setattr(training.devices, "peak_flops", lambda _name, dtype: 1e12 if dtype == "fp32" else None)
+    for row in run(train={"steps": 3}).rows:
+        assert row["mfu"] == pytest.approx(row["tokens_per_s"] * cost.train_flops_per_token(config().model) / 1e12)
 
 
 def test_epochs_become_steps():
