@@ -1,0 +1,80 @@
+"""The attention implementations that ours are measured against: torch's SDPA backends and FlexAttention.
+
+Each takes q (B, H, T, D), k and v (B, H_kv, S, D) and a top-left causal mask, and runs the implementation that its name says or
+raises ValueError: no other backend steps in.
+
+- torch_sdpa_flash, torch_sdpa_cudnn: torch.nn.functional.scaled_dot_product_attention with one backend allowed. Their causal mask
+  is for T = S. With T < S the keys after the last query are cut off, which is exact; T > S is refused.
+- torch_flex: torch.nn.attention.flex_attention (arXiv:2412.05496) under torch.compile. The block mask of a shape is made at its first call.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from lmsys.attention.reference import own_code
+
+
+def torch_sdpa_flash(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+    """SDPA with the FlashAttention backend."""
+    return _sdpa(q, k, v, causal, SDPBackend.FLASH_ATTENTION, "torch_sdpa_flash")
+
+
+def torch_sdpa_cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+    """SDPA with the cuDNN backend."""
+    return _sdpa(q, k, v, causal, SDPBackend.CUDNN_ATTENTION, "torch_sdpa_cudnn")
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, backend: SDPBackend, name: str) -> Tensor:
+    q_len, k_len = q.shape[2], k.shape[2]
+    if causal and q_len > k_len:
+        raise ValueError(
+            f"attention kernel '{name}': got causal with q_len {q_len} > k_len {k_len}; it takes q_len <= k_len"
+        )
+    if causal and q_len < k_len:
+        k, v = k[:, :, :q_len], v[:, :, :q_len]
+    try:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+    except RuntimeError as error:
+        if "No available kernel" not in str(error):
+            raise
+        raise ValueError(
+            f"attention kernel '{name}': torch's backend takes no q {tuple(q.shape)}, k {tuple(k.shape)}, {q.dtype} on {q.device} "
+            "here; its warnings say why"
+        ) from error
+
+
+def torch_flex(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+    """FlexAttention, compiled for each shape (the first call of each takes seconds)."""
+    mask = _block_mask(q.shape[2], k.shape[2], q.device) if causal else None
+    if torch.compiler.is_compiling():
+        return _flex(q, k, v, mask)
+    return _compiled_flex(q.shape, k.shape, q.dtype, q.device, causal)(q, k, v, mask)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None) -> Tensor:
+    return flex_attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+@functools.cache
+def _compiled_flex(
+    q_shape: torch.Size, k_shape: torch.Size, dtype: torch.dtype, device: torch.device, causal: bool
+) -> Callable:
+    return torch.compile(own_code(_flex), dynamic=False, fullgraph=True)
+
+
+def _sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return query >= key
+
+
+@functools.lru_cache(maxsize=64)
+def _block_mask(q_len: int, k_len: int, device: torch.device) -> BlockMask:
+    return create_block_mask(_sees, None, None, q_len, k_len, device=device)

@@ -1,0 +1,132 @@
+"""FlashAttention-2 in plain PyTorch, forward and backward, tile by tile: the algorithm to read before the Triton kernels.
+
+Source: Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning" (arXiv:2307.08691),
+algorithm 1 (forward) and algorithm 2 (backward). As there, no (T, S) array exists: the forward pass keeps a running maximum and
+sum a row, and saves one number a row, the log-sum-exp L, from which the backward pass makes the probabilities again.
+
+Differences: the tiles of all batches and heads are worked on at once, as batched products; tiles above the causal diagonal are
+skipped; the query heads of a group are stacked as rows of one tile, so dK and dV sum over them by themselves.
+Products run in the inputs' dtype, sums and the softmax in float32 (float64 for float64).
+
+Limits: a readable version, not a fast one: each tile is a handful of small PyTorch operations.
+
+Legend: B batch, H heads, H_kv key heads, T queries, S keys, D head dim.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Q_TILE = K_TILE = 128
+
+
+class FlashAttentionTorch(torch.autograd.Function):
+    """apply(q, k, v, is_causal=False, q_tile=128, k_tile=128); saves q, k, v, o and one log-sum-exp a query.
+
+    q: (B, T, D) and k, v: (B, S, D), or q: (B, H, T, D) and k, v: (B, H_kv, S, D). The log-sum-exp is (B, T) or (B, H, T).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, q_tile: int = Q_TILE, k_tile: int = K_TILE
+    ) -> Tensor:
+        o, lse = flash_forward(_heads(q), _heads(k), _heads(v), is_causal, q_tile, k_tile)
+        o, lse = o.view(q.shape), lse.view(q.shape[:-1])
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.options = is_causal, q_tile, k_tile
+        return o
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, o, lse = ctx.saved_tensors
+        four = [_heads(t) for t in (q, k, v, o)]
+        dq, dk, dv = flash_backward(*four, lse.view(four[0].shape[:-1]), _heads(do), *ctx.options)
+        return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape), None, None, None
+
+
+def flash_attention_torch(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+    """q: (B, H, T, D), k, v: (B, H_kv, S, D) -> (B, H, T, D)."""
+    return FlashAttentionTorch.apply(q, k, v, causal)
+
+
+def flash_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, q_tile: int, k_tile: int) -> tuple[Tensor, Tensor]:
+    """Algorithm 1. q: (B, H, T, D), k, v: (B, H_kv, S, D) -> o (B, H, T, D), lse (B, H, T)."""
+    q_len, k_len, scale = q.shape[2], k.shape[2], 1 / math.sqrt(q.shape[3])
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=_accumulator(q), device=q.device)
+    for i in range(0, q_len, q_tile):
+        q_i, rows = (
+            _stack(q[:, :, i : i + q_tile], k.shape[1]),
+            torch.arange(i, min(i + q_tile, q_len), device=q.device),
+        )
+        maximum = torch.full((*q_i.shape[:-1], 1), -math.inf, dtype=lse.dtype, device=q.device)
+        total = torch.zeros_like(maximum)
+        o_i = torch.zeros(q_i.shape, dtype=lse.dtype, device=q.device)
+        for j in range(0, min(k_len, i + q_tile) if causal else k_len, k_tile):
+            k_j, v_j = k[:, :, j : j + k_tile], v[:, :, j : j + k_tile]
+            scores = _scores(q_i, k_j, scale, rows, j, causal)
+            new_maximum = torch.maximum(maximum, scores.amax(-1, keepdim=True))
+            p = torch.exp(scores - new_maximum)
+            correction = torch.exp(maximum - new_maximum)
+            total = correction * total + p.sum(-1, keepdim=True)
+            o_i = correction * o_i + p.to(q.dtype) @ v_j
+            maximum = new_maximum
+        o[:, :, i : i + q_tile] = _unstack(o_i / total, len(rows))
+        lse[:, :, i : i + q_tile] = _unstack(maximum + torch.log(total), len(rows)).squeeze(-1)
+    return o, lse
+
+
+def flash_backward(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, causal: bool, q_tile: int, k_tile: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Algorithm 2: dq, dk, dv, shaped as q, k, v. do: (B, H, T, D), the gradient of o; lse: (B, H, T)."""
+    q_len, k_len, scale = q.shape[2], k.shape[2], 1 / math.sqrt(q.shape[3])
+    dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
+    dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+    delta = (do.to(lse.dtype) * o).sum(-1, keepdim=True)  # D in the paper: rowsum(dO o O)
+    for j in range(0, k_len, k_tile):
+        k_j, v_j = k[:, :, j : j + k_tile], v[:, :, j : j + k_tile]
+        dk_j, dv_j = (torch.zeros(k_j.shape, dtype=lse.dtype, device=k.device) for _ in range(2))
+        for i in range(j // q_tile * q_tile if causal else 0, q_len, q_tile):
+            tile, rows = slice(i, i + q_tile), torch.arange(i, min(i + q_tile, q_len), device=q.device)
+            q_i, do_i, delta_i, lse_i = (_stack(t[:, :, tile], k.shape[1]) for t in (q, do, delta, lse.unsqueeze(-1)))
+            p = torch.exp(_scores(q_i, k_j, scale, rows, j, causal) - lse_i)
+            dv_j += p.to(q.dtype).transpose(-2, -1) @ do_i
+            dp = do_i @ v_j.transpose(-2, -1)
+            ds = (p * (dp - delta_i)).to(q.dtype)
+            dq[:, :, tile] += _unstack(ds @ k_j, len(rows))
+            dk_j += ds.transpose(-2, -1) @ q_i
+        dk[:, :, j : j + k_tile] = dk_j * scale
+        dv[:, :, j : j + k_tile] = dv_j
+    return (dq * scale).to(q.dtype), dk, dv
+
+
+def _scores(q_i: Tensor, k_j: Tensor, scale: float, rows: Tensor, j: int, causal: bool) -> Tensor:
+    """Scaled scores of one tile (B, H_kv, H / H_kv * rows, keys), hidden ones -inf."""
+    scores = (q_i @ k_j.transpose(-2, -1)).to(_accumulator(q_i)) * scale
+    if causal and j + k_j.shape[2] - 1 > rows[0]:
+        columns = torch.arange(j, j + k_j.shape[2], device=rows.device)
+        scores.unflatten(-2, (-1, len(rows))).masked_fill_(columns > rows[:, None], -math.inf)
+    return scores
+
+
+def _heads(t: Tensor) -> Tensor:
+    return t.unsqueeze(1) if t.ndim == 3 else t
+
+
+def _accumulator(t: Tensor) -> torch.dtype:
+    return torch.promote_types(t.dtype, torch.float32)
+
+
+def _stack(t: Tensor, kv_heads: int) -> Tensor:
+    """(B, H, rows, D) -> (B, H_kv, H / H_kv * rows, D): the query heads of a group below each other."""
+    return t.unflatten(1, (kv_heads, -1)).flatten(2, 3)
+
+
+def _unstack(t: Tensor, rows: int) -> Tensor:
+    """The inverse of _stack."""
+    return t.unflatten(2, (-1, rows)).flatten(1, 2)

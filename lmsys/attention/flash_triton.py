@@ -1,0 +1,505 @@
+"""FlashAttention-2 in Triton, forward and backward, for any GPU that Triton knows and for its CPU interpreter.
+
+Source: Dao, "FlashAttention-2" (arXiv:2307.08691), algorithms 1 and 2. Differences:
+- Base-2 exponentials, with scale * log2(e) folded into one multiplication.
+- Tiles that every query sees in full run in a loop without masks; tiles on the causal diagonal or past the end in another.
+- The backward pass is one kernel with a program for each key tile (dK, dV) and one with a program for each query tile (dQ).
+  That is seven products a tile where one fused kernel has five, but no atomics: gradients are the same bits in every run.
+- Grouped-query heads: a key tile's program loops over the query heads that read it and writes dK and dV once.
+- Any strides, any lengths >= 1, any head dim up to 256 (padded to a power of two in registers, never in memory).
+Causal programs start with the longest rows. float32 products are IEEE float32, as PyTorch's are by default: no TF32.
+
+Limits: no dropout, no bias. On the CPU interpreter (no GPU, or TRITON_INTERPRET=1) it is there to check, not to be fast, and takes
+float32 and float16 only, since the interpreter's bfloat16 product is wrong.
+
+Legend: B batch, H heads, H_kv key heads, T queries, S keys, D head dim, D_PAD the power of two that holds D.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton's decorators below run
+    warnings.warn(
+        "no CUDA GPU: the Triton kernels run in Triton's CPU interpreter, which is for checking and not for speed",
+        stacklevel=2,
+    )
+
+import triton
+import triton.language as tl
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
+_LOG2_E = tl.constexpr(math.log2(math.e))
+_LN_2 = tl.constexpr(math.log(2))
+
+# tl.max, tl.sum and tl.cdiv are Triton functions themselves, and interpreted only where TRITON_INTERPRET was set before the first
+# import of Triton, which torch.compile may have made. Reductions with these combine functions work in either order.
+_MAX, _SUM = tl.standard._elementwise_max, tl.standard._sum_combine
+
+
+# --- Kernels --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _load(base, rows, stride_row, stride_col, n_rows, D: tl.constexpr, D_PAD: tl.constexpr, BOUNDED: tl.constexpr):
+    """The (len(rows), D_PAD) tile at base, zero past column D and, where BOUNDED, from row n_rows on."""
+    columns = tl.arange(0, D_PAD)
+    pointers = base + rows[:, None] * stride_row + columns[None, :] * stride_col
+    if BOUNDED:
+        tile = tl.load(pointers, mask=(rows[:, None] < n_rows) & (columns[None, :] < D), other=0.0)
+    elif D == D_PAD:
+        tile = tl.load(pointers)
+    else:
+        tile = tl.load(pointers, mask=columns[None, :] < D, other=0.0)
+    return tile
+
+
+@triton.jit
+def _store(base, tile, rows, stride_row, stride_col, n_rows, D: tl.constexpr, D_PAD: tl.constexpr):
+    """Write the rows below n_rows and columns below D of a (len(rows), D_PAD) tile to base."""
+    columns = tl.arange(0, D_PAD)
+    pointers = base + rows[:, None] * stride_row + columns[None, :] * stride_col
+    mask = (rows[:, None] < n_rows) & (columns[None, :] < D)
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _head(base, head, heads, stride_b, stride_h):
+    """Where head number `head` of all batches' heads starts. 64-bit: B * H * T * D may pass 2^31."""
+    return base + (head // heads).to(tl.int64) * stride_b + (head % heads).to(tl.int64) * stride_h
+
+
+@triton.jit
+def _attend(
+    acc, total, maximum, q, k_base, v_base, start, end, q_rows, S, scale_log2,
+    stride_ks, stride_kd, stride_vs, stride_vd,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_K: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the key tiles in [start, end): algorithm 1, lines 7 to 10. k_base, v_base: the tile at start."""
+    local = tl.arange(0, BLOCK_K)
+    for j in tl.range(start, end, BLOCK_K):
+        k = _load(k_base, local, stride_ks, stride_kd, S - j, D, D_PAD, MASKED)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if MASKED:
+            visible = (j + local)[None, :] < S
+            if CAUSAL:
+                visible = visible & (q_rows[:, None] >= (j + local)[None, :])
+            scores = tl.where(visible, scores, -float("inf"))
+        new_maximum = tl.maximum(maximum, tl.reduce(scores, 1, _MAX) * scale_log2)
+        p = tl.math.exp2(scores * scale_log2 - new_maximum[:, None])
+        correction = tl.math.exp2(maximum - new_maximum)
+        total = total * correction + tl.reduce(p, 1, _SUM)
+        acc = acc * correction[:, None]
+        v = _load(v_base, local, stride_vs, stride_vd, S - j, D, D_PAD, MASKED)
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+        maximum = new_maximum
+        k_base += BLOCK_K * stride_ks
+        v_base += BLOCK_K * stride_vs
+    return acc, total, maximum
+
+
+@triton.jit(do_not_specialize=["length_class"])
+def _forward_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, scale, H, H_kv, T, S, length_class,
+    stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
+    stride_vb, stride_vh, stride_vs, stride_vd, stride_ob, stride_oh, stride_ot, stride_od,
+    D: tl.constexpr, D_PAD: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One query tile of one head: o and lse (B, H, T), the natural log-sum-exp. Algorithm 1."""
+    tiles = (T + BLOCK_Q - 1) // BLOCK_Q
+    tile, head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    if CAUSAL:
+        tile = tiles - 1 - tile  # longest rows first
+    kv_head = head // H * H_kv + head % H // (H // H_kv)
+    first = tile * BLOCK_Q
+    local = tl.arange(0, BLOCK_Q)
+    q_base = _head(q_ptr, head, H, stride_qb, stride_qh) + first.to(tl.int64) * stride_qt
+    k_base = _head(k_ptr, kv_head, H_kv, stride_kb, stride_kh)
+    v_base = _head(v_ptr, kv_head, H_kv, stride_vb, stride_vh)
+
+    full = S // BLOCK_K * BLOCK_K  # keys below are in tiles without a mask
+    end = S
+    if CAUSAL:
+        full = tl.minimum(full, (first + 1) // BLOCK_K * BLOCK_K)
+        end = tl.minimum(end, first + BLOCK_Q)
+    q = _load(q_base, local, stride_qt, stride_qd, T - first, D, D_PAD, True)
+    acc = tl.full([BLOCK_Q, D_PAD], 0.0, tl.float32)
+    total = tl.full([BLOCK_Q], 0.0, tl.float32)
+    maximum = tl.full([BLOCK_Q], -float("inf"), tl.float32)
+    scale_log2 = scale * _LOG2_E
+    acc, total, maximum = _attend(
+        acc, total, maximum, q, k_base, v_base, 0, full, first + local, S, scale_log2,
+        stride_ks, stride_kd, stride_vs, stride_vd, D, D_PAD, BLOCK_K, CAUSAL, False, PRECISION,
+    )  # fmt: skip
+    k_base += full.to(tl.int64) * stride_ks
+    v_base += full.to(tl.int64) * stride_vs
+    acc, total, maximum = _attend(
+        acc, total, maximum, q, k_base, v_base, full, end, first + local, S, scale_log2,
+        stride_ks, stride_kd, stride_vs, stride_vd, D, D_PAD, BLOCK_K, CAUSAL, True, PRECISION,
+    )  # fmt: skip
+    # Every query sees key 0, so total >= 1 for finite inputs.
+    lse = (maximum + tl.math.log2(total)) * _LN_2
+    tl.store(lse_ptr + head.to(tl.int64) * T + first + local, lse, mask=first + local < T)
+    o_base = _head(o_ptr, head, H, stride_ob, stride_oh) + first.to(tl.int64) * stride_ot
+    _store(o_base, acc / total[:, None], local, stride_ot, stride_od, T - first, D, D_PAD)
+
+
+@triton.jit
+def _delta_kernel(
+    o_ptr, do_ptr, delta_ptr, H, T, stride_ob, stride_oh, stride_ot, stride_od,
+    stride_gb, stride_gh, stride_gt, stride_gd,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """delta (B, H, T) = rowsum(o * do): algorithm 2, line 4."""
+    tiles = (T + BLOCK_Q - 1) // BLOCK_Q
+    tile, head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    first = tile * BLOCK_Q
+    local = tl.arange(0, BLOCK_Q)
+    o_base = _head(o_ptr, head, H, stride_ob, stride_oh) + first.to(tl.int64) * stride_ot
+    do_base = _head(do_ptr, head, H, stride_gb, stride_gh) + first.to(tl.int64) * stride_gt
+    o = _load(o_base, local, stride_ot, stride_od, T - first, D, D_PAD, True).to(tl.float32)
+    do = _load(do_base, local, stride_gt, stride_gd, T - first, D, D_PAD, True).to(tl.float32)
+    delta = tl.reduce(o * do, 1, _SUM)
+    tl.store(delta_ptr + head.to(tl.int64) * T + first + local, delta, mask=first + local < T)
+
+
+@triton.jit
+def _accumulate_dk_dv(
+    dk, dv, k, v, q_base, do_base, lse_base, delta_base, start, end, k_rows, T, scale_log2,
+    stride_qt, stride_qd, stride_gt, stride_gd,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_Q: tl.constexpr,
+    MASKED: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add the query tiles in [start, end). The scores are transposed, so that P^T and dS^T are left operands: no transposition.
+
+    Queries past T get P = 0 from their log-sum-exp of infinity. Keys past S get anything: each key has its own row of dK and
+    dV, and theirs are not stored.
+    """
+    local = tl.arange(0, BLOCK_Q)
+    for i in tl.range(start, end, BLOCK_Q):
+        q = _load(q_base, local, stride_qt, stride_qd, T - i, D, D_PAD, BOUNDED)
+        lse = (
+            tl.load(lse_base + local, mask=local < T - i, other=float("inf")) if BOUNDED else tl.load(lse_base + local)
+        )
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        p = tl.math.exp2(scores * scale_log2 - (lse * _LOG2_E)[None, :])
+        if MASKED:
+            p = tl.where((i + local)[None, :] >= k_rows[:, None], p, 0.0)
+        do = _load(do_base, local, stride_gt, stride_gd, T - i, D, D_PAD, BOUNDED)
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+        delta = tl.load(delta_base + local, mask=local < T - i, other=0.0) if BOUNDED else tl.load(delta_base + local)
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        ds = p * (dp - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        q_base += BLOCK_Q * stride_qt
+        do_base += BLOCK_Q * stride_gt
+        lse_base += BLOCK_Q
+        delta_base += BLOCK_Q
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["length_class"])
+def _dk_dv_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, scale, H, H_kv, T, S, length_class,
+    stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
+    stride_vb, stride_vh, stride_vs, stride_vd, stride_gb, stride_gh, stride_gt, stride_gd,
+    stride_dkb, stride_dkh, stride_dks, stride_dkd, stride_dvb, stride_dvh, stride_dvs, stride_dvd,
+    D: tl.constexpr, D_PAD: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, EVEN_T: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One key tile of one key head: dk and dv, summed over the query heads that read it. Algorithm 2 without line 15."""
+    tiles = (S + BLOCK_K - 1) // BLOCK_K
+    tile, kv_head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    first = tile * BLOCK_K
+    local = tl.arange(0, BLOCK_K)
+    k_base = _head(k_ptr, kv_head, H_kv, stride_kb, stride_kh) + first.to(tl.int64) * stride_ks
+    v_base = _head(v_ptr, kv_head, H_kv, stride_vb, stride_vh) + first.to(tl.int64) * stride_vs
+    k = _load(k_base, local, stride_ks, stride_kd, S - first, D, D_PAD, True)
+    v = _load(v_base, local, stride_vs, stride_vd, S - first, D, D_PAD, True)
+    dk = tl.full([BLOCK_K, D_PAD], 0.0, tl.float32)
+    dv = tl.full([BLOCK_K, D_PAD], 0.0, tl.float32)
+    scale_log2 = scale * _LOG2_E
+    start, diagonal = first * 0, first * 0  # query tiles in [start, diagonal) cross the causal diagonal
+    if CAUSAL:
+        start = tl.minimum(first // BLOCK_Q * BLOCK_Q, T)
+        diagonal = tl.minimum(
+            (first + BLOCK_K + BLOCK_Q - 2) // BLOCK_Q * BLOCK_Q, (T + BLOCK_Q - 1) // BLOCK_Q * BLOCK_Q
+        )
+    group = H // H_kv
+    for member in range(group):
+        head = kv_head // H_kv * H + kv_head % H_kv * group + member
+        q_base = _head(q_ptr, head, H, stride_qb, stride_qh) + start.to(tl.int64) * stride_qt
+        do_base = _head(do_ptr, head, H, stride_gb, stride_gh) + start.to(tl.int64) * stride_gt
+        lse_base = lse_ptr + head.to(tl.int64) * T + start
+        delta_base = delta_ptr + head.to(tl.int64) * T + start
+        if CAUSAL:
+            dk, dv = _accumulate_dk_dv(
+                dk, dv, k, v, q_base, do_base, lse_base, delta_base, start, diagonal, first + local, T, scale_log2,
+                stride_qt, stride_qd, stride_gt, stride_gd, D, D_PAD, BLOCK_Q, True, not EVEN_T, PRECISION,
+            )  # fmt: skip
+            q_base += (diagonal - start).to(tl.int64) * stride_qt
+            do_base += (diagonal - start).to(tl.int64) * stride_gt
+            lse_base += diagonal - start
+            delta_base += diagonal - start
+        dk, dv = _accumulate_dk_dv(
+            dk, dv, k, v, q_base, do_base, lse_base, delta_base, diagonal, T, first + local, T, scale_log2,
+            stride_qt, stride_qd, stride_gt, stride_gd, D, D_PAD, BLOCK_Q, False, not EVEN_T, PRECISION,
+        )  # fmt: skip
+    dk_base = _head(dk_ptr, kv_head, H_kv, stride_dkb, stride_dkh) + first.to(tl.int64) * stride_dks
+    dv_base = _head(dv_ptr, kv_head, H_kv, stride_dvb, stride_dvh) + first.to(tl.int64) * stride_dvs
+    _store(dk_base, dk * scale, local, stride_dks, stride_dkd, S - first, D, D_PAD)
+    _store(dv_base, dv, local, stride_dvs, stride_dvd, S - first, D, D_PAD)
+
+
+@triton.jit
+def _accumulate_dq(
+    dq, q, do, lse_log2, delta, k_base, v_base, start, end, q_rows, S, scale_log2,
+    stride_ks, stride_kd, stride_vs, stride_vd,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_K: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add the key tiles in [start, end)."""
+    local = tl.arange(0, BLOCK_K)
+    for j in tl.range(start, end, BLOCK_K):
+        k = _load(k_base, local, stride_ks, stride_kd, S - j, D, D_PAD, MASKED)
+        v = _load(v_base, local, stride_vs, stride_vd, S - j, D, D_PAD, MASKED)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        p = tl.math.exp2(scores * scale_log2 - lse_log2[:, None])
+        if MASKED:
+            visible = (j + local)[None, :] < S
+            if CAUSAL:
+                visible = visible & (q_rows[:, None] >= (j + local)[None, :])
+            p = tl.where(visible, p, 0.0)
+        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        ds = p * (dp - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+        k_base += BLOCK_K * stride_ks
+        v_base += BLOCK_K * stride_vs
+    return dq
+
+
+@triton.jit(do_not_specialize=["length_class"])
+def _dq_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, scale, H, H_kv, T, S, length_class,
+    stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
+    stride_vb, stride_vh, stride_vs, stride_vd, stride_gb, stride_gh, stride_gt, stride_gd,
+    stride_dqb, stride_dqh, stride_dqt, stride_dqd,
+    D: tl.constexpr, D_PAD: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One query tile of one head: dq. Algorithm 2, line 15, with the loops exchanged."""
+    tiles = (T + BLOCK_Q - 1) // BLOCK_Q
+    tile, head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    if CAUSAL:
+        tile = tiles - 1 - tile  # longest rows first
+    kv_head = head // H * H_kv + head % H // (H // H_kv)
+    first = tile * BLOCK_Q
+    local = tl.arange(0, BLOCK_Q)
+    q_base = _head(q_ptr, head, H, stride_qb, stride_qh) + first.to(tl.int64) * stride_qt
+    do_base = _head(do_ptr, head, H, stride_gb, stride_gh) + first.to(tl.int64) * stride_gt
+    k_base = _head(k_ptr, kv_head, H_kv, stride_kb, stride_kh)
+    v_base = _head(v_ptr, kv_head, H_kv, stride_vb, stride_vh)
+    row = head.to(tl.int64) * T + first
+
+    full = S // BLOCK_K * BLOCK_K
+    end = S
+    if CAUSAL:
+        full = tl.minimum(full, (first + 1) // BLOCK_K * BLOCK_K)
+        end = tl.minimum(end, first + BLOCK_Q)
+    q = _load(q_base, local, stride_qt, stride_qd, T - first, D, D_PAD, True)
+    do = _load(do_base, local, stride_gt, stride_gd, T - first, D, D_PAD, True)
+    lse_log2 = tl.load(lse_ptr + row + local, mask=first + local < T, other=float("inf")) * _LOG2_E
+    delta = tl.load(delta_ptr + row + local, mask=first + local < T, other=0.0)
+    dq = tl.full([BLOCK_Q, D_PAD], 0.0, tl.float32)
+    scale_log2 = scale * _LOG2_E
+    dq = _accumulate_dq(
+        dq, q, do, lse_log2, delta, k_base, v_base, 0, full, first + local, S, scale_log2,
+        stride_ks, stride_kd, stride_vs, stride_vd, D, D_PAD, BLOCK_K, CAUSAL, False, PRECISION,
+    )  # fmt: skip
+    k_base += full.to(tl.int64) * stride_ks
+    v_base += full.to(tl.int64) * stride_vs
+    dq = _accumulate_dq(
+        dq, q, do, lse_log2, delta, k_base, v_base, full, end, first + local, S, scale_log2,
+        stride_ks, stride_kd, stride_vs, stride_vd, D, D_PAD, BLOCK_K, CAUSAL, True, PRECISION,
+    )  # fmt: skip
+    dq_base = _head(dq_ptr, head, H, stride_dqb, stride_dqh) + first.to(tl.int64) * stride_dqt
+    _store(dq_base, dq * scale, local, stride_dqt, stride_dqd, T - first, D, D_PAD)
+
+
+# --- Tiles ----------------------------------------------------------------------------------------
+
+
+def _config(block_q: int, block_k: int, num_warps: int, num_stages: int) -> triton.Config:
+    return triton.Config({"BLOCK_Q": block_q, "BLOCK_K": block_k}, num_warps=num_warps, num_stages=num_stages)
+
+
+_INTERPRETER = [_config(32, 32, 4, 1)]
+_HALF = {  # D_PAD -> configurations of float16 and bfloat16: forward, dK and dV, dQ
+    64: (
+        [_config(128, 128, 4, 3), _config(128, 64, 4, 3), _config(128, 128, 8, 3)],
+        [_config(64, 128, 8, 2), _config(64, 64, 4, 2), _config(32, 128, 4, 3)],
+        [_config(128, 64, 4, 2), _config(128, 64, 8, 2), _config(64, 64, 4, 2)],
+    ),
+    128: (
+        [_config(128, 128, 8, 2), _config(128, 64, 8, 3), _config(128, 64, 4, 2)],
+        [_config(64, 128, 8, 2), _config(64, 64, 4, 2), _config(32, 128, 8, 2)],
+        [_config(128, 64, 8, 2), _config(64, 64, 4, 2), _config(128, 32, 8, 2)],
+    ),
+    256: (
+        [_config(64, 32, 4, 2), _config(128, 32, 8, 2)],
+        [_config(32, 64, 8, 1), _config(32, 32, 4, 1)],
+        [_config(64, 32, 8, 1), _config(32, 32, 4, 1)],
+    ),
+}
+_SINGLE = {  # the same for float32
+    64: ([_config(64, 32, 4, 2)], [_config(32, 32, 4, 2)], [_config(32, 32, 4, 2)]),
+    128: ([_config(32, 32, 4, 2)], [_config(16, 32, 4, 1)], [_config(32, 16, 4, 1)]),
+    256: ([_config(32, 16, 4, 1)], [_config(16, 16, 4, 1)], [_config(16, 16, 4, 1)]),
+}
+
+
+def _tuned(kernel: Any, which: int) -> Any:
+    """The kernel with its configurations: the fastest is found once for each head dim, dtype, mask and class of length."""
+    if INTERPRETED:
+        return triton.autotune(_INTERPRETER, key=[])(kernel)
+
+    def candidates(configs: list[triton.Config], named_args: dict[str, Any], **other: Any) -> list[triton.Config]:
+        arguments = named_args | other
+        table = _SINGLE if arguments["q_ptr"].dtype == torch.float32 else _HALF
+        return table[max(64, arguments["D_PAD"])][which]
+
+    union = [config for table in (_HALF, _SINGLE) for configs in table.values() for config in configs[which]]
+    return triton.autotune(
+        union, key=["D", "CAUSAL", "length_class"], prune_configs_by={"early_config_prune": candidates}
+    )(kernel)
+
+
+_forward_tuned, _dk_dv_tuned, _dq_tuned = (
+    _tuned(kernel, which) for which, kernel in enumerate((_forward_kernel, _dk_dv_kernel, _dq_kernel))
+)
+
+
+# --- Launch ---------------------------------------------------------------------------------------
+
+
+def _common(q: Tensor, k: Tensor) -> dict[str, Any]:
+    """The arguments that all kernels take. The class of length is a power of four, so that a new length rarely tunes again."""
+    length = max(q.shape[2], k.shape[2])
+    return {
+        "scale": 1 / math.sqrt(q.shape[3]),
+        "H": q.shape[1],
+        "H_kv": k.shape[1],
+        "T": q.shape[2],
+        "S": k.shape[2],
+        "length_class": (max(length, 256) - 1).bit_length() // 2,
+        "D": q.shape[3],
+        "D_PAD": max(16, 1 << (q.shape[3] - 1).bit_length()),
+        "PRECISION": "ieee",
+    }
+
+
+@torch.library.custom_op("lmsys::flash_attention_triton_forward", mutates_args=())
+def flash_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """q: (B, H, T, D), k, v: (B, H_kv, S, D) -> o (B, H, T, D), lse (B, H, T) in float32."""
+    o, lse = _empty_outputs(q)
+    with torch.cuda.device_of(q):
+        _forward_tuned[lambda meta: (triton.cdiv(q.shape[2], meta["BLOCK_Q"]) * q.shape[0] * q.shape[1],)](
+            q, k, v, o, lse, **_common(q, k), **_strides(q=q, k=k, v=v, o=o), CAUSAL=causal
+        )
+    return o, lse
+
+
+@flash_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    return _empty_outputs(q)
+
+
+def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+    """o is laid out (B, T, H, D), as the output projection wants it, and seen as (B, H, T, D)."""
+    batch, heads, q_len, head_dim = q.shape
+    o = q.new_empty(batch, q_len, heads, head_dim).transpose(1, 2)
+    return o, q.new_empty(batch, heads, q_len, dtype=torch.float32)
+
+
+@torch.library.custom_op("lmsys::flash_attention_triton_backward", mutates_args=())
+def flash_backward(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv, shaped as q, k, v. o, do: (B, H, T, D); lse: (B, H, T), contiguous."""
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    batch, heads, q_len, head_dim = q.shape
+    kv_heads, k_len = k.shape[1:3]
+    common = _common(q, k)
+    delta = torch.empty_like(lse)
+    with torch.cuda.device_of(q):
+        _delta_kernel[(triton.cdiv(q_len, 64) * batch * heads,)](
+            o, do, delta, heads, q_len, *o.stride(), *do.stride(), D=head_dim, D_PAD=common["D_PAD"], BLOCK_Q=64
+        )
+        _dk_dv_tuned[lambda meta: (triton.cdiv(k_len, meta["BLOCK_K"]) * batch * kv_heads,)](
+            q, k, v, do, lse, delta, dk, dv, **common, **_strides(q=q, k=k, v=v, g=do, dk=dk, dv=dv),
+            CAUSAL=causal, EVEN_T=q_len % 128 == 0,
+        )  # fmt: skip
+        _dq_tuned[lambda meta: (triton.cdiv(q_len, meta["BLOCK_Q"]) * batch * heads,)](
+            q, k, v, do, lse, delta, dq, **common, **_strides(q=q, k=k, v=v, g=do, dq=dq), CAUSAL=causal
+        )
+    return dq, dk, dv
+
+
+@flash_backward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _strides(**tensors: Tensor) -> dict[str, int]:
+    """The kernels' stride arguments: stride_qb, stride_qh, stride_qt, stride_qd for q=(B, H, T, D), and so on."""
+    return {
+        f"stride_{name}{axis}": stride
+        for name, tensor in tensors.items()
+        for axis, stride in zip("bhsd" if name[-1] in "kv" else "bhtd", tensor.stride(), strict=True)
+    }
+
+
+# --- Autograd -------------------------------------------------------------------------------------
+
+
+class FlashAttentionTriton(torch.autograd.Function):
+    """apply(q, k, v, is_causal=False); saves q, k, v, o and one log-sum-exp a query.
+
+    q: (B, T, D) and k, v: (B, S, D), or q: (B, H, T, D) and k, v: (B, H_kv, S, D). The log-sum-exp is (B, T) or (B, H, T).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
+        o, lse = flash_forward(_heads(q), _heads(k), _heads(v), is_causal)
+        o, lse = o.view(q.shape), lse.view(q.shape[:-1])
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.is_causal = is_causal
+        return o
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, o, lse = ctx.saved_tensors
+        four = [_heads(t) for t in (q, k, v, o)]
+        dq, dk, dv = flash_backward(*four, lse.view(four[0].shape[:-1]), _heads(do), ctx.is_causal)
+        return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape), None
+
+
+def _heads(t: Tensor) -> Tensor:
+    return t.unsqueeze(1) if t.ndim == 3 else t
+
+
+def flash_attention_triton(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+    """q: (B, H, T, D), k, v: (B, H_kv, S, D) -> (B, H, T, D)."""
+    return FlashAttentionTriton.apply(q, k, v, causal)
