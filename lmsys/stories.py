@@ -7,7 +7,7 @@ leaves open (who, what, where) is drawn once for each story from BANKS and RECOR
 stay the same throughout. It is enough to learn English sentences and the shape of a story from, and no more.
 
 The notation of a phrasing: `[a|b]` is a or b, `[|a]` is a or nothing, `{toy}` is the story's toy, `{toy2}` another one
-than `{toy}`, `{Toy}` the same with a capital. A beat that starts with '?' is told in two stories out of three.
+than `{toy}`, `{Toy}` the same with a capital. A beat that starts with '?' can be left out.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ BANKS = {
         "paper crown",
         "toy horse",
         "flag",
-        "wooden duck",
+        "toy duck",
         "jump rope",
         "toy plane",
     ),
@@ -184,6 +184,7 @@ BANKS = {
         "golden",
         "pink",
     ),
+    "color": _words("red blue green yellow orange purple pink white brown golden gray silver"),
     "treat": (
         "cake",
         "pie",
@@ -266,19 +267,24 @@ BANKS = {
         "grinned from ear to ear",
     ),
     "sadness": (
-        "{He} felt very sad.",
-        "A tear rolled down {his} face.",
-        "{He} wanted to cry.",
-        "{His} heart was heavy.",
-        "{He} sat down and sighed.",
-        "{He} began to cry.",
-        "{He} did not know what to do.",
-        "{His} eyes filled with tears.",
-        "{He} hung {his} head.",
+        "{h} felt very sad.",
+        "A tear rolled down {h}'s face.",
+        "{h} wanted to cry.",
+        "{h}'s heart was heavy.",
+        "{h} sat down and sighed.",
+        "{h} began to cry.",
+        "{h} did not know what to do.",
+        "{h}'s eyes filled with tears.",
+        "{h} hung {his} head.",
+        "{h} swallowed hard.",
+        "{h} felt small and alone.",
+        "{h}'s lip began to shake.",
+        "{h} looked down at the ground.",
+        "It made {h} feel sad inside.",
     ),
     "oh": ("Oh no", "Oh dear", "Uh-oh", "Oh my", "Help"),
     "yes": ("Yes", "Of course", "Sure", "Okay", "All right", "I would love to", "Yes, please"),
-    "hooray": ("Hooray", "Yay", "Hurray", "Wow", "We did it"),
+    "hooray": ("Hooray", "Yay", "Hurray", "Wow", "Yippee", "Oh, yes"),
     "goodfriend": ("a good friend", "a true friend", "the best friend", "so kind", "very kind", "a wonderful friend"),
     "animalbaby": (
         "baby bird",
@@ -336,6 +342,16 @@ BANKS = {
         "a clever hen",
         "a snail that won a race",
         "a star that fell into a well",
+    ),
+    "landmark": (
+        "mill",
+        "fallen tree",
+        "red gate",
+        "stone well",
+        "scarecrow",
+        "broken cart",
+        "crooked tree",
+        "white rock",
     ),
     "petname": ("Chirp", "Sky", "Tweet", "Feather", "Cloud", "Sparrow", "Peep", "Song", "Blue", "Whisper"),
     "fruit": _words(
@@ -775,7 +791,7 @@ RECORDS = {
             "say": "I wish I were as tall as a tree",
             "got": "{He} grew and grew and grew",
             "bad": "{He} could not fit into the house or hug anyone",
-            "want": "being small again",
+            "want": "to be small again",
         },
         {
             "say": "I wish everything were made of gold",
@@ -799,7 +815,7 @@ RECORDS = {
             "say": "I wish I could fly",
             "got": "{His} feet left the ground",
             "bad": "{He} went higher and higher and did not know how to come down",
-            "want": "feet on the ground",
+            "want": "to stand on the ground again",
         },
     ),
     "magic": (
@@ -819,7 +835,7 @@ RECORDS = {
         {"a": "a berry tart", "it": "tart", "need": "butter", "wrong": "salt", "right": "sugar"},
     ),
     "hurt": (
-        {"who": "a lion", "it": "lion", "pain": "a thorn in his paw", "do": "pulled the thorn out gently"},
+        {"who": "a lion", "it": "lion", "pain": "a thorn in my paw", "do": "pulled the thorn out gently"},
         {
             "who": "a big bear",
             "it": "bear",
@@ -829,20 +845,20 @@ RECORDS = {
         {
             "who": "a gray wolf",
             "it": "wolf",
-            "pain": "a stone stuck in his foot",
+            "pain": "a stone stuck in my foot",
             "do": "took the stone out and washed the foot",
         },
-        {"who": "an old goat", "it": "goat", "pain": "a rope around his leg", "do": "untied the rope very slowly"},
+        {"who": "an old goat", "it": "goat", "pain": "a rope around my leg", "do": "untied the rope very slowly"},
         {
             "who": "a grumpy dog",
             "it": "dog",
-            "pain": "a fly in his ear",
+            "pain": "a fly in my ear",
             "do": "blew into the ear until the fly came out",
         },
         {
             "who": "a huge dragon",
             "it": "dragon",
-            "pain": "a fish bone between his teeth",
+            "pain": "a fish bone between my teeth",
             "do": "reached in and took the bone out",
         },
     ),
@@ -878,17 +894,39 @@ OPENING = (
         "Every day, {he} liked to {hobby}[| and {hobby2}].",
         "{He} was always ready to {hobby}.",
         "{H} and {his} friends liked to {hobby}.",
-        "When the sun came up, {h} [would|liked to] {hobby}, and when it went down, {he} [would|liked to] {hobby2}.",
+        "On some days {he} would {hobby}, and on others {he} would {hobby2}.",
+        "What {he} liked best was to {hobby}[| and to {hobby2}].",
+        "[All|The whole] year long, {h} liked to {hobby}.",
         "Everyone knew that {h} loved to {hobby}.",
+        "[If you asked {him}|When someone asked {him}], {h} would say that the best thing in the world was to {hobby}.",
+    ),
+    (
+        "?",
+        "{He} had [big|round|bright|brown|shiny] eyes and a [loud|soft|warm|funny] laugh.",
+        "{His} favorite food was {treats}[|, and {his} favorite color was {color}].",
+        "Everyone [in the village|who knew {him}|around] liked {him}.",
+        "{He} [always wore|never went out without] a {color} [hat|scarf|ribbon|coat].",
+        "{He} was not very [big|tall|strong], but {he} had a [big|good|warm] heart.",
+        "{He} lived with {his} [family|brothers and sisters|big family], and {he} was the [youngest|smallest|loudest|quietest] of them all.",
+        "{He} always had a [stone|string|feather|shell|button] in {his} pocket.",
+        "{His} [room|bed|little corner] was full of [books|pictures|shells|toys].",
     ),
 )
 
 ENDING = (
     (
         "?",
+        "[At home|Later], {h} [ate|had] {treats} [and drank warm milk|with honey|by the fire].",
+        "[When the stars came out|In the evening], {h} [sat by the window|lay in the grass] and [hummed a little song|counted the stars|thought of it all].",
+        "On the way home, {h} [sang|whistled|skipped|hopped|hummed] [happily|the whole time].",
+        "{h} [told|would tell] [everyone|all {his} friends] about it [for many days|the next day].",
+        "The next [day|morning], {h} [drew a picture of it|made up a song about it|woke up with a smile].",
+    ),
+    (
+        "?",
         "That night, {h} [slept very well|fell asleep with a smile|dreamed of {dream}].",
-        "It was [a very good day|the best day|a day to remember][| for {h}].",
-        "{h} {joy}.",
+        "It was [a very good day|a day to remember][| for {h}].",
+        "{h} {joy2}.",
         "{h} never forgot that day.",
         "When {h} [lay|was] in bed that night, {he} dreamed of {dream}.",
         "And {h} was [very|so] happy.",
@@ -973,6 +1011,7 @@ PLOTS = (
             ),
             "\n\n",
             (
+                "?",
                 "{h} jumped [as high as {he} could|up and down], but {he} could not reach it. {f} threw a [stick|stone|pine cone], but it [did not help|missed].",
                 "First {h} tried to climb, but [{his} hands slipped|it was too high]. Then {f} [shook|kicked] the {high_top}. Nothing [happened|moved].",
                 '{h} stood on the back of {f}. "[Higher|A little more]!" {he} called. But they [fell over|were too small], and both of them landed in the grass.',
@@ -1014,14 +1053,16 @@ PLOTS = (
                 '"Give it to me!" [shouted|cried] {h}. "[No|Never]!" [shouted|cried] {f}.',
             ),
             (
+                "?",
                 "[They pulled and pulled.|{h} pulled on one side and {f} on the other.] [Crack! The|Then there was a snap, and the] {toy} broke in two.",
                 "They [pushed|pulled] so hard that they both fell [in the mud|down], and the {toy} rolled away and [broke|fell into a hole].",
                 "They were so [angry|loud] that nobody played with the {toy} at all. It just lay there on the ground.",
             ),
             "\n\n",
             (
+                "?",
                 "{h} looked at {f}. {f} looked at {h}. They both felt [bad|sorry|silly].",
-                "Now [nobody was happy|both of them were sad]. {sadness}",
+                "Now [nobody was happy|both of them were sad|it was very quiet].",
             ),
             (
                 '{G} [saw it all|heard the noise and came over]. "[A {toy} is more fun with two|You can take turns|When you fight, nobody gets to play]," {g_he} said.',
@@ -1057,8 +1098,9 @@ PLOTS = (
                 'The others [laughed|did not understand]. "Do not be a baby," they said.',
                 "{He} did not tell anyone about it.",
             ),
-            ("{day}, {fear_test}.", "Then, {later}, {fear_test}."),
+            ("But {later}, {fear_test}.", "And then, {later}, {fear_test}."),
             (
+                "?",
                 '{His} [knees shook|heart went thump, thump, thump|hands were cold]. "I [cannot do|do not like] this," {he} [whispered|said].',
                 "{h} [froze|wanted to run away]. {He} [shut {his} eyes|could hardly breathe].",
             ),
@@ -1067,7 +1109,7 @@ PLOTS = (
                 '{G} [took {his} hand|sat down next to {him}]. "[You know|Listen]," {g_he} said, "I was afraid of {fear_of} once, too. {fear_truth}."',
                 '{F_full} stood beside {him}. "I will stay with you," said {f}. "{fear_truth}."',
             ),
-            ("{h} nodded slowly.", '"I will try," said {h}.', '"Really?" asked {h}. "Really."'),
+            ("?", "{h} nodded slowly.", '"I will try," said {h}.', '"Really?" asked {h}. "Really."'),
             ("{He} {fear_step}.", "So {h} {fear_step}.", "{h} was still scared, but {he} {fear_step}."),
             "\n\n",
             (
@@ -1099,6 +1141,7 @@ PLOTS = (
                 "{day}, {h} was {broken_by} when {he} [heard a noise|bumped into something]. {broken_sound}! It was the {broken_thing}.",
             ),
             (
+                "?",
                 '"{oh}," {he} [whispered|said]. "{G_name} will be [angry|so sad]."',
                 "{h} looked at the pieces. {His} face [turned red|became hot].",
             ),
@@ -1121,14 +1164,14 @@ PLOTS = (
                 '"I am sad about the {broken_thing}," said {g}, "but I am glad that you told me the truth."',
             ),
             (
-                "Together they [swept the floor|picked up the pieces][| and glued them together]. It took {while}.",
+                "Together they [swept the floor|picked up the pieces|picked up the pieces and glued them together, which took {while}].",
                 "{h} helped {g} clean up. The next day, {he} used {his} own coins to buy a new {broken_thing}.",
             ),
             (
                 "?",
                 "{h} felt [light|much better] again.",
                 "{h} learned that it is best to tell the truth, even when it is hard.",
-                "After that, {h} only played [ball outside|wild games in the yard].",
+                "After that, {h} [was very careful in the house|played wild games only in the yard].",
             ),
         ),
     ),
@@ -1155,6 +1198,7 @@ PLOTS = (
                 "{He} wrapped the {animalbaby} in {his} [coat|scarf] to keep it warm.",
             ),
             (
+                "?",
                 "They looked {spot2}, but the mother was not there. They found only {junk}.",
                 '{h} asked a [farmer|fisherman|mailman], "Have you seen its mother?" But [he|the man] shook his head.',
             ),
@@ -1169,7 +1213,7 @@ PLOTS = (
             ),
             (
                 "{h} set the {animalbaby} down, and it [ran|hurried] to its mother. {h} {joy}.",
-                "The mother [rubbed|touched] her nose on {his} hand, as if to say thank you. {h} {joy}.",
+                "The mother [rubbed her nose on|put her nose to] {h}'s hand, as if to say thank you. {h} {joy}.",
             ),
             (
                 "?",
@@ -1233,7 +1277,7 @@ PLOTS = (
             ),
             (
                 "{h} dug a hole [in the garden|behind the house|near the fence], put the seed in and gave it some water.",
-                '{He} put it in the [soft|dark] earth and covered it up. ["Grow!" {he} said.|]',
+                '{h} put it in the [soft|dark] earth and covered it up. ["Grow!" {he} said.|]',
             ),
             (
                 "The next morning, {he} ran out to look. There was [nothing|only brown earth]. The day after that, there was still nothing.",
@@ -1241,7 +1285,7 @@ PLOTS = (
             ),
             "\n\n",
             (
-                '"[It is broken|It does not like me|Why does it not grow]?" [asked|said] {h}. {sadness}',
+                '"[Is it broken|Does it not like me|Why does it not grow]?" [asked|said] {h}. {sadness}',
                 '"I do not want to wait any more!" said {h}. {He} wanted to dig it up [to look|again].',
             ),
             (
@@ -1278,8 +1322,8 @@ PLOTS = (
                 "{day}, {h} and {f_full} wanted to make {bake_a} [for the party|for dinner].",
             ),
             (
-                "{He} put on a [white|big] hat and washed {his} hands. Then {he} got [a bowl|a big spoon].",
-                "{He} [took|got] a big bowl and a [wooden|long] spoon and began to mix.",
+                "{h} put on a [white|big] hat and washed {his} hands. Then {he} got [a bowl|a big spoon].",
+                "{h} [took|got] a big bowl and a [wooden|long] spoon and began to mix.",
             ),
             (
                 "{h} was in a hurry and did not read the [label|words on the jar]. {He} put in {bake_wrong} instead of {bake_right}!",
@@ -1295,7 +1339,7 @@ PLOTS = (
                 "{h} looked at the {bake_it}. Then {he} [began to laugh|sighed].",
             ),
             (
-                '{G} came in and [saw the mess|smelled it]. "[Everyone makes mistakes|I once did the same thing]," {g_he} said. "[Shall we try|Let us do it] again, slowly?"',
+                '{G} came in and [saw the mess|smelled it]. "[Everyone makes mistakes|I once did the same thing]," {g_he} said. "[Shall we try again, slowly?|Let us do it again, slowly.]"',
                 '"We can [start over|make a new one]," said {g}. "This time we will taste first."',
             ),
             "\n\n",
@@ -1328,6 +1372,7 @@ PLOTS = (
                 "Then the sky became [gray|dark], and it began to rain.",
             ),
             (
+                "?",
                 '"{oh}! [Our day is ruined|Now we cannot go]," said {h}. {sadness}',
                 '{h} pressed {his} nose to the window. "Rain, rain, go away," {he} said. But the rain [stayed|did not listen].',
             ),
@@ -1390,7 +1435,7 @@ PLOTS = (
             "\n\n",
             (
                 "They came in last. But everyone [cheered|clapped] louder for them than for the winner.",
-                '{h} did not win the [gold cup|prize]. But {f} gave {him} {f_his} {look} [hat|ribbon]. "You are the real winner," {f_he} said.',
+                '{h} did not win the [gold cup|prize]. But {f} took off {f_his} {look} [hat|ribbon] and gave it to {him}. "You are the real winner," {f_he} said.',
             ),
             (
                 '"Why did you stop?" asked {f}. "[Because a friend is worth more than a prize|You needed help]," said {h}.',
@@ -1421,19 +1466,20 @@ PLOTS = (
                 '{h} smiled at {f_him}. "I like your [hat|smile]," {he} said. {f} looked [up|away].',
             ),
             (
-                "So {h} [sat down beside {f_him}|stayed], and they [watched the clouds|looked at the ants] without a word. Then {h} [shared|broke] {his} {treat} in two and gave {f} the bigger half.",
+                "So {h} [sat down beside {f_him}|stayed], and they [watched the clouds|looked at the ants] without a word. Then {h} broke {his} {treat} in two and gave {f} the bigger half.",
                 "The next day, {h} brought a {look} {toy}. {He} [put it down between them|rolled it over to {f}]. {f} [smiled a little|pushed it back].",
             ),
             (
-                '"[Thank you|You are nice]," {f} said [softly|in a very small voice]. "[At home|Where I come from], I liked to {hobby3}, but I do not know anyone here."',
+                '"[Thank you|You are nice]," {f} said [softly|in a very small voice]. "[At home|Where I come from], I liked to {hobby3}, but I do not know anyone here." {h} took {f_his} hand.',
                 '"I can {skill_to}," said {f} [softly|at last]. "Really? Can you show me?" asked {h}.',
             ),
             "\n\n",
             (
-                '"Now you know me!" said {h}. [Soon|Before long], they were [laughing and running|playing] {place_in}.',
+                '"Then come with me!" said {h}. [Soon|Before long], they were [laughing and running|playing] {place_in}.',
                 '"[I want to try that, too|Let us do it together]!" said {h}. And {f} laughed for the first time.',
             ),
             (
+                "?",
                 'The others saw how much fun they had. "Can we play, too?" they asked. "{yes}!" said {f}.',
                 "After that, {f} was not alone any more.",
             ),
@@ -1464,6 +1510,7 @@ PLOTS = (
             ("But then {build_ruin}.", "[Just as|When] it was almost done, {build_ruin}."),
             "\n\n",
             (
+                "?",
                 '"My {build_it}!" [cried|shouted] {h}. {sadness}',
                 '{h} was so [angry|upset] that {he} kicked what was left. "I will never build anything again!" {he} said.',
             ),
@@ -1472,7 +1519,7 @@ PLOTS = (
                 '"What did you learn from it?" asked {g}. {h} [thought|wiped {his} eyes]. "Maybe it should be built {build_fix}," {he} said.',
             ),
             (
-                '{h} [wiped {his} face|took a deep breath]. "{yes}," {he} said. "[Will you help me|Let us do it together]?"',
+                '{h} [wiped {his} face|took a deep breath]. "{yes}," {he} said. "[Will you help me?|Let us do it together.]"',
             ),
             "\n\n",
             (
@@ -1547,6 +1594,7 @@ PLOTS = (
                 'The first time, {he} {skill_fail}. ["Ouch!" said {h}.|Everybody laughed.]',
             ),
             (
+                "?",
                 "{He} tried again. And again, {he} {skill_fail}.",
                 "The second time was no better. The third time, {he} {skill_fail} [again|once more].",
             ),
@@ -1640,6 +1688,7 @@ PLOTS = (
                 '{h} forgot it [very soon|right away]. "[I am big enough|I only want to see]," {he} said.',
             ),
             (
+                "?",
                 "{He} looked around. Nobody was there. So {he} {danger_act}.",
                 '{F_full} said, "[We should not do this|Stop, {h}]!" But {h} {danger_act}.',
             ),
@@ -1650,7 +1699,7 @@ PLOTS = (
                 "{He} called for help, but at first nobody [came|heard {him}]. {sadness}",
             ),
             (
-                "[Luckily|Then], {g} [was not far away|heard {him}]. {G_he} {danger_save}.",
+                "[Luckily, {g} was not far away|Then {g} heard {him}|But {g} had sharp ears and came running]. {G_he} {danger_save}.",
                 "{F_full} ran to get {g}. {G} {danger_save}.",
             ),
             "\n\n",
@@ -1687,6 +1736,7 @@ PLOTS = (
                 '{h} came closer, one step at a time. "Does something hurt?" {he} asked. The {hurt_it} nodded. "I have {hurt_pain}," he said.',
             ),
             (
+                "?",
                 '"I can help you," said {h}, "[if you do not eat me|but you must hold still]."',
                 '{h} was scared, but {he} did not like to see anyone in pain. "Hold still," {he} said.',
             ),
@@ -1717,7 +1767,7 @@ PLOTS = (
             ),
             (
                 '"One, two, three..." {h} ran to hide. {Spot}? No, [that was too easy|someone was already there]. Then {he} saw [a good|the perfect] place {spot2}.',
-                "{h} wanted to find the best place of all. {He} [crawled|squeezed in] {spot2} and made {himself} very small.",
+                "{h} wanted to find the best place of all. {He} [crouched down|curled up] {spot2} and made {himself} very small.",
             ),
             (
                 "It was [warm and quiet|soft and dark] there. {His} eyes became heavy, and {h} fell asleep.",
@@ -1725,6 +1775,7 @@ PLOTS = (
             ),
             "\n\n",
             (
+                "?",
                 "{f} found all the others, but not {h}. {f_He} looked {spot} and {spot3}. {f_He} found {junk}, but no {h}.",
                 '"Come out, {h}! You win!" called {f}. But nobody answered. {f} began to worry.',
             ),
@@ -1775,7 +1826,7 @@ PLOTS = (
             ),
             (
                 "So {h} put the books on the shelf, the socks in the drawer and the {toy2} in the box.",
-                "{h} picked up one thing, then another. [It took {while}.|] {He} even found {junk3}, which made {him} laugh.",
+                "{h} picked up one thing, then another. {He} even found {junk3}, which made {him} laugh.",
             ),
             "\n\n",
             (
@@ -1798,6 +1849,7 @@ PLOTS = (
                 'One night, {h} looked out of the window and saw the [big|full|yellow] moon. "I want to catch it!" {he} said.',
             ),
             (
+                "?",
                 "{He} climbed [a tall tree|to the top of the hill], but the moon was [still too high|no closer].",
                 "{He} threw a rope at the moon, but it fell [down|on {his} own head].",
                 "{He} jumped [from the roof of the shed|on {his} bed], but the moon was too far away.",
@@ -1882,6 +1934,7 @@ PLOTS = (
                 '{h} knocked on the door. "Achoo!" came from inside. {f} was sick.',
             ),
             (
+                "?",
                 '{h} tried to play with the {toy}, but {he} [kept thinking of {f}|did not like it alone]. "What can I do?" {he} [asked|thought].',
                 '"How can I make {f} feel better?" {h} asked {g}. "[What makes you feel better|A little kindness is good medicine]," said {g}.',
             ),
@@ -1923,6 +1976,7 @@ PLOTS = (
                 '{h} ran to get {g}. "Can we help it?" {he} asked. "We can try," said {g}.',
             ),
             (
+                "?",
                 "They made a [bed|nest] out of a box and [soft grass|an old sock]. {h} gave the bird [seeds|crumbs] and water.",
                 "{G} tied a [small|thin] stick to the wing. {h} fed the bird [every hour|with a spoon].",
             ),
@@ -1964,7 +2018,8 @@ PLOTS = (
                 '{day}, {h} said to {f_full}, "Let us go {place_to} and see what we can find!"',
             ),
             (
-                "They walked farther and farther. They saw {junk} and {junk2}, and a {flower} as big as a [plate|hat].",
+                "?",
+                "They walked farther and farther. They passed [a|an old] {landmark} and a {landmark2}, and saw a {flower} as big as a [plate|hat].",
                 "They followed a [{look} bird|long line of ants|tiny stream], [up and down|left and right], and did not look back.",
             ),
             (
@@ -1978,11 +2033,11 @@ PLOTS = (
                 "It got [dark|cold]. [An owl called.|The trees made strange sounds.]",
             ),
             (
-                '"[Let us think|We need a plan]," said {h}. "We came past {junk}, and before that past the {flower}."',
+                '"[Let us think|We need a plan]," said {h}. "We came past the {landmark}, and before that past the {landmark2}."',
                 '"When we are lost, we should [follow the water|look for the smoke of the houses]," said {h}.',
             ),
             (
-                "So they [went back|walked] slowly, [hand in hand|side by side]. First they found the {flower}, and then they found {junk}.",
+                "So they [went back|walked] slowly, [hand in hand|side by side]. First they found the {landmark}, and then they found the {landmark2}.",
                 'They listened. They could hear [a bell|water|a dog] far away. "This way!" said {h}.',
             ),
             "\n\n",
@@ -2101,8 +2156,11 @@ class _Slots(dict):
             if node.__class__ is str:
                 out.append(node)
             elif node[0] == "slot":
-                out.append(self[node[1]])
-                if node[1].lower() == "f_full":  # introduced: from here on the name is enough
+                name = node[1]
+                if name == "He" and self.rng.random() < 0.2:  # now and then the name
+                    name = "h"
+                out.append(self[name])
+                if name.lower() == "f_full":  # introduced: from here on the name is enough
                     self["f_full"] = self["f"]
             else:
                 out.append(self._join(_pick(self.rng, node[1])))
@@ -2116,19 +2174,20 @@ def story(rng: random.Random) -> str:
     """One story, in one to four paragraphs without a newline at the end; rng decides every word."""
     kinds, beats = _pick(rng, PLOTS)
     slots = _Slots(rng, kinds)
-    parts = []
+    brevity = 0.15 + 0.7 * rng.random()
+    parts: list[str] = []
     for beat in (*OPENING, *beats, *ENDING):
         if beat == "\n\n":
             if parts and rng.random() < 0.75:
                 parts.append(beat)
             continue
         if beat[0] == "?":
-            if rng.random() < 1 / 3:
+            if rng.random() < brevity:
                 continue
             beat = beat[1:]
         parts.append(slots.render(_pick(rng, beat)))
     text = " ".join(part for part in parts if part).replace("  ", " ").replace(" \n\n ", "\n\n")
-    return _BEFORE_VOWEL.sub(r"\1n", text)
+    return _BEFORE_VOWEL.sub(r"\1n", text.strip())
 
 
 def generate(path: str | Path, size_mb: float, seed: int = 0) -> int:
