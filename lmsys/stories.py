@@ -15,7 +15,9 @@ from __future__ import annotations
 import functools
 import random
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lmsys import records
 from lmsys.config import END_OF_TEXT, require
@@ -944,8 +946,8 @@ _OUT = (
     "There was a lot to see: {place_sight}.",
 )
 
-# A plot is the kinds of hero that it suits, and its beats.
-_ANY, _CHILD, _ANIMAL = ("child", "child", "animal"), ("child",), ("animal",)
+# A plot is the kinds of hero that it suits, one of which is drawn, and its beats; "\n\n" is where a paragraph can end.
+_ANY, _CHILD = ("child", "child", "animal"), ("child",)
 
 PLOTS = (
     # A toy is lost and found.
@@ -2062,15 +2064,19 @@ PLOTS = (
 # --- Telling ----------------------------------------------------------------------------------------
 
 
-def _pick(rng: random.Random, options):
+def _pick(rng: random.Random, options: Sequence[Any]) -> Any:
+    """One of the options, by random.random alone: its sequence is the one that Python promises to keep."""
     return options[int(rng.random() * len(options))]
 
 
 @functools.cache
-def _parse(template: str) -> tuple:
+def _parse(template: str) -> tuple[Any, ...]:
     """A phrasing as nodes: text, ('slot', name), or ('choice', alternatives)."""
-    nodes, stack = [], []
-    for piece in re.findall(r"[\[\]|]|\{\w+\}|[^\[\]|{}]+", template):
+    pieces = re.findall(r"[\[\]|]|\{\w+\}|[^\[\]|{}]+", template)
+    assert "".join(pieces) == template, f"not a slot: {template}"
+    nodes: list[Any] = []
+    stack: list[tuple[list[Any], list[list[Any]]]] = []
+    for piece in pieces:
         if piece == "[":
             stack.append((nodes, alternatives := []))
             nodes = []
@@ -2095,6 +2101,7 @@ class _Slots(dict):
     def __init__(self, rng: random.Random, hero_kinds: tuple[str, ...]):
         self.rng = rng
         self.own_banks: dict[str, tuple[str, ...]] = {}
+        self.drawn: set[str] = set()  # records
         self._cast(_pick(rng, hero_kinds))
 
     def __missing__(self, name: str) -> str:
@@ -2103,8 +2110,8 @@ class _Slots(dict):
             return text[0].upper() + text[1:]
         bank = name.rstrip("23")
         record = OWNER.get(bank) or name.partition("_")[0]
-        if record in RECORDS and f"{record}_" not in self:
-            self[f"{record}_"] = record
+        if record in RECORDS and record not in self.drawn:
+            self.drawn.add(record)
             for field, value in _pick(self.rng, RECORDS[record]).items():
                 if isinstance(value, tuple):
                     self.own_banks[field] = value
@@ -2122,7 +2129,6 @@ class _Slots(dict):
     def _cast(self, kind: str) -> None:
         """Draw the hero (h), a friend (f) and a grown-up (g), with their pronouns."""
         rng = self.rng
-        self["kind"] = kind
         species: list[str] = []
         names: list[str] = []
         for role in ("", "f_"):
@@ -2148,12 +2154,13 @@ class _Slots(dict):
         self["g_he"], self["g_him"], self["g_his"] = pronouns
 
     def render(self, template: str) -> str:
+        """The text of a phrasing, every choice made and every slot filled."""
         return self._join(_parse(template))
 
-    def _join(self, nodes) -> str:
-        out = []
+    def _join(self, nodes: Sequence[Any]) -> str:
+        out: list[str] = []
         for node in nodes:
-            if node.__class__ is str:
+            if isinstance(node, str):
                 out.append(node)
             elif node[0] == "slot":
                 name = node[1]
@@ -2167,7 +2174,7 @@ class _Slots(dict):
         return "".join(out)
 
 
-_BEFORE_VOWEL = re.compile(r"\b([Aa])(?= [aeiou])")
+_BEFORE_VOWEL = re.compile(r"\b([Aa])(?= [aeiou])")  # the vocabulary has no unicorn
 
 
 def story(rng: random.Random) -> str:
