@@ -244,7 +244,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, kernel: str) -> 
     _check_tensors(q, k, v)
     backward = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     entry.check(q.device, q.dtype, q.shape[-1], q.shape[-3], k.shape[-3], backward)
-    function = _function(kernel)
+    _load(kernel)
+    function = _LOADED[kernel]
     if q.ndim == 4:
         return function(q, k, v, causal)
     leading = q.shape[:-3]
@@ -272,17 +273,24 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"attention: devices differ: q {q.device}, k {k.device}, v {v.device}")
 
 
-# Under torch.compile these two run while the graph is traced and count as constants in it.
+_LOADED: dict[str, Callable[[Tensor, Tensor, Tensor, bool], Tensor]] = {}
+
+
+# Under torch.compile these two run while the graph is traced, and count as constants in it.
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
-def _function(kernel: str) -> Callable[[Tensor, Tensor, Tensor, bool], Tensor]:
-    return KERNELS[kernel].load()
+def _load(kernel: str) -> None:
+    if kernel not in _LOADED:
+        _LOADED[kernel] = KERNELS[kernel].load()
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def _unavailable(kernel: str, device_type: str, dtype: torch.dtype) -> str | None:
+    return _reason(kernel, device_type, dtype)
+
+
+@functools.cache
+def _reason(kernel: str, device_type: str, dtype: torch.dtype) -> str | None:
     check = KERNELS[kernel].unavailable
     return None if check is None else check(device_type, dtype)

@@ -59,24 +59,21 @@ def flash_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, q_tile: int, k_
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=_accumulator(q), device=q.device)
     for i in range(0, q_len, q_tile):
-        q_i, rows = (
-            _stack(q[:, :, i : i + q_tile], k.shape[1]),
-            torch.arange(i, min(i + q_tile, q_len), device=q.device),
-        )
+        q_i, rows = _stack(q[:, :, i : i + q_tile], k.shape[1]), min(q_tile, q_len - i)
         maximum = torch.full((*q_i.shape[:-1], 1), -math.inf, dtype=lse.dtype, device=q.device)
         total = torch.zeros_like(maximum)
         o_i = torch.zeros(q_i.shape, dtype=lse.dtype, device=q.device)
         for j in range(0, min(k_len, i + q_tile) if causal else k_len, k_tile):
             k_j, v_j = k[:, :, j : j + k_tile], v[:, :, j : j + k_tile]
-            scores = _scores(q_i, k_j, scale, rows, j, causal)
+            scores = _scores(q_i, k_j, scale, i, j, rows, causal)
             new_maximum = torch.maximum(maximum, scores.amax(-1, keepdim=True))
             p = torch.exp(scores - new_maximum)
             correction = torch.exp(maximum - new_maximum)
             total = correction * total + p.sum(-1, keepdim=True)
             o_i = correction * o_i + p.to(q.dtype) @ v_j
             maximum = new_maximum
-        o[:, :, i : i + q_tile] = _unstack(o_i / total, len(rows))
-        lse[:, :, i : i + q_tile] = _unstack(maximum + torch.log(total), len(rows)).squeeze(-1)
+        o[:, :, i : i + q_tile] = _unstack(o_i / total, rows)
+        lse[:, :, i : i + q_tile] = _unstack(maximum + torch.log(total), rows).squeeze(-1)
     return o, lse
 
 
@@ -92,25 +89,26 @@ def flash_backward(
         k_j, v_j = k[:, :, j : j + k_tile], v[:, :, j : j + k_tile]
         dk_j, dv_j = (torch.zeros(k_j.shape, dtype=lse.dtype, device=k.device) for _ in range(2))
         for i in range(j // q_tile * q_tile if causal else 0, q_len, q_tile):
-            tile, rows = slice(i, i + q_tile), torch.arange(i, min(i + q_tile, q_len), device=q.device)
+            tile, rows = slice(i, i + q_tile), min(q_tile, q_len - i)
             q_i, do_i, delta_i, lse_i = (_stack(t[:, :, tile], k.shape[1]) for t in (q, do, delta, lse.unsqueeze(-1)))
-            p = torch.exp(_scores(q_i, k_j, scale, rows, j, causal) - lse_i)
+            p = torch.exp(_scores(q_i, k_j, scale, i, j, rows, causal) - lse_i)
             dv_j += p.to(q.dtype).transpose(-2, -1) @ do_i
             dp = do_i @ v_j.transpose(-2, -1)
             ds = (p * (dp - delta_i)).to(q.dtype)
-            dq[:, :, tile] += _unstack(ds @ k_j, len(rows))
+            dq[:, :, tile] += _unstack(ds @ k_j, rows)
             dk_j += ds.transpose(-2, -1) @ q_i
         dk[:, :, j : j + k_tile] = dk_j * scale
         dv[:, :, j : j + k_tile] = dv_j
     return (dq * scale).to(q.dtype), dk, dv
 
 
-def _scores(q_i: Tensor, k_j: Tensor, scale: float, rows: Tensor, j: int, causal: bool) -> Tensor:
-    """Scaled scores of one tile (B, H_kv, H / H_kv * rows, keys), hidden ones -inf."""
+def _scores(q_i: Tensor, k_j: Tensor, scale: float, i: int, j: int, rows: int, causal: bool) -> Tensor:
+    """Scaled scores (B, H_kv, H / H_kv * rows, keys) of the tile whose first query is i and first key j; hidden ones -inf."""
     scores = (q_i @ k_j.transpose(-2, -1)).to(_accumulator(q_i)) * scale
-    if causal and j + k_j.shape[2] - 1 > rows[0]:
-        columns = torch.arange(j, j + k_j.shape[2], device=rows.device)
-        scores.unflatten(-2, (-1, len(rows))).masked_fill_(columns > rows[:, None], -math.inf)
+    keys = k_j.shape[2]
+    if causal and j + keys - 1 > i:
+        hidden = torch.ones(rows, keys, dtype=torch.bool, device=q_i.device).triu(i - j + 1)
+        scores.unflatten(-2, (-1, rows)).masked_fill_(hidden, -math.inf)
     return scores
 
 
