@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lmsys.attention import attention, get_kernel
+from lmsys.attention import check_support, get_kernel
 from lmsys.config import ModelConfig
 
 
@@ -100,16 +100,21 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: ModelConfig, kernel: str):
         super().__init__()
-        self.num_heads, self.head_dim, self.kernel = config.num_heads, config.head_dim, kernel
+        self.num_heads, self.head_dim = config.num_heads, config.head_dim
+        self.set_kernel(kernel)
         self.qkv_proj = Linear(config.d_model, 3 * config.d_model)
         _truncated_normal(self.qkv_proj.weight, config.d_model**-0.5)  # three square matrices, each at its own scale
         self.output_proj = Linear(config.d_model, config.d_model)
+
+    def set_kernel(self, name: str) -> None:
+        """Load the kernel here and not in forward, so that a compiled block is one graph with the kernel in it."""
+        self.kernel, self.attend = name, get_kernel(name).load()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x: (B, T, d) -> (B, T, d). cos, sin: (T, D/2)."""
         qkv = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
         q, k = rotate(qkv[:2], cos, sin).unbind(0)  # (B, H, T, D) each
-        y = attention(q, k, qkv[2], causal=True, kernel=self.kernel)
+        y = self.attend(q, k, qkv[2], True)
         return self.output_proj(y.transpose(1, 2).flatten(-2))
 
 
@@ -158,7 +163,6 @@ class TransformerLM(nn.Module):
         super().__init__()
         if config.vocab_size is None:
             raise ValueError("model.vocab_size is not set: give it the tokenizer's vocabulary size")
-        get_kernel(attention_kernel)
         self.config = config
         self.compiled = False
         std = config.d_model**-0.5 if config.tie_embeddings else 1.0
@@ -172,8 +176,9 @@ class TransformerLM(nn.Module):
         """ids: (B, T) int64 -> logits (B, T, V), in the autocast dtype where autocast is on.
 
         Raises:
-            ValueError: T beyond context_length; on the CPU, an id outside the vocabulary. On a GPU that check would
-                wait for the device at every step: check the data once instead, as lmsys.train does.
+            ValueError: T beyond context_length; a device or dtype that the attention kernel does not take; on the CPU,
+                an id outside the vocabulary. On a GPU that last check would wait for the device at every step: check
+                the data once instead, as lmsys.train does.
         """
         return self.logits(self.hidden(ids))
 
@@ -191,11 +196,24 @@ class TransformerLM(nn.Module):
                     f"token id {low if low < 0 else high} is outside the model's vocabulary of {config.vocab_size}; "
                     "use the tokenizer that the model was made for"
                 )
+        self._check_kernel(ids.device)
         x = self.token_embeddings(ids)
         cos, sin = self.rope.cos[:length], self.rope.sin[:length]
         for layer in self.layers:
             x = layer(x, cos, sin)
         return self.ln_final(x)
+
+    def _check_kernel(self, device: torch.device) -> None:
+        """Once a forward pass, outside compiled code: ValueError unless the kernel takes this device and dtype."""
+        autocast = torch.is_autocast_enabled(device.type)
+        check_support(
+            self.layers[0].attn.kernel,
+            device=device,
+            dtype=torch.get_autocast_dtype(device.type) if autocast else self.token_embeddings.weight.dtype,
+            head_dim=self.config.head_dim,
+            heads=self.config.num_heads,
+            backward=torch.is_grad_enabled(),
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., d) -> (..., V)."""
@@ -204,9 +222,8 @@ class TransformerLM(nn.Module):
 
     def set_attention_kernel(self, name: str) -> None:
         """Use another attention kernel from now on."""
-        get_kernel(name)
         for layer in self.layers:
-            layer.attn.kernel = name
+            layer.attn.set_kernel(name)
 
     def compile_blocks(self, **options: Any) -> None:
         """torch.compile each block at its first call, with torch.compile's options. One compilation serves all blocks."""

@@ -195,6 +195,12 @@ def test_attention_kernel_is_chosen_by_name(model):
             choose("flash_atention_torch")
 
 
+def test_a_kernel_that_does_not_take_the_dtype_is_named():
+    model = TransformerLM(TINY, attention_kernel="torch_flex")  # head_dim 8 is too small for it
+    with pytest.raises(ValueError, match=r"'torch_flex': got head_dim 8; it takes 16 to 256"), torch.no_grad():
+        model(torch.zeros(1, 4, dtype=torch.int64))
+
+
 def test_cross_entropy_is_stable_and_exact():
     logits = torch.randn(3, 5, 11, requires_grad=True)
     targets = torch.randint(11, (3, 5))
