@@ -29,14 +29,13 @@ import os
 import re
 import sys
 import warnings
-from array import array
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import cache
-from itertools import islice, pairwise
-from operator import add
+from itertools import chain, compress, islice, pairwise, repeat
+from operator import add, is_
 from pathlib import Path
 from typing import Any
 
@@ -63,17 +62,22 @@ def _cut_pattern() -> re.Pattern[bytes]:
 
 
 _CUT = _cut_pattern()
+_WIDE_SPACE = re.compile(b"|".join(character.encode() for character in WHITESPACE if not character.isascii()))
 
 CHUNK_BYTES = 2**20  # text that one process holds at a time
 _TASK_CHUNKS = 16  # chunks that a counting task goes through before it sends its counts back
 _SEARCH_BYTES = 2**16  # how far a cut may lie behind its place for the sake of a special token
-_MAX_PIECES = 2**17  # entries of an encoding cache, and of a counter of pieces; about 25 MiB
+_MAX_PIECES = 2**18  # entries of an encoding cache, and of a counter of pieces; about 50 MiB
 _MAX_CACHED_LENGTH = 64  # longer pieces are rare, and not kept
 _SHORT_WORD = 128  # bytes; above, merging keeps a heap instead of searching the word for each merge
 _MAX_IDS = sys.maxunicode + 1
 _NEVER = sys.maxsize  # the rank of a pair that is not merged
+_NEVERS = repeat(_NEVER)
 
 
+_SHORT_TEXT = 8192  # characters; above, pieces are looked up by arrays
+_MANY_WORDS = 64  # from here on words are merged by arrays
+_UTF_32 = f"utf-32-{sys.byteorder[0]}e"  # with it, the characters of a word are its token ids in four bytes each
 _FORMAT = "lmsys byte-level BPE 1"
 
 
@@ -417,29 +421,146 @@ def _from_printable(text: str) -> bytes:
 # --- The tokenizer ----------------------------------------------------------------------------------
 
 
-class _Cache(dict):
-    """key -> compute(key), for at most max_entries short keys; emptied when full."""
-
-    __slots__ = ("_compute", "_max_entries")
-
-    def __init__(self, compute: Callable[[str], bytes], max_entries: int):
-        self._compute = compute
-        self._max_entries = max_entries
-
-    def __missing__(self, key: str) -> bytes:
-        value = self._compute(key)
-        if len(key) <= _MAX_CACHED_LENGTH:
-            if len(self) >= self._max_entries:
-                self.clear()
-            self[key] = value
-        return value
+def _is_one_pretoken(piece: str) -> bool:
+    """Whether a piece is surely one pre-token: ASCII letters after at most one space. Saves the pattern half of its work."""
+    return piece.isascii() and piece[piece[0] == " " :].isalpha()
 
 
-class _Ranks(dict):
-    """pair -> rank, or _NEVER."""
+def _code_points(text: str) -> np.ndarray:
+    """The characters of a text as int64."""
+    return np.frombuffer(text.encode(_UTF_32, "surrogatepass"), np.uint32).astype(np.int64)
 
-    def __missing__(self, pair: str) -> int:
-        return _NEVER
+
+def _piece_starts(data: bytes, is_ascii: bool, special: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Where the pieces of a UTF-8 text begin; the spans of special tokens are pieces of their own.
+
+    As _PIECE does, cuts before whitespace that follows non-whitespace and before the last whitespace of a run, but only
+    where that whitespace is ASCII. A piece is then several of _PIECE's, at a cut that is no less safe.
+    """
+    characters = np.frombuffer(data, np.uint8)
+    space = np.ones(len(data) + 2, bool)  # with the text's two ends
+    ascii_space = (characters == 32) | (characters - np.uint8(9) < 5)
+    space[1:-1] = ascii_space
+    if not is_ascii:
+        for match in _WIDE_SPACE.finditer(data):
+            space[match.start() + 1 : match.end() + 1] = True
+    for start, end in special:
+        space[start + 1 : end + 1] = True
+        ascii_space[start:end] = False
+    cut = ascii_space & ~(space[:-2] & space[2:])
+    cut[0] = True
+    if special:
+        bounds = np.array(special).ravel()
+        cut[bounds[bounds < len(data)]] = True
+    return np.flatnonzero(cut)
+
+
+class _PieceTable:
+    """Encodes the pieces of a text by arrays: bytes of a piece -> entry -> its ids in a pool.
+
+    Pieces of up to 15 bytes are keys of two 64-bit numbers, the bytes and their count, in a hash table with linear probing;
+    longer ones are in a dict. The table is emptied when it is full.
+    """
+
+    _SLOTS = 2 * _MAX_PIECES
+    _SHIFT = np.uint64(64 - _SLOTS.bit_length() + 1)  # a hash's upper bits are its slot
+    _BLOCK = _MAX_PIECES // 4  # pieces looked up at a time
+
+    def __init__(self, dtype: Any, encode_pieces: Callable[[Sequence[str]], list[bytes]]):
+        self._dtype = dtype
+        self._encode_pieces = encode_pieces
+        self._clear()
+
+    def _clear(self) -> None:
+        self._low = np.zeros(self._SLOTS, np.uint64)
+        self._high = np.zeros(self._SLOTS, np.uint64)  # 0: a free slot, since a key holds its length here
+        self._entry = np.zeros(self._SLOTS, np.int64)
+        self._long: dict[bytes, int] = {}
+        self._offsets = np.zeros(0, np.int64)  # by entry: where its ids are in the pool, and how many
+        self._counts = np.zeros(0, np.int64)
+        self._pool = np.zeros(0, self._dtype)
+
+    def encode(self, data: bytes, starts: np.ndarray) -> np.ndarray:
+        """The ids of the pieces of data that begin at starts."""
+        bounds = np.append(starts, len(data))
+        words = np.ndarray(len(data) + 8, "<u8", data + bytes(16), strides=(1,))  # the eight bytes from each place on
+        parts = []
+        for first in range(0, len(starts), self._BLOCK):
+            if len(self._offsets) + self._BLOCK > _MAX_PIECES or len(self._pool) > 16 * _MAX_PIECES:
+                self._clear()
+            entries = self._entries(data, words, bounds[first : first + self._BLOCK + 1])
+            counts = self._counts[entries]
+            ends = np.cumsum(counts)
+            places = np.repeat(self._offsets[entries] - (ends - counts), counts) + np.arange(ends[-1])
+            parts.append(self._pool[places])
+        return np.concatenate(parts)
+
+    def _entries(self, data: bytes, words: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+        """The entry of each piece between bounds; makes those that are new."""
+        starts, lengths = bounds[:-1], np.diff(bounds)
+        low = words[starts] & _LOW_BYTES[np.minimum(lengths, 8)]
+        high = words[starts + 8 * (lengths > 8)] & _LOW_BYTES[np.clip(lengths - 8, 0, 7)]
+        high |= lengths.astype(np.uint64) << np.uint64(56)
+        entries = np.full(len(starts), -1)
+        short = np.flatnonzero(lengths <= 15)
+        low, high = low[short], high[short]
+        slots, found = self._find(low, high)
+        entries[short[found]] = self._entry[slots[found]]
+
+        new: dict[bytes, int] = {}  # piece -> entry
+        which: list[int] = []  # entry - number of entries -> a place that has it
+        for place in np.flatnonzero(entries < 0).tolist():
+            piece = data[bounds[place] : bounds[place + 1]]
+            entry = self._long.get(piece)
+            if entry is None:
+                entry = new.get(piece)
+            if entry is None:
+                entry = new[piece] = len(self._offsets) + len(new)
+                which.append(place)
+            entries[place] = entry
+        if new:
+            self._add(new, low, high, short, np.array(which))
+        return entries
+
+    def _add(
+        self, new: dict[bytes, int], low: np.ndarray, high: np.ndarray, short: np.ndarray, which: np.ndarray
+    ) -> None:
+        """Encode new pieces and remember them. short: the places whose keys are low and high; which: a place of each."""
+        packed = self._encode_pieces([piece.decode() for piece in new])
+        counts = np.fromiter(map(len, packed), np.int64, len(packed)) // self._pool.itemsize
+        entries = len(self._offsets) + np.arange(len(packed))
+        self._offsets = np.append(self._offsets, len(self._pool) + np.cumsum(counts) - counts)
+        self._counts = np.append(self._counts, counts)
+        self._pool = np.append(self._pool, np.frombuffer(b"".join(packed), self._pool.dtype))
+        self._long.update((piece, entry) for piece, entry in new.items() if 15 < len(piece) <= _MAX_CACHED_LENGTH)
+
+        is_short = np.isin(which, short)
+        keys = np.searchsorted(short, which[is_short])
+        low, high, entries = low[keys], high[keys], entries[is_short]
+        while len(entries):
+            slots, _ = self._find(low, high)  # free ones; of several entries that want a slot, the last written gets it
+            self._entry[slots] = entries
+            won = self._entry[slots] == entries
+            self._low[slots[won]], self._high[slots[won]] = low[won], high[won]
+            low, high, entries = low[~won], high[~won], entries[~won]
+
+    def _find(self, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(slot, whether it holds the key) for each key; where it does not, the slot is the free one that would take it."""
+        slots = (((low ^ (high * _HASH_HIGH)) * _HASH_LOW) >> self._SHIFT).astype(np.int64)
+        found = (self._low[slots] == low) & (self._high[slots] == high)
+        left = np.flatnonzero(~found & (self._high[slots] != 0))
+        while len(left):
+            slots[left] = (slots[left] + 1) % self._SLOTS
+            here = slots[left]
+            hit = (self._low[here] == low[left]) & (self._high[here] == high[left])
+            found[left[hit]] = True
+            left = left[~hit & (self._high[here] != 0)]
+        return slots, found
+
+
+# Masks of the lowest 0 to 8 bytes, and odd constants of a multiplicative hash (the golden ratio's and MurmurHash3's).
+_LOW_BYTES = np.array([(1 << 8 * count) - 1 for count in range(9)], np.uint64)
+_HASH_LOW, _HASH_HIGH = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xFF51AFD7ED558CCD)
 
 
 class Tokenizer:
@@ -483,7 +604,7 @@ class Tokenizer:
 
         # A word in the making is a str whose characters are token ids.
         self.merges: list[tuple[bytes, bytes]] = [(left, right) for left, right in merges]
-        self._ranks = _Ranks()  # pair -> when it was learned
+        self._ranks: dict[str, int] = {}  # pair -> when it was learned
         self._replacements: list[tuple[str, str]] = []  # rank -> (pair, what it becomes)
         for rank, (left, right) in enumerate(self.merges):
             for token in (left, right, left + right):
@@ -491,16 +612,26 @@ class Tokenizer:
             pair = chr(self._ids[left]) + chr(self._ids[right])
             self._ranks.setdefault(pair, rank)
             self._replacements.append((pair, chr(self._ids[left + right])))
-        self._byte_symbols = [chr(self._ids[bytes([byte])]) for byte in range(256)]
+        pairs = _code_points("".join(self._ranks)).reshape(-1, 2)
+        keys = pairs[:, 0] * _MAX_IDS + pairs[:, 1]
+        order = np.argsort(keys)
+        self._pair_keys = np.append(keys[order], _NEVER)  # the same for arrays; the last entry is no pair
+        self._key_ranks = np.append(np.fromiter(self._ranks.values(), np.int64, len(keys))[order], _NEVER)
+        self._merged_ids = _code_points("".join(merged for _, merged in self._replacements))
+        self._byte_symbols = {byte: chr(self._ids[bytes([byte])]) for byte in range(256)}
 
         self.vocab_size: int = max(self.vocab) + 1  # the highest id + 1
         self.token_dtype = np.uint16 if self.vocab_size <= 65_536 else np.uint32  # the smallest that holds all ids
-        self._typecode = "H" if self.token_dtype is np.uint16 else "I"
+        # UTF-16 and UTF-32 are the ids themselves, in two or four bytes: below 65,536 UTF-16 takes one unit a character.
+        self._packing = f"utf-{np.dtype(self.token_dtype).itemsize * 8}-{sys.byteorder[0]}e"
         self._special = _special_pattern(self.special_tokens)
+        self._special_bytes = _special_pattern(self.special_tokens, bytes)
         self._longest_special = max(map(len, self.special_tokens), default=0)
-        self._special_ids = {token: self._pack(chr(self.token_id(token))) for token in self.special_tokens}
-        self._pretokens = _Cache(self._encode_pretoken, _MAX_PIECES)
-        self._pieces = _Cache(self._encode_piece, _MAX_PIECES)
+        # Caches of packed ids: for pre-tokens, for the pieces of short texts, and for those of long ones.
+        self._pretokens: dict[str, bytes] = {}
+        self._special_pieces = {token: self._pack(chr(self.token_id(token))) for token in self.special_tokens}
+        self._pieces: dict[str, bytes] = dict(self._special_pieces)  # no other piece is a special token
+        self._table = _PieceTable(self.token_dtype, self._encode_pieces)
 
     def __reduce__(self):
         return Tokenizer, (self.vocab, self.merges, self.special_tokens)
@@ -544,7 +675,9 @@ class Tokenizer:
             f"dtype {dtype} cannot hold the ids of a vocabulary of {self.vocab_size}; take {np.dtype(self.token_dtype)}",
         )
         try:
-            return np.frombuffer(self._encode_packed(text), self.token_dtype).astype(dtype, copy=False)
+            if len(text) > _SHORT_TEXT:
+                return self._encode_long(text).astype(dtype, copy=False)
+            return np.frombuffer(self._encode_short(text), self.token_dtype).astype(dtype, copy=False)
         except UnicodeEncodeError:
             at, character = next((i, c) for i, c in enumerate(text) if not _is_encodable(c))
             raise ValueError(
@@ -584,33 +717,96 @@ class Tokenizer:
         state = (self, os.fspath(path))
         yield from _map_in_order(_encode_chunk, state, pairwise(bounds), min(workers, len(bounds) - 1))
 
-    def _encode_packed(self, text: str) -> bytearray:
-        lookup = self._pieces.__getitem__
-        if self._special is None:
-            return bytearray().join(map(lookup, _PIECE.findall(text)))
-        parts: list[bytes] = []
+    def _encode_short(self, text: str) -> bytearray:
+        """The packed ids of a text, by a dict."""
+        pieces: list[str] = []
         start = 0
-        for match in self._special.finditer(text):
-            parts.extend(map(lookup, _PIECE.findall(text, start, match.start())))
-            parts.append(self._special_ids[match.group()])
+        for match in self._special.finditer(text) if self._special else ():
+            pieces += _PIECE.findall(text, start, match.start())
+            pieces.append(match.group())
             start = match.end()
-        parts.extend(map(lookup, _PIECE.findall(text, start)))
-        return bytearray().join(parts)  # writable, as an array from it should be
+        pieces += _PIECE.findall(text, start)
+        packed = list(map(self._pieces.get, pieces))
+        if None in packed:
+            new = list(dict.fromkeys(compress(pieces, map(is_, packed, repeat(None)))))
+            new = dict(zip(new, self._encode_pieces(new), strict=True))
+            packed = [new[piece] if ids is None else ids for piece, ids in zip(pieces, packed, strict=True)]
+            _keep(self._pieces, new, self._special_pieces)
+        return bytearray().join(packed)  # writable, as an array from it should be
 
-    def _encode_piece(self, piece: str) -> bytes:
-        return b"".join(map(self._pretokens.__getitem__, PRETOKEN.findall(piece)))
+    def _encode_long(self, text: str) -> np.ndarray:
+        """The ids of a text, by arrays: for a text of more than some thousand characters, several times faster."""
+        data = text.encode()
+        special = [match.span() for match in self._special_bytes.finditer(data)] if self._special_bytes else []
+        starts = _piece_starts(data, text.isascii(), special)
+        return self._table.encode(data, starts)
 
-    def _encode_pretoken(self, pretoken: str) -> bytes:
-        word = "".join(map(self._byte_symbols.__getitem__, pretoken.encode()))
-        return self._pack(self._merge(word) if len(word) <= _SHORT_WORD else self._merge_long(word))
+    def _encode_pieces(self, pieces: Sequence[str]) -> list[bytes]:
+        """The packed ids of each piece; a piece may be a special token."""
+        special = self._special_pieces
+        pretokens = [
+            (piece,) if piece in special or _is_one_pretoken(piece) else PRETOKEN.findall(piece) for piece in pieces
+        ]
+        known = self._pretokens
+        new = [p for p in dict.fromkeys(chain.from_iterable(pretokens)) if p not in known and p not in special]
+        words = [pretoken.encode().decode("latin-1").translate(self._byte_symbols) for pretoken in new]
+        packed = {**dict(zip(new, map(self._pack, self._merge_words(words)), strict=True)), **special}
+        result = [
+            b"".join([packed.get(pretoken) or known[pretoken] for pretoken in of_piece]) for of_piece in pretokens
+        ]
+        _keep(known, packed)
+        return result
+
+    def _merge_words(self, words: list[str]) -> list[str]:
+        """Merge each word, by the method that its length and their number call for."""
+        if len(words) >= _MANY_WORDS and max(map(len, words)) <= _SHORT_WORD:
+            return self._merge_many(words)
+        return [self._merge(word) if len(word) <= _SHORT_WORD else self._merge_long(word) for word in words]
+
+    def _merge_many(self, words: Sequence[str]) -> list[str]:
+        """As _merge, for many words at once: in each round, each word's pair that was learned first."""
+        symbols = _code_points("".join(words))
+        word = np.repeat(np.arange(len(words)), np.fromiter(map(len, words), np.int64, len(words)))
+        ranks = self._pair_ranks(symbols, word, np.arange(len(symbols)))
+        finished: list[tuple[np.ndarray, np.ndarray]] = []
+        while len(symbols):
+            first = np.flatnonzero(np.diff(word, prepend=-1))
+            best = np.repeat(np.minimum.reduceat(ranks, first), np.diff(first, append=len(word)))
+            done = best == _NEVER
+            finished.append((word[done], symbols[done]))
+            at = np.flatnonzero((ranks == best) & ~done)
+            # In a run of overlapping places, such as aaaa for the pair aa, every second one merges.
+            index = np.arange(len(at))
+            run = np.maximum.accumulate(np.where(np.diff(at, prepend=-2) != 1, index, 0))
+            at = at[(index - run) % 2 == 0]
+            symbols[at] = self._merged_ids[ranks[at]]
+            keep = ~done
+            keep[at + 1] = False
+            changed = (np.cumsum(keep) - 1)[at]
+            symbols, word, ranks = symbols[keep], word[keep], ranks[keep]
+            changed = np.concatenate([changed, changed[changed > 0] - 1])
+            ranks[changed] = self._pair_ranks(symbols, word, changed)
+        word = np.concatenate([word for word, _ in finished])
+        symbols = np.concatenate([symbols for _, symbols in finished])[np.argsort(word, kind="stable")]
+        text = symbols.astype(np.uint32).tobytes().decode(_UTF_32, "surrogatepass")
+        ends = np.cumsum(np.bincount(word, minlength=len(words))).tolist()
+        return [text[start:end] for start, end in pairwise([0, *ends])]
+
+    def _pair_ranks(self, symbols: np.ndarray, word: np.ndarray, at: np.ndarray) -> np.ndarray:
+        """The ranks of the pairs that begin at the places `at`; _NEVER at the end of a word."""
+        after = np.minimum(at + 1, len(symbols) - 1)
+        keys = symbols[at] * _MAX_IDS + symbols[after]
+        found = np.searchsorted(self._pair_keys, keys)
+        is_pair = (self._pair_keys[found] == keys) & (word[at] == word[after]) & (at != after)
+        return np.where(is_pair, self._key_ranks[found], _NEVER)
 
     def _pack(self, word: str) -> bytes:
-        return array(self._typecode, map(ord, word)).tobytes()
+        return word.encode(self._packing, "surrogatepass")
 
     def _merge(self, word: str) -> str:
         """Merge the pair that was learned first, at all its places, until none is left."""
-        rank_of = self._ranks.__getitem__
-        while len(word) > 1 and (rank := min(map(rank_of, map(add, word, word[1:])))) != _NEVER:
+        rank_of = self._ranks.get
+        while len(word) > 1 and (rank := min(map(rank_of, map(add, word, word[1:]), _NEVERS))) != _NEVER:
             word = word.replace(*self._replacements[rank])
         return word
 
@@ -623,8 +819,8 @@ class Tokenizer:
         heap: list[int] = []  # ranks that have places
 
         def note(place: int) -> None:
-            rank = self._ranks[symbols[place] + symbols[after[place]]]
-            if rank != _NEVER:
+            rank = self._ranks.get(symbols[place] + symbols[after[place]])
+            if rank is not None:
                 if rank not in places:
                     places[rank] = []
                     heapq.heappush(heap, rank)
@@ -769,6 +965,14 @@ class Tokenizer:
                 },
             },
         )
+
+
+def _keep(known: dict[str, bytes], new: Mapping[str, bytes], always: Mapping[str, bytes] | None = None) -> None:
+    """Add new entries to a cache, without the long ones. A cache that would pass _MAX_PIECES is emptied, but for `always`."""
+    if len(known) + len(new) > _MAX_PIECES:
+        known.clear()
+        known.update(always or {})
+    known.update(islice(((key, ids) for key, ids in new.items() if len(key) <= _MAX_CACHED_LENGTH), _MAX_PIECES))
 
 
 def _encode_chunk(state: tuple[Tokenizer, str], bounds: tuple[int, int]) -> tuple[np.ndarray, int]:
