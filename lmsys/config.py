@@ -247,12 +247,6 @@ class PipelineConfig:
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self):
-        if self.model.vocab_size is not None and self.data.dataset_mode != "local_npy" and self.tokenizer.path is None:
-            require(
-                self.model.vocab_size >= self.tokenizer.vocab_size,
-                f"model.vocab_size {self.model.vocab_size} is below tokenizer.vocab_size {self.tokenizer.vocab_size}: "
-                "token ids would lie beyond the model's vocabulary; raise it, or leave it out to take the tokenizer's",
-            )
         if self.train.steps is not None:
             require(
                 self.optim.warmup_steps <= self.train.steps,

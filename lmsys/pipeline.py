@@ -12,6 +12,7 @@ import json
 import math
 import re
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,6 +108,12 @@ def check(config: PipelineConfig, *, skip_data: bool = False) -> None:
         )
     if config.tokenizer.path is not None:
         input_file(config.tokenizer.path, "tokenizer.path")
+    elif config.data.dataset_mode != "local_npy" and config.model.vocab_size is not None and not skip_data:
+        require(
+            config.model.vocab_size >= config.tokenizer.vocab_size,
+            f"model.vocab_size {config.model.vocab_size} is below tokenizer.vocab_size {config.tokenizer.vocab_size}: "
+            "token ids would lie beyond the model's vocabulary; raise it, or leave it out to take the tokenizer's",
+        )
     records.writable_dir(records.output_path(config.run_dir))
 
 
@@ -143,11 +150,11 @@ def run(
         reports.append(StageReport(name, status, time.perf_counter() - start, detail))
         say(f"[{name}] {'skipped: ' if status == 'skipped' else ''}{detail}")
 
-    stages = _Stages(run_dir, report)
+    resumes = config.train.resume and any((run_dir / "checkpoints").glob("step-*"))
+    stages = _Stages(run_dir, report, frozen=resumes)
     prepared = _existing(run_dir, report) if skip_data else _prepare(config, run_dir, stages, progress)
     tokenizer, train_tokens, valid_tokens, bytes_per_token = prepared
     config = _with_vocabulary(config, tokenizer)
-    stages.guard_training(config)
 
     start = time.perf_counter()
     wandb_run = init_wandb(config, run_dir)
@@ -172,9 +179,7 @@ def run(
         report("training", "ran" if ran else "skipped", start, detail)
 
         start = time.perf_counter()
-        model, _ = load_model(
-            history.checkpoint, device=config.train.device, attention_kernel=config.train.attention_kernel
-        )
+        model = load_model(history.checkpoint, config.train.device, config.train.attention_kernel)
         evaluation = evaluate(config, model, valid_tokens, bytes_per_token)
         said = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in evaluation.items())
         report("evaluation", "ran", start, said)
@@ -250,7 +255,7 @@ def _prepare(config: PipelineConfig, run_dir: Path, stages: _Stages, progress: b
         corpus = json.loads(corpus_file.read_text(encoding="utf-8"))
         return [corpus_file, *(run_dir / corpus[key] for key in ("train_text", "valid_text") if corpus[key])]
 
-    settings = {"data": cfg.to_dict(config.data), "inputs": [_fingerprint(path) for path in paths]}
+    settings = {"data": cfg.to_dict(config.data), "inputs": [_input_state(path) for path in paths]}
     corpus_key = stages.run("data", settings, corpus_outputs, make_corpus)
     corpus = json.loads(corpus_file.read_text(encoding="utf-8"))
     texts = [run_dir / corpus[key] if corpus[key] else None for key in ("train_text", "valid_text")]
@@ -264,7 +269,6 @@ def _prepare(config: PipelineConfig, run_dir: Path, stages: _Stages, progress: b
             tokenizer is not None or config.model.vocab_size is not None,
             "token files were found: give tokenizer.path (their tokenizer) or model.vocab_size",
         )
-        key = corpus_key
     else:
         files = token_files
 
@@ -287,7 +291,7 @@ def _prepare(config: PipelineConfig, run_dir: Path, stages: _Stages, progress: b
         settings = {
             "vocab_size": config.tokenizer.vocab_size,
             "special_tokens": list(config.tokenizer.special_tokens),
-            "path": _fingerprint(config.tokenizer.path),
+            "path": _input_state(config.tokenizer.path),
             "corpus": corpus_key,
         }
         key = stages.run("tokenizer", settings, lambda: [tokenizer_file], make_tokenizer)
@@ -300,8 +304,7 @@ def _prepare(config: PipelineConfig, run_dir: Path, stages: _Stages, progress: b
             ]
             return f"{counts[0]:,} training and {counts[1]:,} validation tokens"
 
-        key = stages.run("tokens", {"tokenizer": key}, lambda: token_files, make_tokens)
-    stages.training_input = key
+        stages.run("tokens", {"tokenizer": key}, lambda: token_files, make_tokens)
     vocab_size = tokenizer.vocab_size if config.model.vocab_size is None else config.model.vocab_size
     tokens = [load_tokens(file, vocab_size=vocab_size, context_length=config.model.context_length) for file in files]
     bytes_per_token = texts[1].stat().st_size / len(tokens[1]) if texts[1] else None
@@ -323,17 +326,20 @@ def _existing(run_dir: Path, report: Callable):
     return tokenizer, *tokens, text.stat().st_size / len(tokens[1]) if text.exists() else None
 
 
-def _fingerprint(path: str | Path | None) -> list[Any] | None:
-    """What tells one state of an input file from another: where it is, its size and time; None where it is not there."""
-    if path is None:
-        return None
+def _input_state(path: str | Path | None) -> list[Any] | None:
+    """What tells one state of an input from another: its path as given, size and CRC-32; None where there is none."""
     from lmsys.data import find_input
 
-    found = find_input(path)
-    if found is None:
-        return None
-    stat = found.stat()
-    return [str(found), stat.st_size, stat.st_mtime_ns]
+    found = None if path is None else find_input(path)
+    return None if found is None else [str(path), found.stat().st_size, _crc32(found)]
+
+
+def _crc32(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 24):
+            crc = zlib.crc32(chunk, crc)
+    return crc
 
 
 def _relative(path: str | Path, folder: Path) -> str:
@@ -343,11 +349,14 @@ def _relative(path: str | Path, folder: Path) -> str:
 
 
 class _Stages:
-    """stages.json of a run folder: for each stage the settings that its outputs came from, and the outputs' fingerprints."""
+    """stages.json of a run folder: for each stage the settings that its outputs came from, and the state of the outputs.
 
-    def __init__(self, run_dir: Path, report: Callable[[str, str, float, str], None]):
-        self.run_dir, self.file, self.report = run_dir, run_dir / "stages.json", report
-        self.training_input: str | None = None
+    frozen: the folder has checkpoints that training will continue. A stage whose settings changed is then refused before it
+    writes over what those checkpoints were trained with; one whose outputs are lost is made again, which gives the same.
+    """
+
+    def __init__(self, run_dir: Path, report: Callable[[str, str, float, str], None], *, frozen: bool):
+        self.run_dir, self.file, self.report, self.frozen = run_dir, run_dir / "stages.json", report, frozen
         self.done: dict[str, Any] = {}
         if self.file.is_file():
             try:
@@ -362,40 +371,37 @@ class _Stages:
         start = time.perf_counter()
         settings = json.loads(json.dumps(settings))
         earlier = self.done.get(name)
-        if earlier and earlier["settings"] == settings and self._intact(earlier["outputs"]):
+        matches = earlier is not None and earlier["settings"] == settings
+        if matches and all(self._is_there(output) for output in earlier["outputs"]):
             self.report(name, "skipped", start, f"{earlier['detail']} (from an earlier run, settings unchanged)")
         else:
-            detail = make()
-            prints = [[_relative(path, self.run_dir), *_fingerprint(path)[1:]] for path in outputs()]
-            self._note(name, {"settings": settings, "outputs": prints, "detail": detail})
-            self.report(name, "ran", start, detail)
-        state = {"settings": settings, "outputs": self.done[name]["outputs"]}
-        return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
-
-    def guard_training(self, config: PipelineConfig) -> None:
-        """Refuse to resume checkpoints that were trained on other tokens."""
-        earlier = self.done.get("training", {}).get("input")
-        has_checkpoints = any((self.run_dir / "checkpoints").glob("step-*"))
-        if (
-            config.train.resume
-            and has_checkpoints
-            and self.training_input
-            and earlier not in (None, self.training_input)
-        ):
-            raise ValueError(
-                f"the checkpoints in {self.run_dir} were trained on other tokens (data or tokenizer settings changed): "
-                "give another run_dir, or train.resume=false to train anew"
+            require(
+                matches or earlier is None or not self.frozen,
+                f"the checkpoints in {self.run_dir} were trained with other settings of the stage '{name}' (or its input "
+                "changed): restore those, give another run_dir, or train.resume=false to train anew",
             )
-        if self.training_input:
-            self._note("training", {"input": self.training_input})
+            detail = make()
+            states = [
+                {
+                    "path": _relative(path, self.run_dir),
+                    "bytes": path.stat().st_size,
+                    "mtime_ns": path.stat().st_mtime_ns,
+                    "crc32": _crc32(path),
+                }
+                for path in outputs()
+            ]
+            self.done[name] = {"settings": settings, "outputs": states, "detail": detail}
+            records.write_json(self.file, self.done)
+            self.report(name, "ran", start, detail)
+        contents = [(output["path"], output["bytes"], output["crc32"]) for output in self.done[name]["outputs"]]
+        return hashlib.sha256(json.dumps([settings, contents]).encode()).hexdigest()[:16]
 
-    def _intact(self, outputs: list[Any]) -> bool:
-        prints = [_fingerprint(self.run_dir / output[0]) for output in outputs]
-        return all(found and found[1:] == output[1:] for found, output in zip(prints, outputs, strict=True))
-
-    def _note(self, name: str, entry: dict[str, Any]) -> None:
-        self.done[name] = entry
-        records.write_json(self.file, self.done)
+    def _is_there(self, output: dict[str, Any]) -> bool:
+        path = self.run_dir / output["path"]
+        return path.is_file() and (path.stat().st_size, path.stat().st_mtime_ns) == (
+            output["bytes"],
+            output["mtime_ns"],
+        )
 
 
 # --- The parts by themselves ----------------------------------------------------------------------

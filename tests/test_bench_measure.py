@@ -28,7 +28,7 @@ def test_peak_memory_counts_inputs_and_the_largest_sum_of_what_is_alive():
         return c + 1  # still 2: b is gone
 
     result = measure(function, device=CPU, warmup=1, iterations=1, resident=[a])
-    assert result.peak_mib == pytest.approx(3.0)
+    assert result.peak_mib == pytest.approx(3.0, rel=1e-3)  # and a scalar or two
 
 
 def test_out_of_memory_is_a_status_and_other_errors_are_errors():

@@ -97,6 +97,7 @@ def test_context_beyond_the_models(tmp_path, capsys):
         (["--ddp_wrapper", "dpp"], "unknown ddp_wrapper 'dpp'"),
         (["--override", "train.device=cuda:64"], "cuda:64"),
         (["--config", "none.json"], "no config file"),
+        (["--override", "model.vocab_size=300"], "below tokenizer.vocab_size 400"),
         (["--machine", "../up"], "machine '../up'"),
         (["--skip_data"], "an earlier run"),
     ],

@@ -100,7 +100,6 @@ def test_epochs_take_the_place_of_the_presets_steps():
         ("tokenizer.vocab_size=256", "at least 257"),
         ("tokenizer.special_tokens=[]", "<\\|endoftext\\|>"),
         ("model.num_heads=5", "not a multiple"),
-        ("model.vocab_size=300", "below tokenizer.vocab_size"),
         ("model.d_model=6", "even head_dim"),
         ("optim.warmup_steps=11", "more than train.steps"),
         ("optim.min_learning_rate=1", "between 0 and optim.learning_rate"),

@@ -97,9 +97,10 @@ def test_a_changed_output_or_setting_runs_its_stage_and_those_after_it(again):
 
 
 def test_checkpoints_of_other_tokens_are_not_resumed(again):
-    before = checkpoint.latest(again / "checkpoints")
-    with pytest.raises(ValueError, match=r"trained on other tokens.*another run_dir, or train.resume=false"):
+    before, text = checkpoint.latest(again / "checkpoints"), (again / "train.txt").read_bytes()
+    with pytest.raises(ValueError, match=r"other settings of the stage .data..*another run_dir, or train.resume=false"):
         run("data.seed=5")
+    assert (again / "train.txt").read_bytes() == text
     assert checkpoint.latest(again / "checkpoints") == before
 
 
