@@ -37,6 +37,15 @@ SETTINGS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These models are too small for two threads, which on a busy machine wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def config(**sections) -> PipelineConfig:
     values = {name: dict(section) for name, section in SETTINGS.items()}
     for section, overrides in sections.items():
