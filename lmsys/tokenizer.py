@@ -27,6 +27,7 @@ import json
 import multiprocessing
 import os
 import re
+import string
 import sys
 import warnings
 from collections import Counter, defaultdict, deque
@@ -158,7 +159,7 @@ def _count_span(state: tuple[str, Sequence[str]], bounds: Sequence[int]) -> Coun
                 pieces.update(_PIECE.findall(segment))
             if len(pieces) > _MAX_PIECES or end == bounds[-1]:
                 for piece, count in pieces.items():
-                    for pretoken in PRETOKEN.findall(piece):
+                    for pretoken in _split_piece(piece):
                         counts[pretoken] += count
                 pieces.clear()
     return counts
@@ -421,9 +422,13 @@ def _from_printable(text: str) -> bytes:
 # --- The tokenizer ----------------------------------------------------------------------------------
 
 
-def _is_one_pretoken(piece: str) -> bool:
-    """Whether a piece is surely one pre-token: ASCII letters after at most one space. Saves the pattern half of its work."""
-    return piece.isascii() and piece[piece[0] == " " :].isalpha()
+def _split_piece(piece: str) -> Sequence[str]:
+    """PRETOKEN.findall(piece), without the pattern where a piece is an ASCII word and perhaps punctuation after it."""
+    if piece.isascii():
+        word = piece.rstrip(string.punctuation)
+        if word[word[:1] == " " :].isalpha():
+            return (word,) if len(word) == len(piece) else (word, piece[len(word) :])
+    return PRETOKEN.findall(piece)
 
 
 def _code_points(text: str) -> np.ndarray:
@@ -501,48 +506,53 @@ class _PieceTable:
         low = words[starts] & _LOW_BYTES[np.minimum(lengths, 8)]
         high = words[starts + 8 * (lengths > 8)] & _LOW_BYTES[np.clip(lengths - 8, 0, 7)]
         high |= lengths.astype(np.uint64) << np.uint64(56)
-        entries = np.full(len(starts), -1)
-        short = np.flatnonzero(lengths <= 15)
+        entries = np.empty(len(starts), np.int64)
+        is_short = lengths <= 15
+        short, long = np.flatnonzero(is_short), np.flatnonzero(~is_short)
         low, high = low[short], high[short]
         slots, found = self._find(low, high)
-        entries[short[found]] = self._entry[slots[found]]
-
-        new: dict[bytes, int] = {}  # piece -> entry
-        which: list[int] = []  # entry - number of entries -> a place that has it
-        for place in np.flatnonzero(entries < 0).tolist():
-            piece = data[bounds[place] : bounds[place + 1]]
-            entry = self._long.get(piece)
-            if entry is None:
-                entry = new.get(piece)
-            if entry is None:
-                entry = new[piece] = len(self._offsets) + len(new)
-                which.append(place)
-            entries[place] = entry
-        if new:
-            self._add(new, low, high, short, np.array(which))
+        known = len(self._offsets)
+        try:
+            new = [short[place] for place in self._insert(low, high, np.flatnonzero(~found), known)]
+            if new:
+                slots, _ = self._find(low, high)
+            entries[short] = self._entry[slots]
+            pieces = [
+                data[bounds[place] : bounds[place + 1]] for place in (np.concatenate(new).tolist() if new else ())
+            ]
+            for place in long.tolist():
+                piece = data[bounds[place] : bounds[place + 1]]
+                entry = self._long.get(piece)
+                if entry is None:
+                    entry = self._long[piece] = known + len(pieces)
+                    pieces.append(piece)
+                entries[place] = entry
+            if pieces:
+                self._append(self._encode_pieces([piece.decode() for piece in pieces]))
+        except BaseException:
+            self._clear()  # it may know pieces that were not encoded
+            raise
         return entries
 
-    def _add(
-        self, new: dict[bytes, int], low: np.ndarray, high: np.ndarray, short: np.ndarray, which: np.ndarray
-    ) -> None:
-        """Encode new pieces and remember them. short: the places whose keys are low and high; which: a place of each."""
-        packed = self._encode_pieces([piece.decode() for piece in new])
+    def _insert(self, low: np.ndarray, high: np.ndarray, missing: np.ndarray, entry: int) -> Iterator[np.ndarray]:
+        """Put the missing keys into the table with the entries from `entry` on. Yields a place of each, in their order."""
+        while len(missing):
+            slots, found = self._find(low[missing], high[missing])
+            missing, slots = missing[~found], slots[~found]
+            self._entry[slots] = missing  # several may want a free slot: the last one written gets it
+            won = self._entry[slots] == missing
+            place, slots, missing = missing[won], slots[won], missing[~won]
+            self._low[slots], self._high[slots] = low[place], high[place]
+            self._entry[slots] = entry + np.arange(len(place))
+            entry += len(place)
+            yield place
+
+    def _append(self, packed: Sequence[bytes]) -> None:
+        """Add the ids of new entries to the pool."""
         counts = np.fromiter(map(len, packed), np.int64, len(packed)) // self._pool.itemsize
-        entries = len(self._offsets) + np.arange(len(packed))
         self._offsets = np.append(self._offsets, len(self._pool) + np.cumsum(counts) - counts)
         self._counts = np.append(self._counts, counts)
         self._pool = np.append(self._pool, np.frombuffer(b"".join(packed), self._pool.dtype))
-        self._long.update((piece, entry) for piece, entry in new.items() if 15 < len(piece) <= _MAX_CACHED_LENGTH)
-
-        is_short = np.isin(which, short)
-        keys = np.searchsorted(short, which[is_short])
-        low, high, entries = low[keys], high[keys], entries[is_short]
-        while len(entries):
-            slots, _ = self._find(low, high)  # free ones; of several entries that want a slot, the last written gets it
-            self._entry[slots] = entries
-            won = self._entry[slots] == entries
-            self._low[slots[won]], self._high[slots[won]] = low[won], high[won]
-            low, high, entries = low[~won], high[~won], entries[~won]
 
     def _find(self, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(slot, whether it holds the key) for each key; where it does not, the slot is the free one that would take it."""
@@ -744,9 +754,7 @@ class Tokenizer:
     def _encode_pieces(self, pieces: Sequence[str]) -> list[bytes]:
         """The packed ids of each piece; a piece may be a special token."""
         special = self._special_pieces
-        pretokens = [
-            (piece,) if piece in special or _is_one_pretoken(piece) else PRETOKEN.findall(piece) for piece in pieces
-        ]
+        pretokens = [(piece,) if piece in special else _split_piece(piece) for piece in pieces]
         known = self._pretokens
         new = [p for p in dict.fromkeys(chain.from_iterable(pretokens)) if p not in known and p not in special]
         words = [pretoken.encode().decode("latin-1").translate(self._byte_symbols) for pretoken in new]
