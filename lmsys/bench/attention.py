@@ -17,7 +17,7 @@ import torch
 from lmsys import cost, records
 from lmsys.attention import KERNELS, attention, check_support, get_kernel
 from lmsys.attention.reference import reference_attention, scaled_dot_prod_attention
-from lmsys.bench.measure import Measurement, measure, method, release
+from lmsys.bench.measure import Measurement, is_out_of_memory, measure, method, release
 from lmsys.config import SCALES, require, resolve_scale, unknown_name
 from lmsys.device import device_name, resolve_device
 
@@ -260,16 +260,18 @@ class _Point:
             shape = (sweep.batch, heads, length, sweep.head_dim)
             return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
 
-        self.q = random(sweep.heads, tier.q_len).requires_grad_()
-        self.k = random(sweep.kv_heads, tier.k_len).requires_grad_()
-        self.v = random(sweep.kv_heads, tier.k_len).requires_grad_()
+        self.q = random(sweep.heads, tier.q_len)
+        self.k = random(sweep.kv_heads, tier.k_len)
+        self.v = random(sweep.kv_heads, tier.k_len)
         self.grad = random(sweep.heads, tier.q_len)
         # A causal mask aligned top left makes the first rows of the queries a smaller problem of the same kind.
         self.checked_rows = min(tier.q_len, max(1, _REFERENCE_ELEMENTS // tier.k_len))
         self._expected: dict[str, tuple[list[torch.Tensor], float]] = {}
 
     def row(self, kernel: str, which: str, sweep: SweepSettings) -> dict[str, Any]:
-        """The measured part of a row."""
+        """The measured part of a row. Whatever a kernel raises becomes the row's status and note."""
+        for tensor in (self.q, self.k, self.v):
+            tensor.requires_grad_(which != "forward")
         try:
             check_support(
                 kernel,
@@ -290,9 +292,13 @@ class _Point:
             result = self._measure(kernel, which)
         except ValueError as reason:  # the kernel does not take this shape, dtype or device, and says so
             return {"status": "unsupported", "note": str(reason)}
-        except torch.OutOfMemoryError as reason:
+        except Exception as reason:  # one kernel's failure is a row, not the end of the others' measurements
             release(self.device)
-            return {"status": "oom", "note": str(reason).splitlines()[0]}
+            first = (str(reason).strip().splitlines() or [""])[0]
+            return {
+                "status": "oom" if is_out_of_memory(reason) else "error",
+                "note": f"{type(reason).__name__}: {first}",
+            }
         row: dict[str, Any] = {
             "status": result.status,
             "note": result.note,
