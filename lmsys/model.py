@@ -184,36 +184,38 @@ class TransformerLM(nn.Module):
 
     def hidden(self, ids: Tensor) -> Tensor:
         """ids: (B, T) -> what the head reads, (B, T, d)."""
-        length, config = ids.shape[-1], self.config
-        if length > config.context_length:
+        length = ids.shape[-1]
+        if length > self.config.context_length:
             raise ValueError(
-                f"{length} tokens are more than the model's context_length {config.context_length}; give fewer tokens"
+                f"{length} tokens are more than the model's context_length {self.config.context_length}; give fewer tokens"
             )
-        if ids.device.type == "cpu" and ids.numel():
-            low, high = (int(extreme) for extreme in ids.aminmax())
-            if low < 0 or high >= config.vocab_size:
-                raise ValueError(
-                    f"token id {low if low < 0 else high} is outside the model's vocabulary of {config.vocab_size}; "
-                    "use the tokenizer that the model was made for"
-                )
-        self._check_kernel(ids.device)
+        if not torch.compiler.is_compiling():
+            self._check(ids)
         x = self.token_embeddings(ids)
         cos, sin = self.rope.cos[:length], self.rope.sin[:length]
         for layer in self.layers:
             x = layer(x, cos, sin)
         return self.ln_final(x)
 
-    def _check_kernel(self, device: torch.device) -> None:
-        """Once a forward pass, outside compiled code: ValueError unless the kernel takes this device and dtype."""
+    def _check(self, ids: Tensor) -> None:
+        """Once a forward pass: ValueError unless the kernel takes the device and dtype and the ids are in the vocabulary."""
+        device, config = ids.device, self.config
         autocast = torch.is_autocast_enabled(device.type)
         check_support(
             self.layers[0].attn.kernel,
             device=device,
             dtype=torch.get_autocast_dtype(device.type) if autocast else self.token_embeddings.weight.dtype,
-            head_dim=self.config.head_dim,
-            heads=self.config.num_heads,
+            head_dim=config.head_dim,
+            heads=config.num_heads,
             backward=torch.is_grad_enabled(),
         )
+        if device.type == "cpu" and ids.numel():
+            low, high = (int(extreme) for extreme in ids.aminmax())
+            if low < 0 or high >= config.vocab_size:
+                raise ValueError(
+                    f"token id {low if low < 0 else high} is outside the model's vocabulary of {config.vocab_size}; "
+                    "use the tokenizer that the model was made for"
+                )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., d) -> (..., V)."""

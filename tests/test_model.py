@@ -226,6 +226,8 @@ def test_bf16_autocast_runs_and_stays_near(model):
 def test_compiled_blocks_agree(model):
     ids = torch.randint(61, (2, 16))
     expected = model(ids)
+    whole = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(whole(ids), expected, rtol=1e-4, atol=1e-4)
     model.compile_blocks(backend="aot_eager", fullgraph=True)  # all of torch.compile but the slow code generation
     torch._dynamo.utils.counters.clear()
     logits = model(ids)
