@@ -114,7 +114,8 @@ def train(
         return History(rows, samples, saved.path, saved.step)
 
     torch.manual_seed(settings.seed)
-    model = TransformerLM(config.model, attention_kernel=settings.attention_kernel).to(device)
+    with device:  # initialized where it will be: a large model takes minutes on the CPU
+        model = TransformerLM(config.model, attention_kernel=settings.attention_kernel)
     optimizer = AdamW(
         parameter_groups(model, config.optim.weight_decay),
         lr=config.optim.learning_rate,
@@ -152,96 +153,90 @@ def train(
     flops_per_token = cost.train_flops_per_token(config.model) / world_size
     tensor_cores = "tf32" if settings.dtype == "fp32" and device.type == "cuda" else settings.dtype
     peak = devices.peak_flops(devices.device_name(device), tensor_cores)
-    files = [] if run_dir is None or not is_main else [_metrics_file(run_dir, rows), _samples_file(run_dir, samples)]
-    last_checkpoint = saved.path if saved else None
-    first_step = saved.step + 1 if saved else 1
+    last_checkpoint, resumed_from = (saved.path, saved.step) if saved else (None, None)
+    del saved  # its tensors are in the model and the optimizer now
+    first_step = 1 if resumed_from is None else resumed_from + 1
     started = time.perf_counter() - (rows[-1]["elapsed_s"] if rows else 0.0)
     losses: list[Tensor] = []  # of the steps since the last row, on the device
     norms: list[Tensor] = []
 
-    with _matmul_precision(device), _bar(steps, first_step - 1, progress and is_main) as bar:
-        try:
-            window_started = time.perf_counter()
-            for step in range(first_step, steps + 1):
-                learning_rate = rate_at(step)
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate
+    with (
+        _matmul_precision(device),
+        _Log(run_dir if is_main else None, rows, samples, wandb_run if is_main else None) as log,
+        _bar(steps, first_step - 1, progress and is_main) as bar,
+    ):
+        window_started = time.perf_counter()
+        for step in range(first_step, steps + 1):
+            learning_rate = rate_at(step)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
 
-                step_loss = torch.zeros((), device=device)
-                for _ in range(settings.gradient_accumulation_steps):
-                    inputs, targets = (_to_device(array, device) for array in sampler.next())
-                    with autocast(device, settings.dtype):
-                        loss = loss_function(trained(inputs), targets) / settings.gradient_accumulation_steps
-                    loss.backward()
-                    step_loss += loss.detach()
-                if world_size > 1:
-                    trained.finish_gradient_synchronization()
-                norms.append(clip_grad_norm(parameters, config.optim.max_grad_norm))
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                losses.append(step_loss)
-                bar.update()
+            step_loss = torch.zeros((), device=device)
+            for _ in range(settings.gradient_accumulation_steps):
+                inputs, targets = (_to_device(array, device) for array in sampler.next())
+                with autocast(device, settings.dtype):
+                    loss = loss_function(trained(inputs), targets) / settings.gradient_accumulation_steps
+                loss.backward()
+                step_loss += loss.detach()
+            if world_size > 1:
+                trained.finish_gradient_synchronization()
+            norms.append(clip_grad_norm(parameters, config.optim.max_grad_norm))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(step_loss)
+            bar.update()
 
-                evaluating = _due(step, settings.eval_interval, steps)
-                sampling = tokenizer is not None and _due(step, settings.sample_interval, steps)
-                saving = run_dir is not None and _due(step, settings.checkpointing_interval, steps)
-                if evaluating or sampling or saving or step % settings.log_interval == 0:
-                    window = _finite(step, losses, norms, last_checkpoint)  # waits for the device
-                    seconds = time.perf_counter() - window_started
-                    rate = len(losses) * tokens_per_step / seconds
-                    row = dict.fromkeys(COLUMNS) | {
-                        "step": step,
-                        "tokens": step * tokens_per_step,
-                        "train_loss": sum(window) / len(window),
-                        "learning_rate": learning_rate,
-                        "grad_norm": norms[-1].item(),
-                        "tokens_per_s": rate,
-                        "mfu": cost.mfu(rate, flops_per_token, peak),
-                    }
-                    losses.clear()
-                    norms.clear()
-                    if evaluating:
-                        row["valid_loss"] = evaluate(
-                            model,
-                            valid_tokens,
-                            batch_size=settings.batch_size,
-                            max_batches=settings.eval_batches,
-                            dtype=settings.dtype,
-                        )
-                    row["elapsed_s"] = time.perf_counter() - started
-                    rows.append(row)
-                    bar.set_postfix_str(f"loss {row['train_loss']:.3f}, {rate:,.0f} tokens/s")
-                    if files:
-                        files[0].append(row)
-                    if wandb_run is not None and is_main:
-                        wandb_run.log({name: value for name, value in row.items() if value is not None}, step=step)
-                if sampling and is_main:
-                    for prompt in config.generate.prompts:
-                        with autocast(device, settings.dtype):
-                            text = generate_text(model, tokenizer, prompt, config.generate)
-                        samples.append({"step": step, "prompt": prompt, "text": text})
-                        if files:
-                            files[1].append(samples[-1])
-                if saving and is_main:
-                    last_checkpoint = checkpoint.save(
-                        run_dir / CHECKPOINTS,
-                        step,
-                        model=model,
-                        optimizer=optimizer,
-                        sampler_state=sampler.state_dict(),
-                        rng=checkpoint.rng_state(),
-                        config=config,
-                        extra={"steps": steps, "train_tokens": fingerprint(train_tokens)},
-                        keep_last=settings.keep_checkpoints,
+            evaluating = _due(step, settings.eval_interval, steps)
+            sampling = tokenizer is not None and _due(step, settings.sample_interval, steps)
+            saving = run_dir is not None and _due(step, settings.checkpointing_interval, steps)
+            if evaluating or sampling or saving or step % settings.log_interval == 0:
+                window = _finite(step, losses, norms, last_checkpoint)  # waits for the device
+                seconds = time.perf_counter() - window_started
+                rate = len(losses) * tokens_per_step / seconds
+                row = dict.fromkeys(COLUMNS) | {
+                    "step": step,
+                    "tokens": step * tokens_per_step,
+                    "train_loss": sum(window) / len(window),
+                    "learning_rate": learning_rate,
+                    "grad_norm": norms[-1].item(),
+                    "tokens_per_s": rate,
+                    "mfu": cost.mfu(rate, flops_per_token, peak),
+                }
+                losses.clear()
+                norms.clear()
+                if evaluating:
+                    row["valid_loss"] = evaluate(
+                        model,
+                        valid_tokens,
+                        batch_size=settings.batch_size,
+                        max_batches=settings.eval_batches,
+                        dtype=settings.dtype,
                     )
-                if on_step is not None:
-                    on_step(step, step_loss)
-                if not losses:
-                    window_started = time.perf_counter()  # evaluation, samples and checkpoints do not count as training
-        finally:
-            for file in files:
-                file.close()
-    return History(rows, samples, last_checkpoint, saved.step if saved else None)
+                row["elapsed_s"] = time.perf_counter() - started
+                log.add_row(row)
+                bar.set_postfix_str(f"loss {row['train_loss']:.3f}, {rate:,.0f} tokens/s")
+            if sampling and is_main:
+                for prompt in config.generate.prompts:
+                    with autocast(device, settings.dtype):
+                        text = generate_text(model, tokenizer, prompt, config.generate)
+                    log.add_sample({"step": step, "prompt": prompt, "text": text})
+            if saving and is_main:
+                last_checkpoint = checkpoint.save(
+                    run_dir / CHECKPOINTS,
+                    step,
+                    model=model,
+                    optimizer=optimizer,
+                    sampler_state=sampler.state_dict(),
+                    rng=checkpoint.rng_state(),
+                    config=config,
+                    extra={"steps": steps, "train_tokens": fingerprint(train_tokens)},
+                    keep_last=settings.keep_checkpoints,
+                )
+            if on_step is not None:
+                on_step(step, step_loss)
+            if not losses:
+                window_started = time.perf_counter()  # evaluation, samples and checkpoints do not count as training
+    return History(log.rows, log.samples, last_checkpoint, resumed_from)
 
 
 @torch.no_grad()
@@ -447,35 +442,56 @@ def _put_aside(run_dir: Path, say: Callable[[str], None]) -> None:
 # --- metrics.csv and samples.jsonl ----------------------------------------------------------------
 
 
-class _RowFile:
-    """A text file that starts with the given lines, put in place atomically, and grows a line at a time."""
+class _Log:
+    """Rows and samples, in memory, in the run folder's files and in wandb's run, where there are such.
 
-    def __init__(self, path: Path, lines: Sequence[str], encode: Callable[[dict[str, Any]], str]):
-        with atomic_path(path) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        self._encode = encode
-        self._file = path.open("a", encoding="utf-8")
+    The files begin with the rows and samples given, put in place atomically, and grow a flushed line at a time.
+    """
 
-    def append(self, row: dict[str, Any]) -> None:
-        self._file.write(self._encode(row) + "\n")
-        self._file.flush()
+    def __init__(self, run_dir: Path | None, rows: list[dict[str, Any]], samples: list[dict[str, Any]], wandb_run: Any):
+        self.rows, self.samples = rows, samples
+        self._wandb = wandb_run
+        self._files: list[Any] = []
+        if run_dir is not None:
+            header = ",".join(COLUMNS)
+            self._start(run_dir / METRICS_FILE, [header, *map(self._csv, rows)])
+            self._start(run_dir / SAMPLES_FILE, list(map(self._json, samples)))
 
-    def close(self) -> None:
-        self._file.close()
+    def __enter__(self) -> _Log:
+        return self
 
+    def __exit__(self, *_: object) -> None:
+        for file in self._files:
+            file.close()
 
-def _metrics_file(run_dir: Path, rows: list[dict[str, Any]]) -> _RowFile:
-    def encode(row: dict[str, Any]) -> str:  # every digit of a float, so that a resumed run reads back what it wrote
+    def add_row(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        self._append(0, self._csv(row))
+        if self._wandb is not None:
+            self._wandb.log({name: value for name, value in row.items() if value is not None}, step=row["step"])
+
+    def add_sample(self, sample: dict[str, Any]) -> None:
+        self.samples.append(sample)
+        self._append(1, self._json(sample))
+
+    @staticmethod
+    def _csv(row: dict[str, Any]) -> str:
+        """Every digit of a float, so that a resumed run reads back what it wrote."""
         return ",".join("" if row[name] is None else repr(row[name]) for name in COLUMNS)
 
-    return _RowFile(run_dir / METRICS_FILE, [",".join(COLUMNS), *map(encode, rows)], encode)
-
-
-def _samples_file(run_dir: Path, samples: list[dict[str, Any]]) -> _RowFile:
-    def encode(sample: dict[str, Any]) -> str:
+    @staticmethod
+    def _json(sample: dict[str, Any]) -> str:
         return json.dumps(sample, ensure_ascii=False)
 
-    return _RowFile(run_dir / SAMPLES_FILE, list(map(encode, samples)), encode)
+    def _start(self, path: Path, lines: Sequence[str]) -> None:
+        with atomic_path(path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        self._files.append(path.open("a", encoding="utf-8"))
+
+    def _append(self, index: int, line: str) -> None:
+        if self._files:
+            self._files[index].write(line + "\n")
+            self._files[index].flush()
 
 
 def _logged(run_dir: Path | None, step: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
