@@ -120,7 +120,7 @@ def _forward_kernel(
     tile, head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     if CAUSAL:
         tile = tiles - 1 - tile  # longest rows first
-    kv_head = head // H * H_kv + head % H // (H // H_kv)
+    kv_head = head // (H // H_kv)
     first = tile * BLOCK_Q
     local = tl.arange(0, BLOCK_Q)
     q_base = _head(q_ptr, head, H, stride_qb, stride_qh) + first.to(tl.int64) * stride_qt
@@ -155,113 +155,6 @@ def _forward_kernel(
 
 
 @triton.jit
-def _delta_kernel(
-    o_ptr, do_ptr, delta_ptr, H, T, stride_ob, stride_oh, stride_ot, stride_od,
-    stride_gb, stride_gh, stride_gt, stride_gd,
-    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_Q: tl.constexpr,
-):  # fmt: skip
-    """delta (B, H, T) = rowsum(o * do): algorithm 2, line 4."""
-    tiles = (T + BLOCK_Q - 1) // BLOCK_Q
-    tile, head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    first = tile * BLOCK_Q
-    local = tl.arange(0, BLOCK_Q)
-    o_base = _head(o_ptr, head, H, stride_ob, stride_oh) + first.to(tl.int64) * stride_ot
-    do_base = _head(do_ptr, head, H, stride_gb, stride_gh) + first.to(tl.int64) * stride_gt
-    o = _load(o_base, local, stride_ot, stride_od, T - first, D, D_PAD, True).to(tl.float32)
-    do = _load(do_base, local, stride_gt, stride_gd, T - first, D, D_PAD, True).to(tl.float32)
-    delta = tl.reduce(o * do, 1, _SUM)
-    tl.store(delta_ptr + head.to(tl.int64) * T + first + local, delta, mask=first + local < T)
-
-
-@triton.jit
-def _accumulate_dk_dv(
-    dk, dv, k, v, q_base, do_base, lse_base, delta_base, start, end, k_rows, T, scale_log2,
-    stride_qt, stride_qd, stride_gt, stride_gd,
-    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_Q: tl.constexpr,
-    MASKED: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Add the query tiles in [start, end). The scores are transposed, so that P^T and dS^T are left operands: no transposition.
-
-    Queries past T get P = 0 from their log-sum-exp of infinity. Keys past S get anything: each key has its own row of dK and
-    dV, and theirs are not stored.
-    """
-    local = tl.arange(0, BLOCK_Q)
-    for i in tl.range(start, end, BLOCK_Q):
-        q = _load(q_base, local, stride_qt, stride_qd, T - i, D, D_PAD, BOUNDED)
-        lse = (
-            tl.load(lse_base + local, mask=local < T - i, other=float("inf")) if BOUNDED else tl.load(lse_base + local)
-        )
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        p = tl.math.exp2(scores * scale_log2 - (lse * _LOG2_E)[None, :])
-        if MASKED:
-            p = tl.where((i + local)[None, :] >= k_rows[:, None], p, 0.0)
-        do = _load(do_base, local, stride_gt, stride_gd, T - i, D, D_PAD, BOUNDED)
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-        delta = tl.load(delta_base + local, mask=local < T - i, other=0.0) if BOUNDED else tl.load(delta_base + local)
-        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        ds = p * (dp - delta[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-        q_base += BLOCK_Q * stride_qt
-        do_base += BLOCK_Q * stride_gt
-        lse_base += BLOCK_Q
-        delta_base += BLOCK_Q
-    return dk, dv
-
-
-@triton.jit(do_not_specialize=["length_class"])
-def _dk_dv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, scale, H, H_kv, T, S, length_class,
-    stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
-    stride_vb, stride_vh, stride_vs, stride_vd, stride_gb, stride_gh, stride_gt, stride_gd,
-    stride_dkb, stride_dkh, stride_dks, stride_dkd, stride_dvb, stride_dvh, stride_dvs, stride_dvd,
-    D: tl.constexpr, D_PAD: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, EVEN_T: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """One key tile of one key head: dk and dv, summed over the query heads that read it. Algorithm 2 without line 15."""
-    tiles = (S + BLOCK_K - 1) // BLOCK_K
-    tile, kv_head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    first = tile * BLOCK_K
-    local = tl.arange(0, BLOCK_K)
-    k_base = _head(k_ptr, kv_head, H_kv, stride_kb, stride_kh) + first.to(tl.int64) * stride_ks
-    v_base = _head(v_ptr, kv_head, H_kv, stride_vb, stride_vh) + first.to(tl.int64) * stride_vs
-    k = _load(k_base, local, stride_ks, stride_kd, S - first, D, D_PAD, True)
-    v = _load(v_base, local, stride_vs, stride_vd, S - first, D, D_PAD, True)
-    dk = tl.full([BLOCK_K, D_PAD], 0.0, tl.float32)
-    dv = tl.full([BLOCK_K, D_PAD], 0.0, tl.float32)
-    scale_log2 = scale * _LOG2_E
-    start, diagonal = first * 0, first * 0  # query tiles in [start, diagonal) cross the causal diagonal
-    if CAUSAL:
-        start = tl.minimum(first // BLOCK_Q * BLOCK_Q, T)
-        diagonal = tl.minimum(
-            (first + BLOCK_K + BLOCK_Q - 2) // BLOCK_Q * BLOCK_Q, (T + BLOCK_Q - 1) // BLOCK_Q * BLOCK_Q
-        )
-    group = H // H_kv
-    for member in range(group):
-        head = kv_head // H_kv * H + kv_head % H_kv * group + member
-        q_base = _head(q_ptr, head, H, stride_qb, stride_qh) + start.to(tl.int64) * stride_qt
-        do_base = _head(do_ptr, head, H, stride_gb, stride_gh) + start.to(tl.int64) * stride_gt
-        lse_base = lse_ptr + head.to(tl.int64) * T + start
-        delta_base = delta_ptr + head.to(tl.int64) * T + start
-        if CAUSAL:
-            dk, dv = _accumulate_dk_dv(
-                dk, dv, k, v, q_base, do_base, lse_base, delta_base, start, diagonal, first + local, T, scale_log2,
-                stride_qt, stride_qd, stride_gt, stride_gd, D, D_PAD, BLOCK_Q, True, not EVEN_T, PRECISION,
-            )  # fmt: skip
-            q_base += (diagonal - start).to(tl.int64) * stride_qt
-            do_base += (diagonal - start).to(tl.int64) * stride_gt
-            lse_base += diagonal - start
-            delta_base += diagonal - start
-        dk, dv = _accumulate_dk_dv(
-            dk, dv, k, v, q_base, do_base, lse_base, delta_base, diagonal, T, first + local, T, scale_log2,
-            stride_qt, stride_qd, stride_gt, stride_gd, D, D_PAD, BLOCK_Q, False, not EVEN_T, PRECISION,
-        )  # fmt: skip
-    dk_base = _head(dk_ptr, kv_head, H_kv, stride_dkb, stride_dkh) + first.to(tl.int64) * stride_dks
-    dv_base = _head(dv_ptr, kv_head, H_kv, stride_dvb, stride_dvh) + first.to(tl.int64) * stride_dvs
-    _store(dk_base, dk * scale, local, stride_dks, stride_dkd, S - first, D, D_PAD)
-    _store(dv_base, dv, local, stride_dvs, stride_dvd, S - first, D, D_PAD)
-
-
-@triton.jit
 def _accumulate_dq(
     dq, q, do, lse_log2, delta, k_base, v_base, start, end, q_rows, S, scale_log2,
     stride_ks, stride_kd, stride_vs, stride_vd,
@@ -290,19 +183,19 @@ def _accumulate_dq(
 
 @triton.jit(do_not_specialize=["length_class"])
 def _dq_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, scale, H, H_kv, T, S, length_class,
+    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, scale, H, H_kv, T, S, length_class,
     stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
-    stride_vb, stride_vh, stride_vs, stride_vd, stride_gb, stride_gh, stride_gt, stride_gd,
-    stride_dqb, stride_dqh, stride_dqt, stride_dqd,
+    stride_vb, stride_vh, stride_vs, stride_vd, stride_ob, stride_oh, stride_ot, stride_od,
+    stride_gb, stride_gh, stride_gt, stride_gd, stride_dqb, stride_dqh, stride_dqt, stride_dqd,
     D: tl.constexpr, D_PAD: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One query tile of one head: dq. Algorithm 2, line 15, with the loops exchanged."""
+    """One query tile of one head: dq, and delta (B, H, T) = rowsum(o * do) for the next kernel. Algorithm 2, lines 4 and 15."""
     tiles = (T + BLOCK_Q - 1) // BLOCK_Q
     tile, head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     if CAUSAL:
         tile = tiles - 1 - tile  # longest rows first
-    kv_head = head // H * H_kv + head % H // (H // H_kv)
+    kv_head = head // (H // H_kv)
     first = tile * BLOCK_Q
     local = tl.arange(0, BLOCK_Q)
     q_base = _head(q_ptr, head, H, stride_qb, stride_qh) + first.to(tl.int64) * stride_qt
@@ -319,7 +212,10 @@ def _dq_kernel(
     q = _load(q_base, local, stride_qt, stride_qd, T - first, D, D_PAD, True)
     do = _load(do_base, local, stride_gt, stride_gd, T - first, D, D_PAD, True)
     lse_log2 = tl.load(lse_ptr + row + local, mask=first + local < T, other=float("inf")) * _LOG2_E
-    delta = tl.load(delta_ptr + row + local, mask=first + local < T, other=0.0)
+    o_base = _head(o_ptr, head, H, stride_ob, stride_oh) + first.to(tl.int64) * stride_ot
+    o = _load(o_base, local, stride_ot, stride_od, T - first, D, D_PAD, True)
+    delta = tl.reduce(o.to(tl.float32) * do.to(tl.float32), 1, _SUM)
+    tl.store(delta_ptr + row + local, delta, mask=first + local < T)
     dq = tl.full([BLOCK_Q, D_PAD], 0.0, tl.float32)
     scale_log2 = scale * _LOG2_E
     dq = _accumulate_dq(
@@ -334,6 +230,93 @@ def _dq_kernel(
     )  # fmt: skip
     dq_base = _head(dq_ptr, head, H, stride_dqb, stride_dqh) + first.to(tl.int64) * stride_dqt
     _store(dq_base, dq * scale, local, stride_dqt, stride_dqd, T - first, D, D_PAD)
+
+
+@triton.jit
+def _accumulate_dk_dv(
+    dk, dv, k, v, q_base, do_base, lse_base, delta_base, start, end, k_rows, T, scale_log2,
+    stride_qt, stride_qd, stride_gt, stride_gd,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_Q: tl.constexpr,
+    MASKED: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add the query tiles in [start, end). The scores are transposed, so that P^T and dS^T are left operands: no transposition.
+
+    Queries past T get P = 0 from their log-sum-exp of infinity. Keys past S get anything: each key has its own row of dK and
+    dV, and theirs are not stored.
+    """
+    local = tl.arange(0, BLOCK_Q)
+    for i in tl.range(start, end, BLOCK_Q):
+        q = _load(q_base, local, stride_qt, stride_qd, T - i, D, D_PAD, BOUNDED)
+        lse = (
+            tl.load(lse_base + local, mask=local < T - i, other=float("inf")) if BOUNDED else tl.load(lse_base + local)
+        )
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        p = tl.math.exp2(scores * scale_log2 - (lse * _LOG2_E)[None, :])
+        if MASKED:
+            p = tl.where(local[None, :] >= (k_rows - i)[:, None], p, 0.0)
+        do = _load(do_base, local, stride_gt, stride_gd, T - i, D, D_PAD, BOUNDED)
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+        delta = tl.load(delta_base + local, mask=local < T - i, other=0.0) if BOUNDED else tl.load(delta_base + local)
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        ds = p * (dp - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        q_base += BLOCK_Q * stride_qt
+        do_base += BLOCK_Q * stride_gt
+        lse_base += BLOCK_Q
+        delta_base += BLOCK_Q
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["length_class"])
+def _dk_dv_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, scale, H, H_kv, T, S, length_class,
+    stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
+    stride_vb, stride_vh, stride_vs, stride_vd, stride_gb, stride_gh, stride_gt, stride_gd,
+    stride_dkb, stride_dkh, stride_dks, stride_dkd, stride_dvb, stride_dvh, stride_dvs, stride_dvd,
+    D: tl.constexpr, D_PAD: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, EVEN_T: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One key tile of one key head: dk and dv, summed over the query heads that read it. Algorithm 2 without line 15."""
+    tiles = (S + BLOCK_K - 1) // BLOCK_K
+    tile, kv_head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    first = tile * BLOCK_K
+    local = tl.arange(0, BLOCK_K)
+    k_base = _head(k_ptr, kv_head, H_kv, stride_kb, stride_kh) + first.to(tl.int64) * stride_ks
+    v_base = _head(v_ptr, kv_head, H_kv, stride_vb, stride_vh) + first.to(tl.int64) * stride_vs
+    k = _load(k_base, local, stride_ks, stride_kd, S - first, D, D_PAD, True)
+    v = _load(v_base, local, stride_vs, stride_vd, S - first, D, D_PAD, True)
+    dk = tl.full([BLOCK_K, D_PAD], 0.0, tl.float32)
+    dv = tl.full([BLOCK_K, D_PAD], 0.0, tl.float32)
+    scale_log2 = scale * _LOG2_E
+    start, diagonal = first * 0, first * 0  # query tiles in [start, diagonal) cross the causal diagonal
+    if CAUSAL:
+        start = tl.minimum(first // BLOCK_Q * BLOCK_Q, T)
+        diagonal = tl.minimum(
+            (first + BLOCK_K + BLOCK_Q - 2) // BLOCK_Q * BLOCK_Q, (T + BLOCK_Q - 1) // BLOCK_Q * BLOCK_Q
+        )
+    for member in range(GROUP):  # a constant: a loop of one round is gone, and with it the registers that it holds
+        head = kv_head * GROUP + member
+        q_base = _head(q_ptr, head, H, stride_qb, stride_qh) + start.to(tl.int64) * stride_qt
+        do_base = _head(do_ptr, head, H, stride_gb, stride_gh) + start.to(tl.int64) * stride_gt
+        lse_base = lse_ptr + head.to(tl.int64) * T + start
+        delta_base = delta_ptr + head.to(tl.int64) * T + start
+        if CAUSAL:
+            dk, dv = _accumulate_dk_dv(
+                dk, dv, k, v, q_base, do_base, lse_base, delta_base, start, diagonal, first + local, T, scale_log2,
+                stride_qt, stride_qd, stride_gt, stride_gd, D, D_PAD, BLOCK_Q, True, not EVEN_T, PRECISION,
+            )  # fmt: skip
+            q_base += (diagonal - start).to(tl.int64) * stride_qt
+            do_base += (diagonal - start).to(tl.int64) * stride_gt
+            lse_base += diagonal - start
+            delta_base += diagonal - start
+        dk, dv = _accumulate_dk_dv(
+            dk, dv, k, v, q_base, do_base, lse_base, delta_base, diagonal, T, first + local, T, scale_log2,
+            stride_qt, stride_qd, stride_gt, stride_gd, D, D_PAD, BLOCK_Q, False, not EVEN_T, PRECISION,
+        )  # fmt: skip
+    dk_base = _head(dk_ptr, kv_head, H_kv, stride_dkb, stride_dkh) + first.to(tl.int64) * stride_dks
+    dv_base = _head(dv_ptr, kv_head, H_kv, stride_dvb, stride_dvh) + first.to(tl.int64) * stride_dvs
+    _store(dk_base, dk * scale, local, stride_dks, stride_dkd, S - first, D, D_PAD)
+    _store(dv_base, dv, local, stride_dvs, stride_dvd, S - first, D, D_PAD)
 
 
 # --- Tiles ----------------------------------------------------------------------------------------
@@ -384,8 +367,8 @@ def _tuned(kernel: Any, which: int) -> Any:
     )(kernel)
 
 
-_forward_tuned, _dk_dv_tuned, _dq_tuned = (
-    _tuned(kernel, which) for which, kernel in enumerate((_forward_kernel, _dk_dv_kernel, _dq_kernel))
+_forward_tuned, _dq_tuned, _dk_dv_tuned = (
+    _tuned(kernel, which) for which, kernel in enumerate((_forward_kernel, _dq_kernel, _dk_dv_kernel))
 )
 
 
@@ -437,21 +420,18 @@ def flash_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv, shaped as q, k, v. o, do: (B, H, T, D); lse: (B, H, T), contiguous."""
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    batch, heads, q_len, head_dim = q.shape
+    batch, heads, q_len, _ = q.shape
     kv_heads, k_len = k.shape[1:3]
     common = _common(q, k)
     delta = torch.empty_like(lse)
     with torch.cuda.device_of(q):
-        _delta_kernel[(triton.cdiv(q_len, 64) * batch * heads,)](
-            o, do, delta, heads, q_len, *o.stride(), *do.stride(), D=head_dim, D_PAD=common["D_PAD"], BLOCK_Q=64
+        _dq_tuned[lambda meta: (triton.cdiv(q_len, meta["BLOCK_Q"]) * batch * heads,)](
+            q, k, v, o, do, lse, delta, dq, **common, **_strides(q=q, k=k, v=v, o=o, g=do, dq=dq), CAUSAL=causal
         )
         _dk_dv_tuned[lambda meta: (triton.cdiv(k_len, meta["BLOCK_K"]) * batch * kv_heads,)](
             q, k, v, do, lse, delta, dk, dv, **common, **_strides(q=q, k=k, v=v, g=do, dk=dk, dv=dv),
-            CAUSAL=causal, EVEN_T=q_len % 128 == 0,
+            CAUSAL=causal, EVEN_T=q_len % 128 == 0, GROUP=heads // kv_heads,
         )  # fmt: skip
-        _dq_tuned[lambda meta: (triton.cdiv(q_len, meta["BLOCK_Q"]) * batch * heads,)](
-            q, k, v, do, lse, delta, dq, **common, **_strides(q=q, k=k, v=v, g=do, dq=dq), CAUSAL=causal
-        )
     return dq, dk, dv
 
 
