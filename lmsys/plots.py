@@ -67,7 +67,7 @@ def attention_bars(frame, which: str = "forward") -> Figure:
     """Grouped bars: the time of each kernel at each tier, on a log scale, with 20th to 80th percentile."""
     panels = _panels(frame, which)
     tiers = [f"{q}:{k}" for q, k in dict.fromkeys(zip(frame.q_len, frame.k_len, strict=True))]
-    kernels = list(dict.fromkeys(frame.kernel))
+    kernels = list(dict.fromkeys(frame[frame.status != "unsupported"].kernel))
     figure, axes = _figure(max(7.5, 1.25 * len(tiers) + 1.5), 3.6 * len(panels) + 1.0, len(panels))
     width = 0.86 / len(kernels)
     for axis, (title, group) in zip(axes[:, 0], panels, strict=True):

@@ -204,5 +204,5 @@ def markdown_table(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str]
     if columns is None:
         columns = {key: key for key in (rows[0] if rows else {})}
     lines = ["| " + " | ".join(columns.values()) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
-    lines += ["| " + " | ".join(str(cell(row.get(key))) for key in columns) + " |" for row in rows]
+    lines += ["| " + " | ".join(str(cell(row.get(key))).replace("|", "\\|") for key in columns) + " |" for row in rows]
     return "\n".join(lines) + "\n"

@@ -8,6 +8,7 @@ same marker and `<!-- end -->`, and are brought up to date by build_site().
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 import json
 import os
@@ -108,6 +109,21 @@ def take_parameters(
     return {name: namespace[name] for name in known if name in namespace}
 
 
+def show(settings: Any) -> Any:
+    """A config dataclass as what a notebook displays: a Markdown table, a line for each setting or section."""
+    from IPython.display import Markdown
+
+    def text(value: Any) -> str:
+        if dataclasses.is_dataclass(value):
+            pairs = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+            return ", ".join(f"{name} {text(item)}" for name, item in pairs if item is not None)
+        return ", ".join(f"`{item}`" for item in value) if isinstance(value, tuple) else f"`{value}`"
+
+    values = [(field.name, getattr(settings, field.name)) for field in dataclasses.fields(settings)]
+    lines = [{"setting": name, "value": text(value)} for name, value in values if value is not None]
+    return Markdown(records.markdown_table(lines))
+
+
 # --- The site -------------------------------------------------------------------------------------
 
 
@@ -119,7 +135,11 @@ def build_site() -> Path:
     """
     fill_readme()
     book = records.REPOSITORY / "book"
-    done = subprocess.run([sys.executable, "-m", "jupyter_book", "build", str(book), "--quiet"], cwd=records.REPOSITORY)
+    command = "import sys; from jupyter_book.cli.main import main; sys.exit(main())"  # the package has no __main__
+    done = subprocess.run(
+        [sys.executable, "-c", command, "build", str(book), "--quiet"],
+        cwd=records.REPOSITORY,
+    )
     if done.returncode != 0:
         raise OSError(f"jupyter-book build book failed with exit code {done.returncode}")
     return book / "_build" / "html" / "index.html"
@@ -204,7 +224,7 @@ def attention_headline() -> str:
         columns |= {"backward": "backward, ms", "btflops": "TFLOP/s"}
     caption = (
         f"Causal attention on {_gpu(name)}: batch {first.batch}, {first.heads} heads, head_dim {first.head_dim}, "
-        f"{first.q_len:,} tokens, {first.dtype}; medians of {int(forward.samples.max())} runs with the 20th and 80th percentile."
+        f"{first.q_len:,} tokens, {first['dtype']}; medians of {int(forward.samples.max())} runs with the 20th and 80th percentile."
     )
     return f"{caption}\n\n{records.markdown_table(lines, columns)}".rstrip()
 

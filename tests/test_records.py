@@ -92,5 +92,5 @@ def test_atomic_path_leaves_the_old_file_and_no_other_after_a_failure(tmp_path):
 
 
 def test_markdown_table():
-    table = records.markdown_table([{"a": 1.0, "b": None}, {"a": True, "b": "x"}], {"a": "A", "b": "B"})
-    assert table == "| A | B |\n| --- | --- |\n| 1 |  |\n| true | x |\n"
+    table = records.markdown_table([{"a": 1.0, "b": None}, {"a": True, "b": "x | y"}], {"a": "A", "b": "B"})
+    assert table == "| A | B |\n| --- | --- |\n| 1 |  |\n| true | x \\| y |\n"

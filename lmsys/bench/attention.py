@@ -87,7 +87,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     },
     "cpu": {
         "batch": 1,
-        "heads": 2,
+        "heads": 1,
         "head_dim": 64,
         "dtypes": ("fp32",),
         "causal": (True,),
@@ -299,9 +299,10 @@ class _Point:
                 "status": "oom" if is_out_of_memory(reason) else "error",
                 "note": f"{type(reason).__name__}: {first}",
             }
+        interpreted = self.device.type == "cpu" and "triton" in kernel
         row: dict[str, Any] = {
             "status": result.status,
-            "note": result.note,
+            "note": result.note or ("in Triton's CPU interpreter" if interpreted else ""),
             "error": error,
             "error_pytorch": error_pytorch,
         }
@@ -448,6 +449,8 @@ def conclusions(frame) -> list[str]:
         said.append(f"{kernel} ran out of memory from {group.q_len.min()} queries x {group.k_len.min()} keys.")
     for kernel, group in frame[frame.status == "error"].groupby("kernel", sort=False):
         said.append(f"{kernel} failed at {len(group)} point(s): {group.note.iloc[0]}")
+    for kernel in ok[ok.note == "in Triton's CPU interpreter"].kernel.unique():
+        said.append(f"{kernel} ran in Triton's CPU interpreter, which checks it; its times say nothing about a GPU.")
     if not ok.empty:
         worst = (ok.error / ok.error_pytorch).max()
         said.append(
