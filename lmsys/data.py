@@ -17,7 +17,7 @@ import mmap
 import os
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -188,31 +188,12 @@ def prepare_corpus(config: DataConfig, folder: str | Path, *, progress: bool = T
         size_mb = AUTO_STORIES_MB if config.text_mb is None else config.text_mb
         whole = folder / f".stories.{os.getpid()}.tmp"
         try:
-            with _naming(train):
+            with records.naming(train):
                 stories.generate(whole, size_mb, config.seed)
             _split_text(whole, train, valid, config.valid_fraction)
         finally:
             whole.unlink(missing_ok=True)
     return Corpus(mode, reason, train_text=train, valid_text=valid)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[Path]:
-    """records.atomic_path, with `path` in the error where the disk is full or the folder cannot be written."""
-    with _naming(path), records.atomic_path(path) as temporary:
-        yield temporary
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Name `path` in an OSError of the block that names no file, or only a temporary one."""
-    try:
-        yield
-    except OSError as error:
-        named = None if error.filename is None else Path(error.filename).name
-        if error.errno is None or (named is not None and not (named.startswith(".") and named.endswith(".tmp"))):
-            raise
-        raise OSError(error.errno, f"cannot write this file ({error.strerror})", str(path)) from error
 
 
 def check_text(path: str | Path) -> int:
@@ -256,9 +237,9 @@ def _split_text(text: Path, train: Path, valid: Path, valid_fraction: float) -> 
                 "give more text, or data.valid_text_path",
             )
         source.seek(0)
-        with _writing(train) as train_temporary, _writing(valid) as valid_temporary:
+        with records.atomic_path(train) as train_temporary, records.atomic_path(valid) as valid_temporary:
             for path, temporary, length in ((train, train_temporary, cut), (valid, valid_temporary, size - cut)):
-                with _naming(path), temporary.open("wb") as out:
+                with records.naming(path), temporary.open("wb") as out:
                     _copy(source, out, length)
 
 
@@ -295,11 +276,11 @@ def _download_tinystories(config: DataConfig, train: Path, valid: Path, progress
     if config.text_mb is not None:
         limits["validation"] = config.text_mb * 1e6 * config.valid_fraction
         limits["train"] = config.text_mb * 1e6 - limits["validation"]
-    with _writing(train) as train_temporary, _writing(valid) as valid_temporary:
+    with records.atomic_path(train) as train_temporary, records.atomic_path(valid) as valid_temporary:
         for split, path, temporary in (("validation", valid, valid_temporary), ("train", train, train_temporary)):
             written, limit = 0, limits[split]
             with (
-                _naming(path),
+                records.naming(path),
                 temporary.open("wb") as out,
                 _bar(limit, f"TinyStories {split}", progress) as bar,
                 closing(_stream_tinystories(split)) as texts,
@@ -359,7 +340,7 @@ def tokenize_to_npy(
     dtype = np.dtype(tokenizer.token_dtype)
     count = 0
     with (
-        _writing(out_path) as temporary,
+        records.atomic_path(out_path) as temporary,
         temporary.open("wb") as out,
         _bar(size, f"tokenize {text_path.name}", progress) as bar,
         closing(tokenizer.encode_file_chunks(text_path, num_workers=num_workers)) as chunks,

@@ -95,15 +95,31 @@ def writable_dir(path: str | Path) -> Path:
 
 @contextmanager
 def atomic_path(path: str | Path):
-    """A temporary path in the same folder that replaces `path` when the block ends well and is removed when it does not."""
+    """A temporary path in the same folder that replaces `path` when the block ends well and is removed when it does not.
+
+    An OSError of the block that names no file, as that of a full disk does, or only the temporary one, then names `path`.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with naming(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path):
+    """Name `path` in an OSError of the block that names no file, or only a temporary one."""
+    try:
+        yield
+    except OSError as error:
+        named = None if error.filename is None else Path(error.filename).name
+        if error.errno is None or (named is not None and not (named.startswith(".") and named.endswith(".tmp"))):
+            raise
+        raise OSError(error.errno, f"cannot write this file ({error.strerror})", str(path)) from error
 
 
 def write_text(path: str | Path, text: str) -> Path:
