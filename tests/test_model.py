@@ -2,6 +2,7 @@
 
 import math
 
+import adapters
 import pytest
 import torch
 
@@ -235,3 +236,19 @@ def test_compiled_blocks_agree(model):
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     cross_entropy(logits, ids).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_the_courses_weights_load_through_the_adapters(model):
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        if "qkv_proj" in name:
+            for part, matrix in zip("qkv", tensor.split(TINY.d_model), strict=True):
+                weights[name.replace("qkv_proj", f"{part}_proj")] = matrix
+        else:
+            weights[name] = tensor
+    ids = torch.randint(61, (2, 12))
+    assert torch.equal(adapters.run_transformer_lm(61, 24, 32, 2, 4, 48, 10_000.0, weights, ids), model(ids))
+    block = {name.removeprefix("layers.0."): w for name, w in weights.items() if name.startswith("layers.0.")}
+    x = torch.randn(2, 12, 32)
+    expected = model.layers[0](x, model.rope.cos[:12], model.rope.sin[:12])
+    assert torch.equal(adapters.run_transformer_block(32, 4, 48, 24, 10_000.0, block, x), expected)
