@@ -467,19 +467,19 @@ class _PieceTable:
     longer ones are in a dict. The table is emptied when it is full.
     """
 
-    _SLOTS = 2 * _MAX_PIECES
-    _SHIFT = np.uint64(64 - _SLOTS.bit_length() + 1)  # a hash's upper bits are its slot
-    _BLOCK = _MAX_PIECES // 4  # pieces looked up at a time
-
-    def __init__(self, dtype: Any, encode_pieces: Callable[[Sequence[str]], list[bytes]]):
+    def __init__(self, dtype: Any, encode_pieces: Callable[[Sequence[str]], list[bytes]], max_entries: int):
         self._dtype = dtype
         self._encode_pieces = encode_pieces
+        self._max_entries = max_entries
+        self._block = max_entries // 4  # pieces looked up at a time
+        self._slots = 2 * max_entries  # a power of two, so that a hash's upper bits are its slot
+        self._shift = np.uint64(64 - (self._slots - 1).bit_length())
         self._clear()
 
     def _clear(self) -> None:
-        self._low = np.zeros(self._SLOTS, np.uint64)
-        self._high = np.zeros(self._SLOTS, np.uint64)  # 0: a free slot, since a key holds its length here
-        self._entry = np.zeros(self._SLOTS, np.int64)
+        self._low = np.zeros(self._slots, np.uint64)
+        self._high = np.zeros(self._slots, np.uint64)  # 0: a free slot, since a key holds its length here
+        self._entry = np.zeros(self._slots, np.int64)
         self._long: dict[bytes, int] = {}
         self._offsets = np.zeros(0, np.int64)  # by entry: where its ids are in the pool, and how many
         self._counts = np.zeros(0, np.int64)
@@ -490,10 +490,10 @@ class _PieceTable:
         bounds = np.append(starts, len(data))
         words = np.ndarray(len(data) + 8, "<u8", data + bytes(16), strides=(1,))  # the eight bytes from each place on
         parts = []
-        for first in range(0, len(starts), self._BLOCK):
-            if len(self._offsets) + self._BLOCK > _MAX_PIECES or len(self._pool) > 16 * _MAX_PIECES:
+        for first in range(0, len(starts), self._block):
+            if len(self._offsets) + self._block > self._max_entries or len(self._pool) > 16 * self._max_entries:
                 self._clear()
-            entries = self._entries(data, words, bounds[first : first + self._BLOCK + 1])
+            entries = self._entries(data, words, bounds[first : first + self._block + 1])
             counts = self._counts[entries]
             ends = np.cumsum(counts)
             places = np.repeat(self._offsets[entries] - (ends - counts), counts) + np.arange(ends[-1])
@@ -556,11 +556,11 @@ class _PieceTable:
 
     def _find(self, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(slot, whether it holds the key) for each key; where it does not, the slot is the free one that would take it."""
-        slots = (((low ^ (high * _HASH_HIGH)) * _HASH_LOW) >> self._SHIFT).astype(np.int64)
+        slots = (((low ^ (high * _HASH_HIGH)) * _HASH_LOW) >> self._shift).astype(np.int64)
         found = (self._low[slots] == low) & (self._high[slots] == high)
         left = np.flatnonzero(~found & (self._high[slots] != 0))
         while len(left):
-            slots[left] = (slots[left] + 1) % self._SLOTS
+            slots[left] = (slots[left] + 1) % self._slots
             here = slots[left]
             hit = (self._low[here] == low[left]) & (self._high[here] == high[left])
             found[left[hit]] = True
@@ -641,7 +641,7 @@ class Tokenizer:
         self._pretokens: dict[str, bytes] = {}
         self._special_pieces = {token: self._pack(chr(self.token_id(token))) for token in self.special_tokens}
         self._pieces: dict[str, bytes] = dict(self._special_pieces)  # no other piece is a special token
-        self._table = _PieceTable(self.token_dtype, self._encode_pieces)
+        self._table = _PieceTable(self.token_dtype, self._encode_pieces, _MAX_PIECES)
 
     def __reduce__(self):
         return Tokenizer, (self.vocab, self.merges, self.special_tokens)
