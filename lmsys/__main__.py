@@ -13,11 +13,11 @@ from pathlib import Path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return its exit code: 0, or 2 for bad input."""
+    """Run one command; return its exit code: 0, or 2 for bad input and for a run that it made impossible."""
     arguments = _parser().parse_args(argv)
     try:
         arguments.function(arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:  # bad input, or a loss that is not finite
         if os.environ.get("LMSYS_TRACEBACK"):
             raise
         print(f"lmsys {arguments.command}: {_one_line(error)}", file=sys.stderr)

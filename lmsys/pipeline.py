@@ -139,8 +139,9 @@ def run(
     Raises:
         ValueError, OSError: bad input, before anything is run or lost.
     """
+    from lmsys.device import resolve_device
     from lmsys.generate import generate_text
-    from lmsys.train import init_wandb, train
+    from lmsys.train import autocast, init_wandb, train
 
     check(config, skip_data=skip_data)
     run_dir = records.output_path(config.run_dir)
@@ -187,8 +188,10 @@ def run(
         start = time.perf_counter()
         stories = []
         if tokenizer is not None:
-            for prompt in config.generate.prompts:
-                stories.append({"prompt": prompt, "text": generate_text(model, tokenizer, prompt, config.generate)})
+            with autocast(resolve_device(config.train.device), config.train.dtype):  # as it was trained
+                for prompt in config.generate.prompts:
+                    text = generate_text(model, tokenizer, prompt, config.generate)
+                    stories.append({"prompt": prompt, "text": text})
         records.write_json(run_dir / "stories.json", stories)
         done = f"{len(stories)} stories" if tokenizer else "no tokenizer given (tokenizer.path): no stories"
         report("generation", "ran" if stories else "skipped", start, done)

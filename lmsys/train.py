@@ -97,7 +97,7 @@ def train(
     Raises:
         ValueError: settings, data or device that cannot work, found before any work; a checkpoint that does not fit.
         OSError: a folder that cannot be written, a full disk.
-        RuntimeError: the loss or the gradient norm is not finite; names the step. The last checkpoint is good.
+        FloatingPointError: the loss or the gradient norm is not finite; names the step. The last checkpoint is good.
     """
     settings = config.train
     rank, world_size = _process()
@@ -375,13 +375,13 @@ def _extremes(tokens: np.ndarray, block: int = 1 << 24) -> tuple[int, int]:
 
 
 def _finite(step: int, losses: list[Tensor], norms: list[Tensor], last_checkpoint: Path | None) -> list[float]:
-    """The losses of the steps up to `step` as numbers; RuntimeError where one of them or of the norms is not finite."""
+    """The losses of the steps up to `step` as numbers; FloatingPointError where one of them or of the norms is not finite."""
     pairs = torch.stack([torch.stack(losses), torch.stack(norms)], -1).tolist()
     for at, (loss, norm) in enumerate(pairs, start=step - len(pairs) + 1):
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm}"
             kept = f"the last checkpoint is {last_checkpoint}" if last_checkpoint else "no checkpoint was saved"
-            raise RuntimeError(f"{what} at step {at}; lower optim.learning_rate or warm up longer ({kept})")
+            raise FloatingPointError(f"{what} at step {at}; lower optim.learning_rate or warm up longer ({kept})")
     return [loss for loss, _ in pairs]
 
 
