@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import cache
-from itertools import chain, compress, islice, pairwise, repeat
+from itertools import compress, islice, pairwise, repeat
 from operator import add, is_
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,6 @@ _NEVERS = repeat(_NEVER)
 
 
 _SHORT_TEXT = 8192  # characters; above, pieces are looked up by arrays
-_MANY_WORDS = 64  # from here on words are merged by arrays
 _UTF_32 = f"utf-32-{sys.byteorder[0]}e"  # with it, the characters of a word are its token ids in four bytes each
 _FORMAT = "lmsys byte-level BPE 1"
 
@@ -483,9 +482,11 @@ class _PieceTable:
     longer ones are in a dict. The table is emptied when it is full.
     """
 
-    def __init__(self, dtype: Any, encode_pieces: Callable[[Sequence[str]], list[bytes]], max_entries: int):
+    def __init__(
+        self, dtype: Any, encode_new: Callable[[Sequence[bytes]], tuple[np.ndarray, np.ndarray]], max_entries: int
+    ):
         self._dtype = dtype
-        self._encode_pieces = encode_pieces
+        self._encode_new = encode_new
         self._max_entries = max_entries
         self._block = max_entries // 4  # pieces looked up at a time
         self._slots = 2 * max_entries  # a power of two, so that a hash's upper bits are its slot
@@ -544,7 +545,7 @@ class _PieceTable:
                     pieces.append(piece)
                 entries[place] = entry
             if pieces:
-                self._append(self._encode_pieces([piece.decode() for piece in pieces]))
+                self._append(pieces)
         except BaseException:
             self._clear()  # it may know pieces that were not encoded
             raise
@@ -563,12 +564,12 @@ class _PieceTable:
             entry += len(place)
             yield place
 
-    def _append(self, packed: Sequence[bytes]) -> None:
-        """Add the ids of new entries to the pool."""
-        counts = np.fromiter(map(len, packed), np.int64, len(packed)) // self._pool.itemsize
+    def _append(self, pieces: Sequence[bytes]) -> None:
+        """Encode new pieces and add them to the pool."""
+        ids, counts = self._encode_new(pieces)
         self._offsets = np.append(self._offsets, len(self._pool) + np.cumsum(counts) - counts)
         self._counts = np.append(self._counts, counts)
-        self._pool = np.append(self._pool, np.frombuffer(b"".join(packed), self._pool.dtype))
+        self._pool = np.append(self._pool, ids.astype(self._pool.dtype))
 
     def _find(self, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(slot, whether it holds the key) for each key; where it does not, the slot is the free one that would take it."""
@@ -644,6 +645,7 @@ class Tokenizer:
         self._pair_keys = np.append(keys[order], _NEVER)  # the same for arrays; the last entry is no pair
         self._key_ranks = np.append(np.fromiter(self._ranks.values(), np.int64, len(keys))[order], _NEVER)
         self._merged_ids = _code_points("".join(merged for _, merged in self._replacements))
+        self._byte_ids = np.array([self._ids[bytes([byte])] for byte in range(256)])
         self._byte_symbols = {byte: chr(self._ids[bytes([byte])]) for byte in range(256)}
 
         self.vocab_size: int = max(self.vocab) + 1  # the highest id + 1
@@ -657,7 +659,7 @@ class Tokenizer:
         self._pretokens: dict[str, bytes] = {}
         self._special_pieces = {token: self._pack(chr(self.token_id(token))) for token in self.special_tokens}
         self._pieces: dict[str, bytes] = dict(self._special_pieces)  # no other piece is a special token
-        self._table = _PieceTable(self.token_dtype, self._encode_pieces, _MAX_PIECES)
+        self._table = _PieceTable(self.token_dtype, self._encode_new, _MAX_PIECES)
 
     def __reduce__(self):
         return Tokenizer, (self.vocab, self.merges, self.special_tokens)
@@ -754,8 +756,7 @@ class Tokenizer:
         pieces += _PIECE.findall(text, start)
         packed = list(map(self._pieces.get, pieces))
         if None in packed:
-            new = list(dict.fromkeys(compress(pieces, map(is_, packed, repeat(None)))))
-            new = dict(zip(new, self._encode_pieces(new), strict=True))
+            new = {piece: self._encode_piece(piece) for piece in set(compress(pieces, map(is_, packed, repeat(None))))}
             packed = [new[piece] if ids is None else ids for piece, ids in zip(pieces, packed, strict=True)]
             _keep(self._pieces, new, self._special_pieces)
         return bytearray().join(packed)  # writable, as an array from it should be
@@ -767,30 +768,55 @@ class Tokenizer:
         starts = _piece_starts(data, text.isascii(), special)
         return self._table.encode(data, starts)
 
-    def _encode_pieces(self, pieces: Sequence[str]) -> list[bytes]:
-        """The packed ids of each piece; a piece may be a special token."""
-        special = self._special_pieces
-        pretokens = [(piece,) if piece in special else _split_piece(piece) for piece in pieces]
+    def _encode_piece(self, piece: str) -> bytes:
+        """The packed ids of a piece that is no special token."""
         known = self._pretokens
-        new = [p for p in dict.fromkeys(chain.from_iterable(pretokens)) if p not in known and p not in special]
-        words = [pretoken.encode().decode("latin-1").translate(self._byte_symbols) for pretoken in new]
-        packed = {**dict(zip(new, map(self._pack, self._merge_words(words)), strict=True)), **special}
-        result = [
-            b"".join([packed.get(pretoken) or known[pretoken] for pretoken in of_piece]) for of_piece in pretokens
-        ]
-        _keep(known, packed)
-        return result
+        packed = []
+        for pretoken in _split_piece(piece):
+            ids = known.get(pretoken)
+            if ids is None:
+                ids = self._pack(self._merge(self._symbols(pretoken)))
+                _keep(known, {pretoken: ids})
+            packed.append(ids)
+        return b"".join(packed)
 
-    def _merge_words(self, words: list[str]) -> list[str]:
-        """Merge each word, by the method that its length and their number call for."""
-        if len(words) >= _MANY_WORDS and max(map(len, words)) <= _SHORT_WORD:
-            return self._merge_many(words)
-        return [self._merge(word) if len(word) <= _SHORT_WORD else self._merge_long(word) for word in words]
+    def _encode_new(self, pieces: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """(the ids of all pieces, one piece after the other, how many each has); a piece may be a special token."""
+        symbols = self._byte_ids[np.frombuffer(b"".join(pieces), np.uint8)]
+        lengths: list[int] = []  # of words, in bytes
+        words_of = np.ones(len(pieces), np.int64)  # how many words a piece is
+        ready: dict[int, np.ndarray] = {}  # word -> its ids, where it is not for merging many at once
+        for index, piece in enumerate(pieces):
+            if piece[piece[:1] == b" " :].isalpha() and len(piece) <= _SHORT_WORD:  # ASCII letters: one pre-token
+                lengths.append(len(piece))
+            elif (text := piece.decode()) in self._special_pieces:
+                ready[len(lengths)] = np.array([self.token_id(text)])
+                lengths.append(len(piece))
+            else:
+                pretokens = _split_piece(text)
+                words_of[index] = len(pretokens)
+                for pretoken in pretokens:
+                    word = self._symbols(pretoken)
+                    if len(word) > _SHORT_WORD:
+                        ready[len(lengths)] = _code_points(self._merge(word))
+                    lengths.append(len(word))
+        lengths = np.array(lengths)
+        if ready:
+            ends = np.cumsum(lengths)
+            parts, at = [], 0
+            for word, ids in ready.items():
+                parts += [symbols[at : ends[word] - lengths[word]], ids]
+                at, lengths[word] = ends[word], len(ids)
+            symbols = np.concatenate([*parts, symbols[at:]])
+        symbols, counts = self._merge_many(symbols, lengths)
+        return symbols, np.add.reduceat(counts, np.cumsum(words_of) - words_of)
 
-    def _merge_many(self, words: Sequence[str]) -> list[str]:
-        """As _merge, for many words at once: in each round, each word's pair that was learned first."""
-        symbols = _code_points("".join(words))
-        word = np.repeat(np.arange(len(words)), np.fromiter(map(len, words), np.int64, len(words)))
+    def _merge_many(self, symbols: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As _merge, for many words at once: in each round, each word's pair that was learned first.
+
+        Takes the ids of the words' bytes, one word after the other, and how many each has; returns their tokens likewise.
+        """
+        word = np.repeat(np.arange(len(lengths)), lengths)
         ranks = self._pair_ranks(symbols, word, np.arange(len(symbols)))
         finished: list[tuple[np.ndarray, np.ndarray]] = []
         while len(symbols):
@@ -812,9 +838,7 @@ class Tokenizer:
             ranks[changed] = self._pair_ranks(symbols, word, changed)
         word = np.concatenate([word for word, _ in finished])
         symbols = np.concatenate([symbols for _, symbols in finished])[np.argsort(word, kind="stable")]
-        text = symbols.astype(np.uint32).tobytes().decode(_UTF_32, "surrogatepass")
-        ends = np.cumsum(np.bincount(word, minlength=len(words))).tolist()
-        return [text[start:end] for start, end in pairwise([0, *ends])]
+        return symbols, np.bincount(word)
 
     def _pair_ranks(self, symbols: np.ndarray, word: np.ndarray, at: np.ndarray) -> np.ndarray:
         """The ranks of the pairs that begin at the places `at`; _NEVER at the end of a word."""
@@ -827,8 +851,14 @@ class Tokenizer:
     def _pack(self, word: str) -> bytes:
         return word.encode(self._packing, "surrogatepass")
 
+    def _symbols(self, pretoken: str) -> str:
+        """The bytes of a pre-token as a word: a str whose characters are token ids."""
+        return pretoken.encode().decode("latin-1").translate(self._byte_symbols)
+
     def _merge(self, word: str) -> str:
         """Merge the pair that was learned first, at all its places, until none is left."""
+        if len(word) > _SHORT_WORD:
+            return self._merge_long(word)
         rank_of = self._ranks.get
         while len(word) > 1 and (rank := min(map(rank_of, map(add, word, word[1:]), _NEVERS))) != _NEVER:
             word = word.replace(*self._replacements[rank])

@@ -309,7 +309,10 @@ def test_short_and_long_texts_and_all_ways_of_merging_agree(tmp_path):
     tokenizer = Tokenizer.train(write(tmp_path / "t", train), 320, num_workers=1)
     words = ["".join(rng.choices("ab", k=rng.randint(1, 40))) for _ in range(300)] + ["a" * n for n in range(1, 100)]
     merged = [tokenizer._merge(word) for word in words]
-    assert tokenizer._merge_many(words) == merged
+    symbols, counts = tokenizer._merge_many(
+        np.frombuffer("".join(words).encode(), np.uint8).astype(np.int64), np.array([len(word) for word in words])
+    )
+    assert "".join(map(chr, symbols)) == "".join(merged) and counts.tolist() == list(map(len, merged))
     assert [tokenizer._merge_long(word) for word in words] == merged
 
     text = "".join(rng.choices([*ALPHABET, "abababab", "a" * 40, "字字字字字字", "x" * 100], k=20_000))
