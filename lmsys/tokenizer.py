@@ -611,10 +611,10 @@ class Tokenizer:
         self.special_tokens = _check_special_tokens(special_tokens)
         self.vocab: dict[int, bytes] = dict(vocab)
         for index, token in self.vocab.items():
-            require(
-                isinstance(index, int) and 0 <= index < _MAX_IDS and isinstance(token, bytes) and token != b"",
-                f"vocabulary entry {index!r}: {token!r} is not an id from 0 to {_MAX_IDS - 1} with its bytes",
-            )
+            if not (isinstance(index, int) and 0 <= index < _MAX_IDS and isinstance(token, bytes) and token):
+                raise ValueError(
+                    f"vocabulary entry {index!r}: {token!r} is not an id from 0 to {_MAX_IDS - 1} with its bytes"
+                )
         self._ids: dict[bytes, int] = {token: index for index, token in self.vocab.items()}
         if len(self._ids) < len(self.vocab):
             index, token = next((i, t) for i, t in self.vocab.items() if self._ids[t] != i)
@@ -635,7 +635,8 @@ class Tokenizer:
         self._replacements: list[tuple[str, str]] = []  # rank -> (pair, what it becomes)
         for rank, (left, right) in enumerate(self.merges):
             for token in (left, right, left + right):
-                require(token in self._ids, f"merge {rank}, {left!r} and {right!r}: the vocabulary lacks {token!r}")
+                if token not in self._ids:
+                    raise ValueError(f"merge {rank}, {left!r} and {right!r}: the vocabulary lacks {token!r}")
             pair = chr(self._ids[left]) + chr(self._ids[right])
             self._ranks.setdefault(pair, rank)
             self._replacements.append((pair, chr(self._ids[left + right])))
