@@ -14,10 +14,13 @@ What makes it fast in plain Python:
   match, finds at the end of a piece what allows the same match as in the whole text.
 - A word is a `str` whose characters are token ids, so merging a pair is `str.replace`, which goes left to right as it must.
 - Counts are updated only where the merged pair occurs, and the next pair comes from a heap with lazy deletion.
-- Encoding looks pieces up in a bounded cache of packed ids and joins those.
+- Encoding remembers how pieces are encoded, in bounded caches. A short text looks its pieces up in a dict. A long one is
+  cut with NumPy, at places where the pattern surely ends a pre-token, and its pieces are looked up by arrays in an
+  open-addressing hash table whose keys are the bytes themselves, so that no collision can pass for a match; new pieces are
+  merged all at once, a merge of each word a round.
 
-Limits: at most 1,114,112 token ids (the range of `chr`). Memory in training grows with the number of distinct pieces and
-pre-tokens of the text, not with its length.
+Limits: at most 1,114,112 token ids (the range of `chr`). Memory in training grows with the number of distinct pre-tokens of
+the text, not with its length. A Tokenizer is for one thread at a time; encode_file_chunks uses processes.
 """
 
 from __future__ import annotations
@@ -784,17 +787,18 @@ class Tokenizer:
     def _encode_new(self, pieces: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """(the ids of all pieces, one piece after the other, how many each has); a piece may be a special token."""
         symbols = self._byte_ids[np.frombuffer(b"".join(pieces), np.uint8)]
+        special = {token.encode() for token in self.special_tokens}
         lengths: list[int] = []  # of words, in bytes
         words_of = np.ones(len(pieces), np.int64)  # how many words a piece is
         ready: dict[int, np.ndarray] = {}  # word -> its ids, where it is not for merging many at once
         for index, piece in enumerate(pieces):
-            if piece[piece[:1] == b" " :].isalpha() and len(piece) <= _SHORT_WORD:  # ASCII letters: one pre-token
+            if piece in special:
+                ready[len(lengths)] = np.array([self._ids[piece]])
                 lengths.append(len(piece))
-            elif (text := piece.decode()) in self._special_pieces:
-                ready[len(lengths)] = np.array([self.token_id(text)])
+            elif piece[piece[:1] == b" " :].isalpha() and len(piece) <= _SHORT_WORD:  # ASCII letters: one pre-token
                 lengths.append(len(piece))
             else:
-                pretokens = _split_piece(text)
+                pretokens = _split_piece(piece.decode())
                 words_of[index] = len(pretokens)
                 for pretoken in pretokens:
                     word = self._symbols(pretoken)

@@ -300,6 +300,9 @@ def test_encoding_agrees_with_the_plain_algorithm(trained, tmp_path):
     for _ in range(50):
         text = "".join(rng.choices(["a", "b", " ", "ab", END_OF_TEXT], k=20))
         assert overlapping.encode(text) == plain_encode(text, overlapping)
+    text = "".join(rng.choices([*ALPHABET, "ab", "abab", "the "], k=8000))
+    letters = Tokenizer(trained.vocab, trained.merges, ["ab", "the", "b ", " a", " s.", "é", END_OF_TEXT])
+    assert len(text) > module._SHORT_TEXT and letters.encode(text) == plain_encode(text, letters)
     assert overlapping.encode("ababab") == [overlapping.token_id("abab"), overlapping.token_id("ab")]
 
 
