@@ -560,6 +560,16 @@ def test_benchmark(text, tmp_path):
     assert "tiktoken encode_batch" in bench.table(rows)
 
 
+def test_benchmark_of_bad_input(tmp_path):
+    with pytest.raises(ValueError, match="no text file"):
+        bench.benchmark(tmp_path / "none.txt", repeats=1)
+    with pytest.raises(ValueError, match="at least 257"):
+        bench.benchmark(tmp_path / "none.txt", vocab_size=256)
+    (tmp_path / "bad.txt").write_bytes(b"abc\xff")
+    with pytest.raises(ValueError, match=r"cannot train on .*bad.txt.*offset 3"):
+        bench.benchmark(tmp_path / "bad.txt", repeats=1)
+
+
 def test_benchmark_text(tmp_path):
     path = bench.write_text(tmp_path / "t", 0.2)
     assert 0.2e6 <= path.stat().st_size < 0.25e6

@@ -140,7 +140,10 @@ def benchmark(
     Returns:
         A row for each implementation and task with the columns of the schema tokenizer_benchmark_results, the number of
         tokens and a note; status is error where ids differ, unsupported where a package is not installed.
+    Raises:
+        ValueError: settings out of range; a text that ours cannot train on.
     """
+    require(vocab_size >= 257, f"vocab_size is {vocab_size}; it must be at least 257: 256 bytes and the special token")
     require(repeats >= 1, f"repeats is {repeats}; it must be at least 1")
     require(encode_mb > 0, f"encode_mb is {encode_mb}; it must be positive")
     workers = num_workers or os.cpu_count() or 1
@@ -153,13 +156,15 @@ def benchmark(
         job = {"folder": str(folder), "text": str(text), "vocab_size": vocab_size, "workers": workers}
 
         train = _sample([{**job, "task": "train", "implementation": name} for name in ("lmsys", "tokenizers")], repeats)
+        failed = next((result["note"] for result in train[0][1] if result["status"] != "ok"), None)
+        require(failed is None, f"cannot train on {text}: {failed}")
         _copy(text, larger, bounds[-1], times=_GROWTH)
         more = _sample([{**job, "task": "train", "implementation": "lmsys", "text": str(larger)}], 1)
         larger.unlink()
         job |= {"task": "encode", "text": str(part)}
         encode = _sample([{**job, "implementation": name} for name in _ENCODERS], repeats)
         rows = [_row(*sampled) for sampled in (*train, *more, *encode)]
-    digest = next(result["digest"] for job, results in encode for result in results if job["implementation"] == "lmsys")
+    digest = encode[0][1][0].get("digest")  # ours: the first encoder
     for row, (_, results) in zip(rows[-len(encode) :], encode, strict=True):
         if row["status"] == "ok" and any(result["digest"] != digest for result in results):
             row |= {"status": "error", "note": "its ids are not those of lmsys"}
@@ -180,7 +185,7 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
         "note": "note",
     }
     return markdown_table(
-        [{key: round(v, 2) if isinstance(v := row[key], float) else v for key in columns} for row in rows], columns
+        [{key: round(v, 2) if isinstance(v := row.get(key), float) else v for key in columns} for row in rows], columns
     )
 
 
