@@ -307,7 +307,7 @@ def _parser() -> argparse.ArgumentParser:
         "All on the same text, each in processes of its own, ids compared.",
         "bench-tokenizer --vocab_size 10000",
     )
-    added.add_argument("--text", help="a UTF-8 file (default: at least 50 MB of generated stories)")
+    added.add_argument("--text", help="a UTF-8 file (default: 52 MB of generated text with the statistics of English)")
     added.add_argument("--vocab_size", type=int, default=10_000, help="vocabulary to train (default: 10000)")
     added.add_argument("--encode_mb", type=float, default=20, help="how much of the text to encode, MB (default: 20)")
     added.add_argument(
