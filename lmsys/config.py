@@ -332,7 +332,7 @@ def pipeline_preset(scale: str) -> dict[str, Any]:
                 "log_interval": 10,
                 "checkpointing_interval": 500,
             },
-            "generate": {"max_new_tokens": 120},
+            "generate": {"max_new_tokens": 160, "temperature": 0.6},
         }
     if scale == "full":
         return {
