@@ -160,7 +160,7 @@ KERNELS: dict[str, Kernel] = {
             True,
             "flash_triton",
             "flash_attention_triton",
-            {"cpu": (_F32, _F16), "cuda": (_F32, _F16, _BF16)},
+            {"cpu": (_F32, _F16, _BF16), "cuda": (_F32, _F16, _BF16)},
             max_head_dim=256,
             unavailable=_no_triton,
         ),
@@ -276,16 +276,22 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
 _LOADED: dict[str, Callable[[Tensor, Tensor, Tensor, bool], Tensor]] = {}
 
 
-# Under torch.compile these two run while the graph is traced, and count as constants in it.
+def _constant_in_graphs(function: Callable) -> Callable:
+    """Under torch.compile the function runs while the graph is traced, and its result counts as a constant.
+
+    This is all that torch.compiler.assume_constant_result does, but calling that imports Dynamo, and Dynamo imports Triton.
+    """
+    function._dynamo_marked_constant = True
+    return function
 
 
-@torch.compiler.assume_constant_result
+@_constant_in_graphs
 def _load(kernel: str) -> None:
     if kernel not in _LOADED:
         _LOADED[kernel] = KERNELS[kernel].load()
 
 
-@torch.compiler.assume_constant_result
+@_constant_in_graphs
 def _unavailable(kernel: str, device_type: str, dtype: torch.dtype) -> str | None:
     return _reason(kernel, device_type, dtype)
 

@@ -9,7 +9,8 @@ Source: Dao, "FlashAttention-2" (arXiv:2307.08691), algorithms 1 and 2. Differen
 - Any strides, any lengths >= 1, any head dim up to 256 (padded to a power of two in registers, never in memory).
 Causal programs start with the longest rows. float32 products keep float32's accuracy.
 
-Limits: no dropout, no bias. On the CPU interpreter (no GPU, or TRITON_INTERPRET=1) it is there to check, not to be fast, and takes
+Limits: no dropout, no bias. The log-sum-exp is kept in float32, so with logits in the hundreds float32 gradients lose digits (as with
+torch's flash kernels, and less). On the CPU interpreter (no GPU, or TRITON_INTERPRET=1) it is there to check, not to be fast, and takes
 float32 and float16 only, since the interpreter's bfloat16 product is wrong.
 
 Legend: B batch, H heads, H_kv key heads, T queries, S keys, D head dim, D_PAD the power of two that holds D.

@@ -1,0 +1,57 @@
+"""Kernels that torch.compile makes, and kernels inside a compiled model."""
+
+import shutil
+
+import pytest
+import torch
+from attention_cases import assert_as_good_as_pytorch, inputs
+from torch._dynamo.testing import CompileCounter
+
+from lmsys.attention import attention
+from lmsys.attention.reference import own_code, vectorized_torch
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:no CUDA GPU"),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on the CPU"),
+]
+
+
+@pytest.mark.parametrize("case", [(40, 70, 32, 4, 2), (63, 33, 16)], ids=str)
+def test_vectorized_torch_compiled(case):
+    assert_as_good_as_pytorch("vectorized_torch_compiled", *inputs(*case), True)
+
+
+@pytest.mark.parametrize(
+    "case,causal", [((40, 70, 32, 4, 2), True), ((70, 33, 16), True), ((1, 9, 16), False)], ids=str
+)
+def test_torch_flex_forward(case, causal):
+    assert_as_good_as_pytorch("torch_flex", *inputs(*case), causal, backward=False)
+
+
+def test_more_shapes_than_dynamo_recompiles_for_stay_compiled():
+    """Dynamo's limit counts by code object: a compiled function a shape, each with its own, passes it."""
+    counter = CompileCounter()
+    for length in range(2, 14):
+        q, k, v, _ = inputs(length, length, 8)
+        compiled = torch.compile(own_code(vectorized_torch), backend=counter, dynamic=False, fullgraph=True)
+        torch.testing.assert_close(compiled(q, k, v, True), vectorized_torch(q, k, v, True))
+    assert counter.frame_count == 12
+
+
+@pytest.mark.parametrize(
+    "kernel", ["scaled_dot_prod_attention", "vectorized_torch", "flash_attention_torch", "flash_attention_triton"]
+)
+def test_attention_compiles_without_a_graph_break(kernel):
+    """The checks, the choice of the kernel and the kernel itself, forward and backward, in one graph each."""
+    torch._dynamo.reset()
+
+    def layer(x):
+        q, k, v = x.unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4).unbind(0)
+        return attention(q, k, v, causal=True, kernel=kernel).transpose(1, 2).flatten(-2)
+
+    x = torch.randn(1, 20, 96, requires_grad=True)
+    eager, compiled = layer(x), torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(compiled, eager)
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled.sum(), x)[0], torch.autograd.grad(eager.sum(), x)[0], rtol=1e-4, atol=1e-5
+    )

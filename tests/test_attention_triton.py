@@ -1,0 +1,119 @@
+"""The Triton kernels: in Triton's interpreter where there is no GPU, compiled where there is one."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from attention_cases import CASES, assert_as_good_as_pytorch, inputs, with_gradients
+
+from lmsys.attention import attention, check_support
+from lmsys.attention.reference import reference_attention
+
+KERNEL = "flash_attention_triton"
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.filterwarnings("ignore:no CUDA GPU")
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward_and_backward(case, causal):
+    assert_as_good_as_pytorch(KERNEL, *inputs(*case, device=DEVICE), causal)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="the interpreter's bfloat16 product is wrong; needs a CUDA GPU")
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 256])
+def test_bf16(head_dim, causal):
+    for lengths in ((1000, 1000), (129, 500), (500, 129), (1024, 1024)):
+        case = inputs(*lengths, head_dim, 4, 2, torch.bfloat16, batch=2, device=DEVICE)
+        assert_as_good_as_pytorch(KERNEL, *case, causal)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # of hidden scores, before the mask puts zeros there
+def test_large_logits():
+    q, k, v, do = inputs(40, 70, 32, device=DEVICE)
+    for causal in (False, True):
+        assert_as_good_as_pytorch(KERNEL, 5 * q, 5 * k, v, do, causal)
+        outputs = with_gradients(
+            lambda *qkv, c=causal: attention(*qkv, causal=c, kernel=KERNEL), 100 * q, 100 * k, v, do
+        )
+        assert all(t.isfinite().all() for t in outputs)
+
+
+def test_strides_are_taken_as_they_are():
+    """(B, T, 3, H, D) as a model makes it, a transposed head dim, a gradient without memory of its own."""
+    packed = torch.randn(2, 40, 3, 2, 24, device=DEVICE)
+    q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
+    k = k.transpose(-2, -1).contiguous().transpose(-2, -1)
+    do = torch.ones((), device=DEVICE).expand(q.shape)
+    assert_as_good_as_pytorch(KERNEL, q, k, v, do, True)
+    o = attention(q, k, v, causal=True, kernel=KERNEL)
+    assert o.transpose(1, 2).is_contiguous()  # so that flattening the heads copies nothing
+
+
+def test_gradients_are_the_same_bits_every_time():
+    case = inputs(70, 70, 16, heads=4, kv_heads=2, device=DEVICE)
+    first, second = (with_gradients(lambda *qkv: attention(*qkv, causal=True, kernel=KERNEL), *case) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_log_sum_exp_alone_is_saved(causal):
+    from lmsys.attention.flash_triton import FlashAttentionTriton
+
+    q, k, v = (torch.randn(3, n, 16, device=DEVICE, requires_grad=True) for n in (37, 50, 50))
+    o = FlashAttentionTriton.apply(q, k, v, causal)
+    (lse,) = (t for t in o.grad_fn.saved_tensors if t.shape == (3, 37))
+    expected, expected_lse = reference_attention(q[:, None], k[:, None], v[:, None], causal=causal)
+    torch.testing.assert_close(lse, expected_lse[:, 0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(o, expected[:, 0], rtol=1e-4, atol=1e-5)
+    grads = torch.autograd.grad(o.sum(), (q, k, v))
+    assert [g.shape for g in grads] == [t.shape for t in (q, k, v)]
+
+
+def test_no_output_is_left_unwritten(monkeypatch):
+    """Every array that the kernels fill starts as NaN."""
+    from lmsys.attention import flash_triton
+
+    def poisoned(function):
+        return lambda *args, **options: function(*args, **options).fill_(float("nan"))
+
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+    q, k, v, do = inputs(35, 45, 20, heads=2, device=DEVICE)
+    for causal in (False, True):
+        o, lse = flash_triton.flash_forward(q, k, v, causal)
+        for t in (o, lse, *flash_triton.flash_backward(q, k, v, o, lse, do, causal)):
+            assert t.isfinite().all()
+
+
+@pytest.mark.skipif(ON_GPU, reason="on a GPU bfloat16 is right")
+def test_the_interpreter_refuses_bf16():
+    with pytest.raises(ValueError, match=r"bfloat16.*interpreter"):
+        check_support(KERNEL, device="cpu", dtype=torch.bfloat16, head_dim=64)
+    with pytest.raises(ValueError, match=r"'flash_attention_triton'.*use float32 or float16"):
+        attention(*inputs(4, 4, 16, dtype=torch.bfloat16)[:3], causal=True, kernel=KERNEL)
+
+
+@pytest.mark.skipif(ON_GPU, reason="about machines without a GPU")
+@pytest.mark.parametrize("first", ["", "import triton\n"], ids=["first to import Triton", "Triton imported before"])
+def test_the_interpreter_starts_by_itself_and_says_so(first):
+    code = f"""{first}import torch, warnings
+from lmsys.attention import attention
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    q = torch.randn(1, 1, 5, 16)
+    o = attention(q, q, q, causal=True, kernel="flash_attention_triton")
+assert sum("interpreter" in str(w.message) for w in caught) == 1, caught
+torch.testing.assert_close(o[..., 0, :], q[..., 0, :])
+print("fine")
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.stdout.strip() == "fine", result.stderr
