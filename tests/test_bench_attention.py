@@ -55,7 +55,7 @@ def test_a_sweep_writes_its_schema_and_every_point(frame):
         "torch_sdpa_cudnn"
     }
     assert (ok.median_ms > 0).all() and (ok.p20_ms <= ok.median_ms).all() and (ok.median_ms <= ok.p80_ms).all()
-    assert (ok.error <= 2 * ok.error_pytorch + 1e-6).all() and (ok.peak_mib > 0).all()
+    assert (ok.error <= 2 * ok.error_pytorch + 4e-6).all() and (ok.peak_mib > 0).all()
     row = ok[(ok.q_len == 64) & ok.causal & (ok["pass"] == "backward")].iloc[0]
     flops = cost.attention_flops(1, 1, 64, 64, 16, True, "backward")
     assert row.tflops == pytest.approx(flops / row.median_ms / 1e9, rel=1e-3)
