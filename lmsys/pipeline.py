@@ -56,7 +56,7 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default_pipeline.json"
 def settings(
     scale: str | None = None,
     config: str | Path | None = None,
-    overrides: Sequence[str] = (),
+    overrides: Sequence[str] | None = None,
     text_path: str | None = None,
     attention_kernel: str | None = None,
     ddp_wrapper: str | None = None,
@@ -73,7 +73,7 @@ def settings(
         "train.ddp_wrapper": ddp_wrapper,
         "run_dir": run_dir,
     }
-    return cfg.pipeline_config(scale, DEFAULT_CONFIG if config is None else config, overrides, flags)
+    return cfg.pipeline_config(scale, DEFAULT_CONFIG if config is None else config, overrides or (), flags)
 
 
 def check(config: PipelineConfig, *, skip_data: bool = False) -> None:
