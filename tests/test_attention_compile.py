@@ -49,7 +49,8 @@ def test_attention_compiles_without_a_graph_break(kernel):
         q, k, v = x.unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4).unbind(0)
         return attention(q, k, v, causal=True, kernel=kernel).transpose(1, 2).flatten(-2)
 
-    x = torch.randn(1, 20, 96, requires_grad=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.randn(1, 20, 96, device=device, requires_grad=True)
     eager, compiled = layer(x), torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
     torch.testing.assert_close(compiled, eager)
     torch.testing.assert_close(

@@ -18,6 +18,28 @@ def test_times_the_function_and_not_its_preparation():
     assert 5 <= result.p20_ms <= result.median_ms <= result.p80_ms < 20
 
 
+def test_a_slow_function_is_sampled_less_but_not_under_three_times():
+    calls = []
+
+    def slow():
+        calls.append(time.sleep(0.02))
+
+    assert measure(slow, device=CPU, warmup=9, iterations=50, budget_s=0.1).samples in (3, 4, 5)
+    assert len(calls) < 20
+    assert measure(slow, device=CPU, warmup=9, iterations=50, budget_s=0.01).samples == 3
+    assert measure(slow, device=CPU, warmup=1, iterations=2, budget_s=0.01).samples == 2
+
+
+def test_the_first_call_which_compiles_does_not_count():
+    first = []
+
+    def compiles():
+        if not first:
+            first.append(time.sleep(0.3))
+
+    assert measure(compiles, device=CPU, warmup=1, iterations=20, budget_s=0.1).samples == 20
+
+
 def test_peak_memory_counts_inputs_and_the_largest_sum_of_what_is_alive():
     a = torch.randn(256, 1024)  # 1 MiB
 

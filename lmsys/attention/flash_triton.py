@@ -413,8 +413,7 @@ def _precision(q: Tensor) -> str:
     return "tf32x3"
 
 
-@torch.library.custom_op("lmsys::flash_attention_triton_forward", mutates_args=())
-def flash_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
     """q: (B, H, T, D), k, v: (B, H_kv, S, D) -> o (B, H, T, D), lse (B, H, T) in float32."""
     o, lse = _empty_outputs(q)
     with torch.cuda.device_of(q):
@@ -432,6 +431,9 @@ def flash_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor
     return o, lse
 
 
+flash_forward = torch.library.custom_op("lmsys::flash_attention_triton_forward", _forward, mutates_args=())
+
+
 @flash_forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
     return _empty_outputs(q)
@@ -444,8 +446,7 @@ def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     return o, q.new_empty(batch, heads, q_len, dtype=torch.float32)
 
 
-@torch.library.custom_op("lmsys::flash_attention_triton_backward", mutates_args=())
-def flash_backward(
+def _backward(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv, shaped as q, k, v. o, do: (B, H, T, D); lse: (B, H, T), contiguous."""
@@ -476,6 +477,9 @@ def flash_backward(
     return dq, dk, dv
 
 
+flash_backward = torch.library.custom_op("lmsys::flash_attention_triton_backward", _backward, mutates_args=())
+
+
 @flash_backward.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, causal: bool
@@ -503,7 +507,8 @@ class FlashAttentionTriton(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
-        o, lse = flash_forward(_heads(q), _heads(k), _heads(v), is_causal)
+        launch = flash_forward if torch.compiler.is_compiling() else _forward  # eager, the op would only cost 20 us
+        o, lse = launch(_heads(q), _heads(k), _heads(v), is_causal)
         o, lse = o.view(q.shape), lse.view(q.shape[:-1])
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.is_causal = is_causal
@@ -513,7 +518,8 @@ class FlashAttentionTriton(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, o, lse = ctx.saved_tensors
         four = [_heads(t) for t in (q, k, v, o)]
-        dq, dk, dv = flash_backward(*four, lse.view(four[0].shape[:-1]), _heads(do), ctx.is_causal)
+        launch = flash_backward if torch.compiler.is_compiling() else _backward
+        dq, dk, dv = launch(*four, lse.view(four[0].shape[:-1]), _heads(do), ctx.is_causal)
         return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape), None
 
 

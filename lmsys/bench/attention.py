@@ -25,6 +25,7 @@ PASSES = ("forward", "backward", "forward_backward")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 EXTRA_COLUMNS = ("tier", "kv_heads", "error", "error_pytorch", "device", "note")
 _REFERENCE_ELEMENTS = 2**28  # scores that the float64 check of one head may hold: 2 GiB each for scores and softmax
+_BUDGET_S = 1.0  # a kernel that takes seconds at a point gets three samples there, not thirty
 _ERROR_FLOOR = (
     4e-6  # fp32 of a few keys: PyTorch's own error is near 0 there, that of another order of operations is not
 )
@@ -348,6 +349,7 @@ class _Point:
             iterations=self.sweep.iterations,
             prepare=prepare,
             resident=(*inputs, self.grad),
+            budget_s=_BUDGET_S,
         )
 
     def _errors(self, kernel: str, which: str) -> tuple[float, float]:

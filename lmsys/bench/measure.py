@@ -1,12 +1,15 @@
 """Time and memory of a callable, on a GPU by events and on a CPU by the wall clock.
 
-As Triton's do_bench does, each sample on a GPU starts with a cold L2 (a buffer larger than it is written first), is timed by
-a pair of events, and nothing synchronizes between samples. Memory is measured in a call of its own, before the timed ones.
+As in Triton's do_bench, each sample on a GPU starts with a cold L2 (a buffer larger than it is written first), is timed by a
+pair of events, and nothing synchronizes between samples. The buffer is written several times, so that the host is ahead
+of the GPU by half a millisecond, as it is inside a training step; launches that take longer than that show in the time.
+Memory is measured in a call of its own, before the timed ones.
 """
 
 from __future__ import annotations
 
 import gc
+import math
 import os
 import sys
 import time
@@ -18,6 +21,7 @@ from typing import Any
 import torch
 
 _L2_FLUSH_BYTES = 256 * 2**20  # several times the largest L2 of a GPU today (60 MB on an H200)
+_L2_FLUSHES = 8  # 8 x 256 MiB at 4 TB/s: half a millisecond on an H200
 
 
 @dataclass(frozen=True)
@@ -41,9 +45,9 @@ def method(device: torch.device, warmup: int, iterations: int) -> dict[str, Any]
     """How measure() measures, for the stamp of a result."""
     gpu = device.type == "cuda"
     return {
-        "timer": "CUDA events, cold L2" if gpu else "time.perf_counter",
-        "warmup": warmup,
-        "samples": iterations,
+        "timer": "CUDA events, cold L2, host ahead by half a millisecond" if gpu else "time.perf_counter",
+        "warmup": f"{warmup} calls, fewer of a slow function",
+        "samples": f"{iterations}, fewer of a slow function: see the column samples",
         "statistic": "median, 20th and 80th percentile",
         "memory": "peak allocated, inputs included" + ("" if gpu else " (from the profiler's allocation events)"),
     }
@@ -57,21 +61,26 @@ def measure(
     iterations: int,
     prepare: Callable[[], tuple] | None = None,
     resident: Iterable[torch.Tensor] = (),
+    budget_s: float = math.inf,
 ) -> Measurement:
     """Time function(*prepare()), with only function in the timed region.
 
     Args:
         function: the work. prepare: makes its arguments anew for each sample, untimed; None for no arguments.
-        warmup: untimed calls first (compilation and autotuning belong there); at least 1.
+        warmup: untimed calls first (compilation and autotuning belong there); at least 2.
         iterations: samples.
+        budget_s: a slow function gets fewer warm-up calls and samples (not under one and three), about this many seconds of each.
         resident: tensors that exist before the call and count as memory on a CPU; a GPU's allocator counts them itself.
     Returns:
         Times in ms, peak memory in MiB; status oom where memory ran out.
     """
     arguments = prepare or (lambda: ())
     try:
-        for _ in range(max(1, warmup)):
+        _timed_call(function, arguments, device)  # compiles and tunes: its time says nothing about the next
+        seconds = _timed_call(function, arguments, device)
+        for _ in range(min(warmup - 2, math.floor(budget_s / seconds)) if warmup > 2 else 0):
             function(*arguments())
+        iterations = min(iterations, max(3, int(min(budget_s / seconds, iterations))))
         if device.type == "cuda":
             peak = _peak_bytes_cuda(function, arguments, device)
             times = _times_cuda(function, arguments, iterations, device)
@@ -85,6 +94,15 @@ def measure(
         return Measurement("oom", note=str(error).splitlines()[0])
     median, p20, p80 = quantiles(times)
     return Measurement("ok", median, p20, p80, peak / 2**20, times)
+
+
+def _timed_call(function: Callable, arguments: Callable[[], tuple], device: torch.device) -> float:
+    """Seconds of one whole call, preparation included, by the wall clock."""
+    start = time.perf_counter()
+    function(*arguments())
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -122,7 +140,8 @@ def _times_cuda(
     pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(iterations)]
     for start, end in pairs:
         made = arguments()
-        flush.zero_()
+        for _ in range(_L2_FLUSHES):
+            flush.zero_()
         start.record()
         function(*made)
         end.record()
