@@ -200,6 +200,19 @@ def cell(value: Any) -> Any:
     return value
 
 
+def significant(value: float, digits: int = 3) -> str:
+    """A number with so many significant digits, never in exponent form: 0.00812, 3.50, 1,080."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    decimals = digits - 1 - math.floor(math.log10(abs(value)))
+    return f"{round(value, decimals):,.{max(decimals, 0)}f}"
+
+
+def spread(median: float, p20: float, p80: float) -> str:
+    """A median with its 20th and 80th percentile."""
+    return f"{significant(median)} [{significant(p20)}, {significant(p80)}]"
+
+
 def read_results(path: str | Path):
     """A result file as a DataFrame; ValueError where it is missing or its columns are not the schema's."""
     import pandas as pd

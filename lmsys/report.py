@@ -230,7 +230,7 @@ def attention_headline() -> str:
 
 
 def _time(row) -> str:
-    return f"{row.median_ms:.3g} [{row.p20_ms:.3g}, {row.p80_ms:.3g}]" if row.status == "ok" else str(row.status)
+    return records.spread(row.median_ms, row.p20_ms, row.p80_ms) if row.status == "ok" else str(row.status)
 
 
 def _number(value: float, row) -> str:
@@ -273,8 +273,8 @@ def tokenizer_headline() -> str:
             "task": row.task,
             "implementation": f"`{row.implementation}`",
             "workers": row.workers,
-            "seconds": f"{row.seconds:.3g} [{row.p20_s:.3g}, {row.p80_s:.3g}]",
-            "mb_per_s": f"{row.mb_per_s:.3g}",
+            "seconds": records.spread(row.seconds, row.p20_s, row.p80_s),
+            "mb_per_s": records.significant(row.mb_per_s),
             "peak_mib": f"{row.peak_mib:,.0f}",
         }
         for row in frame[frame.status == "ok"].itertuples()

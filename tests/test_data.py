@@ -166,6 +166,8 @@ def test_relative_paths_are_tried_from_the_working_directory_then_the_repository
 
 @pytest.mark.parametrize("name", ["HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"])
 def test_offline_settings_are_respected(name, monkeypatch):
+    for other in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.delenv(other, raising=False)
     monkeypatch.setenv(name, "1")
     assert data.tinystories_unreachable() == f"{name} is set"
 

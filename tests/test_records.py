@@ -94,3 +94,8 @@ def test_atomic_path_leaves_the_old_file_and_no_other_after_a_failure(tmp_path):
 def test_markdown_table():
     table = records.markdown_table([{"a": 1.0, "b": None}, {"a": True, "b": "x | y"}], {"a": "A", "b": "B"})
     assert table == "| A | B |\n| --- | --- |\n| 1 |  |\n| true | x \\| y |\n"
+
+
+def test_significant_digits():
+    shown = [records.significant(value) for value in (0.0081234, 3.5, 12.345, 1083.0, 999.9, 0, -0.5)]
+    assert shown == ["0.00812", "3.50", "12.3", "1,080", "1,000", "0", "-0.500"]

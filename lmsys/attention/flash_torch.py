@@ -21,19 +21,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Q_TILE = K_TILE = 128
+# A tile's side. On a GPU each operation on a tile is a launch, so few large tiles: on an H200, causal, bf16, batch 4, 12 heads,
+# head_dim 64, 16,384 tokens, forward takes 1002 ms with 128, 267 with 256, 130 with 512, 111 with 1024 and 110 with 2048, at a peak
+# with its backward of 1315, 1315, 1330, 1726 and 4054 MiB. On a CPU a tile of 128 stays in the cache.
+TILE = {"cpu": 128, "cuda": 512}
 
 
 class FlashAttentionTorch(torch.autograd.Function):
-    """apply(q, k, v, is_causal=False, q_tile=128, k_tile=128); saves q, k, v, o and one log-sum-exp a query.
+    """apply(q, k, v, is_causal=False, q_tile=None, k_tile=None); saves q, k, v, o and one log-sum-exp a query.
 
     q: (B, T, D) and k, v: (B, S, D), or q: (B, H, T, D) and k, v: (B, H_kv, S, D). The log-sum-exp is (B, T) or (B, H, T).
+    q_tile, k_tile: rows of a tile; None: TILE of the device.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, q_tile: int = Q_TILE, k_tile: int = K_TILE
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        is_causal: bool = False,
+        q_tile: int | None = None,
+        k_tile: int | None = None,
     ) -> Tensor:
+        q_tile, k_tile = (TILE[q.device.type] if tile is None else tile for tile in (q_tile, k_tile))
         o, lse = flash_forward(_heads(q), _heads(k), _heads(v), is_causal, q_tile, k_tile)
         o, lse = o.view(q.shape), lse.view(q.shape[:-1])
         ctx.save_for_backward(q, k, v, o, lse)

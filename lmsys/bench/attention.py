@@ -443,14 +443,14 @@ def conclusions(frame) -> list[str]:
             f"{which.replace('_', ' + ')}, {dtype}, {'causal' if causal else 'not causal'}, {square.q_len.max()} tokens"
         )
         fastest = longest.idxmin()
-        text = f"{setting}: **{fastest}** is the fastest at {longest.min():.3g} ms"
+        text = f"{setting}: **{fastest}** is the fastest at {records.significant(longest.min())} ms"
         if "scaled_dot_prod_attention" in longest and fastest != "scaled_dot_prod_attention":
             text += f", {longest['scaled_dot_prod_attention'] / longest.min():.1f} times the speed of naive attention"
-        ours = [name for name in longest.index if KERNELS[name].ours]
+        ours = longest[[name for name in longest.index if KERNELS[name].ours]].sort_values()
         peers = [name for name in longest.index if not KERNELS[name].ours]
-        if ours and peers:
-            best, peer = longest[ours].idxmin(), longest[peers].idxmin()
-            text += f". The best of ours, {best}, runs at {longest[peer] / longest[best]:.2f} times the speed of {peer}"
+        if len(ours) and peers:
+            ratios = [f"{longest[peer] / ours.iloc[0]:.2f} times the speed of {peer}" for peer in peers]
+            text += f". The best of ours, {ours.index[0]}, takes {records.significant(ours.iloc[0])} ms: {', '.join(ratios)}"
         said.append(text + ".")
     lost = frame[frame.status == "oom"]
     for kernel, group in lost.groupby("kernel", sort=False):
@@ -497,11 +497,8 @@ def _table(group) -> str:
     for kernel, points in group.groupby("kernel", sort=False):
         line = {"kernel": kernel}
         for point in points.itertuples():
-            spread = (
-                f"{point.median_ms:.3g} [{point.p20_ms:.3g}, {point.p80_ms:.3g}]"
-                if point.status == "ok"
-                else point.status
-            )
+            timed = point.status == "ok"
+            spread = records.spread(point.median_ms, point.p20_ms, point.p80_ms) if timed else point.status
             line[f"{point.q_len}:{point.k_len}"] = spread
         table.append(line)
     return records.markdown_table(table)
