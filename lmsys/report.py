@@ -242,6 +242,25 @@ def _gpu(name: str) -> str:
     return f"an {gpu}" if gpu.startswith("NVIDIA") else gpu
 
 
+def tiled_torch() -> str:
+    """What tiles cost in plain PyTorch: time and memory beside naive attention and the Triton kernel."""
+    name = "attention_sweep_results"
+    if not _artifact(f"{name}.csv").exists():
+        return _missing(name)
+    frame = records.read_results(_artifact(f"{name}.csv"))
+    frame = frame[frame.causal & (frame.q_len == frame.k_len) & (frame["pass"] == "forward") & (frame.status == "ok")]
+    kernels = ["scaled_dot_prod_attention", "flash_attention_torch", "flash_attention_triton"]
+    lines = []
+    for length, group in frame.groupby("q_len"):
+        rows = group.set_index("kernel")
+        lines.append(
+            {"tokens": f"{length:,}"}
+            | {f"{k} ms": records.significant(rows.median_ms[k]) for k in kernels}
+            | {f"{k} MiB": f"{rows.peak_mib[k]:,.0f}" for k in kernels[:2]}
+        )
+    return records.markdown_table(lines).rstrip()
+
+
 def pipeline_headline() -> str:
     """What the reference pipeline run reached."""
     name = "pipeline_metrics"
@@ -310,6 +329,7 @@ def environment() -> str:
 FILLS: dict[str, Callable[[], str]] = {
     "attention_headline": attention_headline,
     "pipeline_headline": pipeline_headline,
+    "tiled_torch": tiled_torch,
     "tokenizer_headline": tokenizer_headline,
     "environment": environment,
 }

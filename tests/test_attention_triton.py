@@ -37,8 +37,10 @@ def test_bf16(head_dim, causal):
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # of hidden scores, before the mask puts zeros there
 def test_large_logits():
     q, k, v, do = inputs(40, 70, 32, device=DEVICE)
+    # The backward pass makes probabilities from the log-sum-exp, whose rounding in float32 is a relative error of theirs.
+    lse = reference_attention(5 * q, 5 * k, v, causal=False)[1].abs().max().item()
     for causal in (False, True):
-        assert_as_good_as_pytorch(KERNEL, 5 * q, 5 * k, v, do, causal)
+        assert_as_good_as_pytorch(KERNEL, 5 * q, 5 * k, v, do, causal, floor=lse * torch.finfo(torch.float32).eps)
         outputs = with_gradients(
             lambda *qkv, c=causal: attention(*qkv, causal=c, kernel=KERNEL), 100 * q, 100 * k, v, do
         )
