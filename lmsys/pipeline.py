@@ -441,6 +441,8 @@ def train_alone(
     }
     if "train.epochs" not in flags and "train.steps" not in flags:
         flags["train.epochs"] = 1.0
+    if file is None:
+        overrides = ["optim.warmup_steps=0", *overrides]  # the preset's warm-up may be longer than the run
     shape = cfg.model_size(size, vocab_size=vocab_size, context_length=context_length)
     config = cfg.pipeline_config(
         None, file, overrides, flags | {f"model.{k}": v for k, v in cfg.to_dict(shape).items()}

@@ -224,7 +224,7 @@ def attention_headline() -> str:
         columns |= {"backward": "backward, ms", "btflops": "TFLOP/s"}
     caption = (
         f"Causal attention on {_gpu(name)}: batch {first.batch}, {first.heads} heads, head_dim {first.head_dim}, "
-        f"{first.q_len:,} tokens, {first['dtype']}; medians of {int(forward.samples.max())} runs with the 20th and 80th percentile."
+        f"{first.q_len:,} tokens, {first['dtype']}; medians of up to {int(forward.samples.max())} runs with the 20th and 80th percentile."
     )
     return f"{caption}\n\n{records.markdown_table(lines, columns)}".rstrip()
 
