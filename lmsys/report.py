@@ -249,15 +249,17 @@ def tiled_torch() -> str:
         return _missing(name)
     frame = records.read_results(_artifact(f"{name}.csv"))
     frame = frame[frame.causal & (frame.q_len == frame.k_len) & (frame["pass"] == "forward") & (frame.status == "ok")]
-    kernels = ["scaled_dot_prod_attention", "flash_attention_torch", "flash_attention_triton"]
+    kernels = {
+        "scaled_dot_prod_attention": "naive",
+        "flash_attention_torch": "tiled PyTorch",
+        "flash_attention_triton": "Triton",
+    }
     lines = []
     for length, group in frame.groupby("q_len"):
         rows = group.set_index("kernel")
-        lines.append(
-            {"tokens": f"{length:,}"}
-            | {f"{k} ms": records.significant(rows.median_ms[k]) for k in kernels}
-            | {f"{k} MiB": f"{rows.peak_mib[k]:,.0f}" for k in kernels[:2]}
-        )
+        times = {f"{short}, ms": records.significant(rows.median_ms[name]) for name, short in kernels.items()}
+        peaks = {f"{short}, MiB": f"{rows.peak_mib[name]:,.0f}" for name, short in kernels.items()}
+        lines.append({"tokens": f"{length:,}"} | times | peaks)
     return records.markdown_table(lines).rstrip()
 
 
@@ -292,14 +294,17 @@ def tokenizer_headline() -> str:
             "task": row.task,
             "implementation": f"`{row.implementation}`",
             "workers": row.workers,
+            "text_mb": f"{row.text_mb:,.0f}",
             "seconds": records.spread(row.seconds, row.p20_s, row.p80_s),
             "mb_per_s": records.significant(row.mb_per_s),
             "peak_mib": f"{row.peak_mib:,.0f}",
         }
         for row in frame[frame.status == "ok"].itertuples()
     ]
-    columns = {"task": "task", "implementation": "implementation", "workers": "workers", "seconds": "seconds"}
-    return records.markdown_table(lines, columns | {"mb_per_s": "MB/s", "peak_mib": "peak MiB"}).rstrip()
+    columns = {"task": "task", "implementation": "implementation", "workers": "workers"}
+    return records.markdown_table(
+        lines, columns | {"text_mb": "text, MB", "seconds": "seconds", "mb_per_s": "MB/s", "peak_mib": "peak MiB"}
+    ).rstrip()
 
 
 def environment() -> str:
