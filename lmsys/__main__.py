@@ -206,10 +206,11 @@ def _parser() -> argparse.ArgumentParser:
     def add_config(added: argparse.ArgumentParser) -> None:
         added.add_argument(
             "--override",
-            action="append",
+            action="extend",
+            nargs="+",
             default=[],
             metavar="section.key=value",
-            help="set one setting over the file's; the value is JSON, or a plain string; may be repeated",
+            help="set settings over the file's; a value is JSON, or a plain string; may be repeated",
         )
         added.add_argument("--attention_kernel", metavar="K", help="attention kernel by name (train.attention_kernel)")
         added.add_argument("--ddp_wrapper", metavar="W", help="data-parallel wrapper by name (train.ddp_wrapper)")

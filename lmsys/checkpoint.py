@@ -73,7 +73,7 @@ def save(
     extra: Mapping[str, Any] | None = None,
     keep_last: int | None = None,
 ) -> Path:
-    """Write folder/step-XXXXXXXX and return its path. One of the same step is replaced.
+    """Write folder/step-<8 digits> and return its path. One of the same step is replaced.
 
     Args:
         sampler_state, rng, extra: JSON-ready; rng as rng_state() gives it.

@@ -59,6 +59,12 @@ def test_bad_text_files(tmp_path, capsys, content, message):
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
+def test_overrides_in_one_flag_or_several(capsys):
+    """The last one wins, however they are given; here the last one is the mistake."""
+    given = ["--override", "train.steps=5", "train.seed=1", "--override", "train.steps=-3"]
+    assert "train.steps is -3" in fails(capsys, *SMOKE, *given)
+
+
 def test_vocabulary_below_257(capsys):
     assert "at least 257" in fails(capsys, *SMOKE, "--override", "tokenizer.vocab_size=200")
 
