@@ -264,8 +264,7 @@ def test_attention_kernel_selection(kernel, monkeypatch):
         build_model(self, config, attention_kernel=attention_kernel)
 
     monkeypatch.setattr(TransformerLM, "__init__", note)
-    on_gpu = torch.cuda.is_available() and kernel == "flash_attention_triton"  # there, it is no interpreter's
-    settings = {"steps": 3, "eval_interval": 0, "device": "auto" if on_gpu else "cpu"}
+    settings = {"steps": 3, "eval_interval": 0}
     other = run(train=settings | {"attention_kernel": kernel})
     plain = run(train=settings)
     assert used == [kernel, "vectorized_torch"]
