@@ -47,15 +47,6 @@ def attention_flops(batch: int, heads: int, q_len: int, k_len: int, head_dim: in
     return forward * {"forward": 1.0, "backward": 2.5, "forward_backward": 3.5}[which]
 
 
-def attention_io_bytes(
-    batch: int, heads: int, kv_heads: int, q_len: int, k_len: int, head_dim: int, element_bytes: int
-) -> int:
-    """Fewest bytes a forward pass moves: q, k, v read once, o written once, one fp32 log-sum-exp a query."""
-    q_and_o = 2 * batch * heads * q_len * head_dim * element_bytes
-    k_and_v = 2 * batch * kv_heads * k_len * head_dim * element_bytes
-    return q_and_o + k_and_v + 4 * batch * heads * q_len
-
-
 def train_flops_per_token(config: ModelConfig, context_length: int | None = None) -> float:
     """FLOPs of forward and backward a token: 6 x parameters (without the input embedding) + 6 L d T.
 

@@ -82,23 +82,10 @@ def check(config: PipelineConfig, *, skip_data: bool = False) -> None:
     Raises:
         ValueError, OSError: one line that says what was given, what is allowed and how to mend it.
     """
-    import torch
-
-    from lmsys.attention import check_support
     from lmsys.data import choose_mode, input_file
-    from lmsys.device import resolve_device
-    from lmsys.parallel import check_wrapper
+    from lmsys.train import check_setup
 
-    device = resolve_device(config.train.device)
-    check_support(
-        config.train.attention_kernel,
-        device=device,
-        dtype=torch.bfloat16 if config.train.dtype == "bf16" else torch.float32,
-        head_dim=config.model.head_dim,
-        heads=config.model.num_heads,
-        backward=True,
-    )
-    check_wrapper(config.train.ddp_wrapper, _world_size())
+    check_setup(config)
     if not skip_data:
         choose_mode(config.data)
     if config.data.dataset_mode == "local_npy":
@@ -115,12 +102,6 @@ def check(config: PipelineConfig, *, skip_data: bool = False) -> None:
             "token ids would lie beyond the model's vocabulary; raise it, or leave it out to take the tokenizer's",
         )
     records.writable_dir(records.output_path(config.run_dir))
-
-
-def _world_size() -> int:
-    import torch
-
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def run(
@@ -254,14 +235,12 @@ def _prepare(config: PipelineConfig, run_dir: Path, stages: _Stages, progress: b
         return f"{corpus.mode}: {corpus.reason}"
 
     def corpus_outputs() -> list[Path]:
-        """What the data stage left: corpus.json, and the texts that it names."""
-        corpus = json.loads(corpus_file.read_text(encoding="utf-8"))
-        return [corpus_file, *(run_dir / corpus[key] for key in ("train_text", "valid_text") if corpus[key])]
+        return [corpus_file, *(text for text in _texts(run_dir) if text)]
 
     settings = {"data": cfg.to_dict(config.data), "inputs": [_input_state(path) for path in paths]}
     corpus_key = stages.run("data", settings, corpus_outputs, make_corpus)
     corpus = json.loads(corpus_file.read_text(encoding="utf-8"))
-    texts = [run_dir / corpus[key] if corpus[key] else None for key in ("train_text", "valid_text")]
+    texts = _texts(run_dir)
 
     if corpus["mode"] == "local_npy":
         files = [run_dir / corpus["train_tokens"], run_dir / corpus["valid_tokens"]]
@@ -310,8 +289,17 @@ def _prepare(config: PipelineConfig, run_dir: Path, stages: _Stages, progress: b
         stages.run("tokens", {"tokenizer": key}, lambda: token_files, make_tokens)
     vocab_size = tokenizer.vocab_size if config.model.vocab_size is None else config.model.vocab_size
     tokens = [load_tokens(file, vocab_size=vocab_size, context_length=config.model.context_length) for file in files]
-    bytes_per_token = texts[1].stat().st_size / len(tokens[1]) if texts[1] else None
-    return tokenizer, *tokens, bytes_per_token
+    return tokenizer, *tokens, _bytes_per_token(texts[1], tokens[1])
+
+
+def _texts(run_dir: Path) -> list[Path | None]:
+    """The training and the validation text that corpus.json, which the data stage wrote, names; None for token files."""
+    corpus = json.loads((run_dir / "corpus.json").read_text(encoding="utf-8"))
+    return [run_dir / corpus[key] if corpus[key] else None for key in ("train_text", "valid_text")]
+
+
+def _bytes_per_token(text: Path | None, tokens) -> float | None:
+    return text.stat().st_size / len(tokens) if text is not None and text.exists() else None
 
 
 def _existing(run_dir: Path, report: Callable):
@@ -325,8 +313,8 @@ def _existing(run_dir: Path, report: Callable):
     tokenizer = Tokenizer.load(files[0])
     tokens = [load_tokens(file, vocab_size=tokenizer.vocab_size) for file in files[1:]]
     report("data", "skipped", time.perf_counter(), f"skip_data: {len(tokens[0]):,} training tokens of an earlier run")
-    text = run_dir / "valid.txt"
-    return tokenizer, *tokens, text.stat().st_size / len(tokens[1]) if text.exists() else None
+    text = _texts(run_dir)[1] if (run_dir / "corpus.json").is_file() else None
+    return tokenizer, *tokens, _bytes_per_token(text, tokens[1])
 
 
 def _input_state(path: str | Path | None) -> list[Any] | None:
@@ -561,10 +549,10 @@ def write_report(result: PipelineResult, folder: str | Path) -> list[Path]:
         "pipeline_metrics",
         folder,
         method=method,
-        parameters=cfg.to_dict(result.config) | {"run_dir": result.config.run_dir},
+        parameters=cfg.to_dict(result.config),
     ) as writer:
         for row in result.history.rows:
-            writer.write({column: row.get(column) for column in records.SCHEMAS["pipeline_metrics"]})
+            writer.write(row)
     figure = plots.loss_curve(result.history.frame(), f"{result.config.train.attention_kernel} on {device}")
     written = [writer.path, plots.save(figure, folder / "pipeline_loss.png")]
     text = ["# Pipeline", "", f"Measured on {device}.", ""]

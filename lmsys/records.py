@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-REFERENCE_MACHINES = ("h200", "h200-x2", "h200-x4", "h200-x8")
 STATUSES = ("ok", "oom", "unsupported", "error")
 
 SCHEMAS: dict[str, tuple[str, ...]] = {
@@ -160,7 +159,6 @@ class ResultWriter:
         self.path = self.folder / f"{name}.csv"
         self.partial = self.folder / f"{name}.partial.csv"
         self.method, self.parameters = dict(method), dict(parameters)
-        self.rows: list[dict[str, Any]] = []
 
     def __enter__(self) -> ResultWriter:
         from lmsys.device import environment
@@ -177,7 +175,6 @@ class ResultWriter:
         unknown = set(row) - set(self.columns)
         assert not unknown, f"columns not in the schema: {sorted(unknown)}"
         assert "status" not in self.columns or row["status"] in STATUSES, row.get("status")
-        self.rows.append({column: row.get(column) for column in self.columns})
         self._csv.writerow([cell(row.get(column)) for column in self.columns])
         self._file.flush()
 

@@ -295,22 +295,15 @@ def init_wandb(config: PipelineConfig, run_dir: str | Path) -> Any:
 # --- Checks ---------------------------------------------------------------------------------------
 
 
-def check(
-    config: PipelineConfig,
-    train_tokens: np.ndarray,
-    valid_tokens: np.ndarray,
-    tokenizer: Tokenizer | None = None,
-    run_dir: Path | None = None,
-    world_size: int = 1,
-) -> tuple[torch.device, int]:
-    """Everything that can be known to fail before a run starts. Returns the device and the number of steps.
+def check_setup(config: PipelineConfig) -> torch.device:
+    """The device of a run, after checking that this process can train on it with the kernel and the wrapper of the config.
 
     Raises:
-        ValueError, OSError: as train().
+        ValueError: no such device, kernel or wrapper, or one that does not take this model.
     """
     settings, model = config.train, config.model
     device = devices.resolve_device(settings.device)
-    parallel.check_wrapper(settings.ddp_wrapper, world_size)
+    parallel.check_wrapper(settings.ddp_wrapper, _process()[1])
     check_support(
         settings.attention_kernel,
         device=device,
@@ -325,6 +318,24 @@ def check(
             f"train.compile cannot compile '{settings.attention_kernel}' on the CPU, where Triton's interpreter runs it; "
             "set train.compile=false or choose another kernel"
         )
+    return device
+
+
+def check(
+    config: PipelineConfig,
+    train_tokens: np.ndarray,
+    valid_tokens: np.ndarray,
+    tokenizer: Tokenizer | None = None,
+    run_dir: Path | None = None,
+    world_size: int = 1,
+) -> tuple[torch.device, int]:
+    """Everything that can be known to fail before a run starts. Returns the device and the number of steps.
+
+    Raises:
+        ValueError, OSError: as train().
+    """
+    model = config.model
+    device = check_setup(config)
     if model.vocab_size is None:
         raise ValueError("model.vocab_size is not set: give it the tokenizer's vocabulary size")
     if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:

@@ -100,6 +100,10 @@ def test_context_beyond_the_models(tmp_path, capsys):
         (["--attention_kernel", "flash"], "unknown attention kernel 'flash'"),
         (["--attention_kernel", "torch_sdpa_cudnn", "--override", "train.device=cpu"], "torch_sdpa_cudnn"),
         (["--ddp_wrapper", "flashddp"], "more than one"),
+        (
+            ["--attention_kernel", "flash_attention_triton", "--override", "train.compile=true", "train.device=cpu"],
+            "'flash_attention_triton'",
+        ),
         (["--ddp_wrapper", "dpp"], "unknown ddp_wrapper 'dpp'"),
         (["--override", "train.device=cuda:64"], "cuda:64"),
         (["--config", "none.json"], "no config file"),
@@ -109,8 +113,9 @@ def test_context_beyond_the_models(tmp_path, capsys):
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
-def test_bad_pipeline_settings(arguments, message, capsys):
+def test_bad_pipeline_settings(arguments, message, capsys, output_root):
     assert message in fails(capsys, *SMOKE, *arguments)
+    assert not list(output_root.rglob("train.txt")), "it must be found before any work"
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,13 @@ def test_a_longer_run_goes_on_from_the_checkpoint(again):
 def test_skip_data_takes_what_is_there(again, output_root):
     result, lines = run("data.seed=99", skip_data=True)
     assert "skip_data" in lines[0] and result.stages[0].status == "skipped"
+    bits = (
+        result.evaluation["valid_loss"]
+        / np.log(2)
+        * len(np.load(again / "valid.npy"))
+        / (again / "valid.txt").stat().st_size
+    )
+    assert result.evaluation["bits_per_byte"] == pytest.approx(bits)
     with pytest.raises(ValueError, match="skip_data takes what an earlier run left"):
         run("run_dir=runs/none", skip_data=True)
 

@@ -18,7 +18,7 @@ from lmsys import cost, records
 from lmsys.attention import KERNELS, attention, check_support, get_kernel
 from lmsys.attention.reference import reference_attention, scaled_dot_prod_attention
 from lmsys.bench.measure import Measurement, is_out_of_memory, measure, method, release
-from lmsys.config import SCALES, require, resolve_scale, unknown_name
+from lmsys.config import require, resolve_scale, unknown_name
 from lmsys.device import device_name, resolve_device
 
 PASSES = ("forward", "backward", "forward_backward")
@@ -146,8 +146,6 @@ def settings(
     Raises:
         ValueError: unknown kernel, dtype, pass or scale; a tier that is no power of two; a number out of range.
     """
-    if scale not in SCALES:
-        raise unknown_name("scale", scale, SCALES)
     scale = resolve_scale(scale)
     given = {
         "batch": batch,
@@ -247,7 +245,7 @@ def rows(sweep: SweepSettings, device: torch.device) -> Iterator[dict[str, Any]]
                 }
                 for kernel in sweep.kernels:
                     for which in sweep.passes:
-                        yield base | {"kernel": kernel, "pass": which} | point.row(kernel, which, sweep)
+                        yield base | {"kernel": kernel, "pass": which} | point.row(kernel, which)
                 del point
                 release(device)
 
@@ -272,8 +270,9 @@ class _Point:
         self.checked_rows = min(tier.q_len, max(1, _REFERENCE_ELEMENTS // tier.k_len))
         self._expected: dict[str, tuple[list[torch.Tensor], float]] = {}
 
-    def row(self, kernel: str, which: str, sweep: SweepSettings) -> dict[str, Any]:
+    def row(self, kernel: str, which: str) -> dict[str, Any]:
         """The measured part of a row. Whatever a kernel raises becomes the row's status and note."""
+        sweep = self.sweep
         for tensor in (self.q, self.k, self.v):
             tensor.requires_grad_(which != "forward")
         try:
