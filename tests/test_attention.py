@@ -79,7 +79,9 @@ def test_strided_inputs_and_more_batch_dimensions(kernel):
 def test_tiles_do_not_change_the_result(q_tile, k_tile):
     q, k, v, do = inputs(70, 90, 8, heads=4, kv_heads=2, dtype=torch.float64)
     for causal in (False, True):
-        tiled = with_gradients(lambda *qkv, c=causal: FlashAttentionTorch.apply(*qkv, c, q_tile, k_tile), q, k, v, do)
+        tiled = with_gradients(
+            lambda *qkv, c=causal: FlashAttentionTorch.apply(*qkv, c, None, q_tile, k_tile), q, k, v, do
+        )
         whole = with_gradients(lambda *qkv, c=causal: reference_attention(*qkv, causal=c)[0], q, k, v, do)
         for a, b in zip(tiled, whole, strict=True):
             torch.testing.assert_close(a, b)
@@ -87,7 +89,7 @@ def test_tiles_do_not_change_the_result(q_tile, k_tile):
 
 def test_the_tiled_gradient_is_that_of_finite_differences():
     q, k, v, _ = (t.requires_grad_() for t in inputs(5, 6, 3, heads=2, kv_heads=1, dtype=torch.float64))
-    assert torch.autograd.gradcheck(lambda *qkv: FlashAttentionTorch.apply(*qkv, True, 2, 3), (q, k, v))
+    assert torch.autograd.gradcheck(lambda *qkv: FlashAttentionTorch.apply(*qkv, True, 0.4, 2, 3), (q, k, v))
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -111,15 +113,18 @@ def test_the_table():
         "vectorized_torch_compiled",
         "flash_attention_torch",
         "flash_attention_triton",
+        "flash_attention_cuda",
         "torch_sdpa_flash",
         "torch_sdpa_cudnn",
         "torch_flex",
+        "flash_attention_4",
     ]
     assert all(kernel.name == name and "\n" not in kernel.description for name, kernel in KERNELS.items())
     assert {name for name, kernel in KERNELS.items() if not kernel.ours} == {
         "torch_sdpa_flash",
         "torch_sdpa_cudnn",
         "torch_flex",
+        "flash_attention_4",
     }
 
 
@@ -154,15 +159,20 @@ def z(*shape, **options):
         (z(8, 16), z(8, 16), z(8, 16), "three or more"),
         (z(2, 2, 0, 16), z(2, 2, 8, 16), z(2, 2, 8, 16), "empty"),
         (z(2, 2, 8, 16), z(2, 2, 0, 16), z(2, 2, 0, 16), "empty"),
-        (z(2, 2, 8, 16), z(2, 2, 8, 16, dtype=torch.float16), z(2, 2, 8, 16), "dtypes differ: q float32, k float16"),
-        (z(2, 2, 8, 16), z(2, 2, 8, 16, device="meta"), z(2, 2, 8, 16), "devices differ: q cpu, k meta"),
+        (
+            z(2, 2, 8, 16),
+            z(2, 2, 8, 16, dtype=torch.float16),
+            z(2, 2, 8, 16),
+            "dtypes differ; got q float32, k float16",
+        ),
+        (z(2, 2, 8, 16), z(2, 2, 8, 16, device="meta"), z(2, 2, 8, 16), "devices differ; got q cpu, k meta"),
         (*[z(2, 2, 8, 16, dtype=torch.int64)] * 3, "got int64; it takes float32"),
         (*[z(2, 2, 8, 16, device="meta")] * 3, "got device 'meta'; it runs on cpu or cuda"),
     ],
 )
 def test_bad_tensors_are_refused(q, k, v, message):
     for kernel in ("vectorized_torch", "flash_attention_torch"):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=f"^attention kernel '{kernel}': .*{message}"):
             attention(q, k, v, causal=True, kernel=kernel)
 
 

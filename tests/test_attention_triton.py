@@ -89,8 +89,9 @@ def test_no_output_is_left_unwritten(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
     q, k, v, do = inputs(35, 45, 20, heads=2, device=DEVICE)
     for causal in (False, True):
-        o, lse = flash_triton.flash_forward(q, k, v, causal)
-        for t in (o, lse, *flash_triton.flash_backward(q, k, v, o, lse, do, causal)):
+        options = causal, 0.2, False, "portable"
+        o, lse = flash_triton.flash_forward(q, k, v, *options)
+        for t in (o, lse, *flash_triton.flash_backward(q, k, v, o, lse, do, *options)):
             assert t.isfinite().all()
 
 

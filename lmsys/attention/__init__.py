@@ -2,11 +2,12 @@
 
 KERNELS says for each kernel what it is, and as data what it takes. check_support answers before any tensor exists whether a
 kernel takes a device, dtype and head dim; attention checks the same at each call. Nothing falls back to another kernel.
-A kernel's module, and with it Triton or a compiler, is imported when the kernel is first called.
+A kernel's module, and with it Triton or a compiler, is imported when the kernel is first called. flash_attention_triton has two paths
+of one contract: explain says which runs, and why.
 
 Contract: q (..., H, T, D), k and v (..., H_kv, S, D), floating point, same device and dtype; T, S >= 1; H a multiple of H_kv
-(grouped-query heads: query head h reads key head h // (H / H_kv)). Returns (..., H, T, D). The scale is 1 / sqrt(D). Causal masks
-align at the top left: query i sees keys j <= i.
+(grouped-query heads: query head h reads key head h // (H / H_kv)). Returns (..., H, T, D). The scale of the scores is 1 / sqrt(D)
+or the caller's. Causal masks align at the top left: query i sees keys j <= i.
 """
 
 from __future__ import annotations
@@ -14,17 +15,21 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lmsys.attention.paths import PATHS, Explanation, explain, interpreted
 from lmsys.config import unknown_name
 
-__all__ = ["KERNELS", "Kernel", "attention", "check_support", "get_kernel"]
+__all__ = ["KERNELS", "Explanation", "Kernel", "attention", "check_support", "explain", "get_kernel"]
 
 _F16, _BF16, _F32, _F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 _ANY = {"cpu": (_F32, _F16, _BF16, _F64), "cuda": (_F32, _F16, _BF16, _F64)}
@@ -37,12 +42,13 @@ class Kernel:
     Attributes:
         description: one line, with its source.
         ours: written in this package, not a library's.
-        module, function: where fn(q, k, v, causal) lies; it takes q (B, H, T, D), k and v (B, H_kv, S, D).
+        module, function: where fn(q, k, v, causal=False, scale=None, **options) lies; it takes q (B, H, T, D), k and v (B, H_kv, S, D).
         dtypes: those that it takes on each type of device; a device that is not there is not taken.
         max_head_dim: None where there is no limit.
         head_dim_multiple: the head dim must be a multiple of it.
         backward: the types of device on which it has a backward pass.
         unavailable: why it cannot run on a device type with a dtype on this machine, or None where it can.
+        options: what else its function takes by name, and the values allowed.
     """
 
     name: str
@@ -56,8 +62,9 @@ class Kernel:
     head_dim_multiple: int = 1
     backward: tuple[str, ...] = ("cpu", "cuda")
     unavailable: Callable[[str, torch.dtype], str | None] | None = None
+    options: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
-    def load(self) -> Callable[[Tensor, Tensor, Tensor, bool], Tensor]:
+    def load(self) -> Callable[..., Tensor]:
         """The kernel's function; imports its module."""
         return getattr(importlib.import_module(f"lmsys.attention.{self.module}"), self.function)
 
@@ -71,11 +78,9 @@ class Kernel:
             raise self._refuse(
                 _short(dtype), f"takes {', '.join(map(_short, self.dtypes[device.type]))} on {device.type}"
             )
-        if head_dim < self.min_head_dim or (self.max_head_dim is not None and head_dim > self.max_head_dim):
-            most = "" if self.max_head_dim is None else f" to {self.max_head_dim}"
-            raise self._refuse(f"head_dim {head_dim}", f"takes {self.min_head_dim}{most}")
-        if head_dim % self.head_dim_multiple != 0:
-            raise self._refuse(f"head_dim {head_dim}", f"takes multiples of {self.head_dim_multiple}")
+        too_large = self.max_head_dim is not None and head_dim > self.max_head_dim
+        if head_dim < self.min_head_dim or too_large or head_dim % self.head_dim_multiple != 0:
+            raise self._refuse(f"head_dim {head_dim}", f"takes {self._head_dims()}")
         if kv_heads < 1 or heads < 1 or heads % kv_heads != 0:
             raise self._refuse(f"{heads} query heads and {kv_heads} key heads", "takes a multiple of the key heads")
         if backward and device.type not in self.backward:
@@ -85,6 +90,22 @@ class Kernel:
             if reason is not None:
                 raise self._refuse(f"{_short(dtype)} on {device.type}", reason)
 
+    def check_arguments(self, scale: float | None, options: Mapping[str, Any]) -> None:
+        """ValueError unless scale and options are such as the kernel takes."""
+        if scale is not None and not (_is_number(scale) and scale > 0 and math.isfinite(scale)):
+            raise self._refuse(f"scale {scale!r}", "takes a finite number above 0, or None for 1 / sqrt(head_dim)")
+        for name, value in options.items():
+            if name not in self.options:
+                known = f"takes {', '.join(self.options)}" if self.options else "takes no options"
+                raise self._refuse(f"the option {name}={value!r}", known)
+            if not any(type(value) is type(allowed) and value == allowed for allowed in self.options[name]):
+                raise self._refuse(f"{name}={value!r}", f"takes {', '.join(map(repr, self.options[name]))}")
+
+    def _head_dims(self) -> str:
+        most = "" if self.max_head_dim is None else f" to {self.max_head_dim}"
+        step = "" if self.head_dim_multiple == 1 else f" in multiples of {self.head_dim_multiple}"
+        return f"{self.min_head_dim}{most}{step}"
+
     def _refuse(self, given: str, allowed: str) -> ValueError:
         return ValueError(f"attention kernel '{self.name}': got {given}; it {allowed}")
 
@@ -93,13 +114,16 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def _no_triton(device_type: str, dtype: torch.dtype) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "needs the package triton, which is not installed"
-    interpreted = not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
-    if interpreted and dtype == _BF16:
+    if interpreted() and dtype == _BF16:
         return "runs in Triton's CPU interpreter here, whose bfloat16 products are wrong; use float32 or float16"
-    if device_type == "cpu" and not interpreted:
+    if device_type == "cpu" and not interpreted():
         return "takes CPU tensors in Triton's interpreter only: set TRITON_INTERPRET=1 before Python starts"
     return None
 
@@ -115,6 +139,18 @@ def _no_compiler(device_type: str, dtype: torch.dtype) -> str | None:
 def _needs_ampere(device_type: str, dtype: torch.dtype) -> str | None:
     if device_type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
         return "needs a GPU of compute capability 8.0 or more"
+    return None
+
+
+def _no_cuda_kernel(device_type: str, dtype: torch.dtype) -> str | None:
+    return importlib.import_module("lmsys.attention.flash_cuda").unavailable(device_type, dtype)
+
+
+def _no_flash_attention_4(device_type: str, dtype: torch.dtype) -> str | None:
+    if not (importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute")):
+        return "needs the package flash_attn.cute, which is not installed: pip install flash-attn-4"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):
+        return "needs a GPU of compute capability 9.0 or more"
     return None
 
 
@@ -156,13 +192,27 @@ KERNELS: dict[str, Kernel] = {
         ),
         Kernel(
             "flash_attention_triton",
-            "FlashAttention-2 (arXiv:2307.08691), forward and backward in Triton",
+            "FlashAttention-2 (arXiv:2307.08691) in Triton, forward and backward, with a path for Hopper GPUs in Gluon",
             True,
             "flash_triton",
             "flash_attention_triton",
             {"cpu": (_F32, _F16, _BF16), "cuda": (_F32, _F16, _BF16)},
             max_head_dim=256,
             unavailable=_no_triton,
+            options={"deterministic": (False, True), "path": PATHS},
+        ),
+        Kernel(
+            "flash_attention_cuda",
+            "FlashAttention-2 (arXiv:2307.08691), forward and backward in CUDA C++, compiled at its first call",
+            True,
+            "flash_cuda",
+            "flash_attention_cuda",
+            {"cuda": (_F16, _BF16)},
+            min_head_dim=64,
+            max_head_dim=128,
+            head_dim_multiple=64,
+            backward=("cuda",),
+            unavailable=_no_cuda_kernel,
         ),
         Kernel(
             "torch_sdpa_flash",
@@ -197,6 +247,19 @@ KERNELS: dict[str, Kernel] = {
             backward=("cuda",),
             unavailable=_no_compiler,
         ),
+        Kernel(
+            "flash_attention_4",
+            "FlashAttention-4 (Tri Dao's package flash-attn-4), CuTe kernels for compute capability 9.0 and later",
+            False,
+            "baselines",
+            "flash_attention_4",
+            {"cuda": (_F16, _BF16)},
+            min_head_dim=64,
+            max_head_dim=128,
+            head_dim_multiple=8,
+            backward=("cuda",),
+            unavailable=_no_flash_attention_4,
+        ),
     )
 }
 
@@ -228,34 +291,42 @@ def check_support(
     )
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, kernel: str) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v by the named kernel.
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, kernel: str, scale: float | None = None, **options: Any
+) -> Tensor:
+    """softmax(scale * q k^T) v by the named kernel.
 
     Args:
         q: (..., H, T, D). k, v: (..., H_kv, S, D), with q's leading dimensions, device and dtype.
         causal: query i sees keys j <= i only.
         kernel: a name in KERNELS.
+        scale: of the scores, above 0; None: 1 / sqrt(D).
+        options: those of the kernel's entry in KERNELS.
     Returns:
         (..., H, T, D) in q's dtype.
     Raises:
         ValueError: shapes, dtypes or devices that do not go together, or that the kernel does not take.
     """
     entry = get_kernel(kernel)
-    _check_tensors(q, k, v)
+    _check_tensors(q, k, v, kernel)
     backward = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     entry.check(q.device, q.dtype, q.shape[-1], q.shape[-3], k.shape[-3], backward)
+    if scale is not None or options:
+        entry.check_arguments(scale, options)
+        scale = None if scale is None else float(scale)
     _load(kernel)
     function = _LOADED[kernel]
     if q.ndim == 4:
-        return function(q, k, v, causal)
-    leading = q.shape[:-3]
-    return function(*(t.reshape(-1, *t.shape[-3:]) for t in (q, k, v)), causal).reshape(*leading, *q.shape[-3:])
+        return function(q, k, v, causal, scale, **options)
+    four = (t.reshape(-1, *t.shape[-3:]) for t in (q, k, v))
+    return function(*four, causal, scale, **options).reshape(q.shape)
 
 
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, kernel: str) -> None:
     def refuse(problem: str) -> ValueError:
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-        return ValueError(f"attention: {problem}; got {shapes}, want q (..., H, T, D), k and v (..., H_kv, S, D)")
+        wanted = "q (..., H, T, D), k and v (..., H_kv, S, D), none of them empty"
+        return ValueError(f"attention kernel '{kernel}': {problem}; got {shapes}, it takes {wanted}")
 
     if q.ndim < 3 or k.ndim != q.ndim or v.ndim != q.ndim:
         raise refuse("q, k and v need the same number of dimensions, three or more")
@@ -268,12 +339,14 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.numel() == 0 or k.numel() == 0:
         raise refuse("a dimension is empty")
     if not (q.dtype == k.dtype == v.dtype):
-        raise ValueError(f"attention: dtypes differ: q {_short(q.dtype)}, k {_short(k.dtype)}, v {_short(v.dtype)}")
+        got = f"q {_short(q.dtype)}, k {_short(k.dtype)}, v {_short(v.dtype)}"
+        raise ValueError(f"attention kernel '{kernel}': dtypes differ; got {got}, it takes one dtype")
     if not (q.device == k.device == v.device):
-        raise ValueError(f"attention: devices differ: q {q.device}, k {k.device}, v {v.device}")
+        got = f"q {q.device}, k {k.device}, v {v.device}"
+        raise ValueError(f"attention kernel '{kernel}': devices differ; got {got}, it takes one device")
 
 
-_LOADED: dict[str, Callable[[Tensor, Tensor, Tensor, bool], Tensor]] = {}
+_LOADED: dict[str, Callable[..., Tensor]] = {}
 
 
 def _constant_in_graphs(function: Callable) -> Callable:

@@ -1,4 +1,8 @@
-"""FlashAttention-2 in Triton, forward and backward, for any GPU that Triton knows and for its CPU interpreter.
+"""flash_attention_triton: its autograd function, its custom operators, and its portable kernels.
+
+The choice between the portable path (here) and the Hopper path (lmsys.attention.flash_hopper) is that of lmsys.attention.paths, made
+at each pass. The portable path is FlashAttention-2 in Triton, forward and backward, for any GPU that Triton knows and for its CPU
+interpreter.
 
 Source: Dao, "FlashAttention-2" (arXiv:2307.08691), algorithms 1 and 2. Differences:
 - Base-2 exponentials, with scale * log2(e) folded into one multiplication.
@@ -8,6 +12,7 @@ Source: Dao, "FlashAttention-2" (arXiv:2307.08691), algorithms 1 and 2. Differen
 - Grouped-query heads: a key tile's program loops over the query heads that read it and writes dK and dV once.
 - Any strides, any lengths >= 1, any head dim up to 256 (padded to a power of two in registers, never in memory).
 Causal programs start with the longest rows. float32 products keep float32's accuracy.
+A call like an earlier one launches the compiled kernel itself (_Launcher), past Triton's autotuner and argument binding.
 
 Limits: no dropout, no bias. The log-sum-exp is kept in float32, so with logits in the hundreds float32 gradients lose digits (as with
 torch's flash kernels, and less). On the CPU interpreter (no GPU, or TRITON_INTERPRET=1) it is there to check, not to be fast, and takes
@@ -21,10 +26,14 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lmsys.attention.paths import choose
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton's decorators below run
@@ -359,9 +368,9 @@ def _tuned(kernel: Any, which: int) -> Any:
     def config(tile: tuple[int, int, int, int]) -> triton.Config:
         return triton.Config({"BLOCK_Q": tile[0], "BLOCK_K": tile[1]}, num_warps=tile[2], num_stages=tile[3])
 
-    def candidates(configs: list[triton.Config], named: dict[str, Any], **other: Any) -> list[triton.Config]:
+    def candidates(configs: list[triton.Config], named: dict[str, Any], **_: Any) -> list[triton.Config]:
         table = _SINGLE if named["q_ptr"].dtype == torch.float32 else _HALF
-        return [config(tile) for tile in table[max(64, other["D_PAD"])][which]]
+        return [config(tile) for tile in table[max(64, named["D_PAD"])][which]]
 
     if INTERPRETED:
         return triton.autotune([config(_INTERPRETER)], key=[])(kernel)
@@ -373,28 +382,98 @@ def _tuned(kernel: Any, which: int) -> Any:
     )(kernel)
 
 
-_forward_tuned, _dq_tuned, _dk_dv_tuned = (
-    _tuned(kernel, which) for which, kernel in enumerate((_forward_kernel, _dq_kernel, _dk_dv_kernel))
-)
-
-
 # --- Launch ---------------------------------------------------------------------------------------
 
+_SIGNATURES = 4096  # most that a launcher remembers: a training run has a few, serving with free lengths has many
 
-def _common(q: Tensor, k: Tensor) -> dict[str, Any]:
-    """The arguments that all kernels take. The class of length is a power of four, so that a new length rarely tunes again."""
-    length = max(q.shape[2], k.shape[2])
-    return {
-        "scale": 1 / math.sqrt(q.shape[3]),
-        "H": q.shape[1],
-        "H_kv": k.shape[1],
-        "T": q.shape[2],
-        "S": k.shape[2],
-        "length_class": (max(length, 256) - 1).bit_length() // 2,
-        "D": q.shape[3],
-        "D_PAD": max(16, 1 << (q.shape[3] - 1).bit_length()),
-        "PRECISION": _precision(q),
-    }
+
+class _Launcher:
+    """A tuned kernel, called as launcher(tensors, scale, causal): q, k, v first, then in the kernel's order.
+
+    Triton's own way to a launch, through the autotuner and the binding of 40 arguments by name, costs the host several times the
+    launch itself. What it finds depends on the dtypes, the integers that it specializes on (equal to 1, multiple of 16) and the
+    alignment of the pointers. So the compiled kernel, its grid and its integers are kept for each signature, which is all shapes,
+    strides and dtypes as they are, where all pointers are 16-byte aligned (those that are not go Triton's way), and a later call
+    of the signature launches with the pointers and the scale alone. On AMD GPUs Triton also specializes on a storage's size, and
+    in the interpreter nothing is compiled: there each call goes Triton's way. Profilers' launch hooks run as ever; Triton's debug
+    settings are those of a signature's first call.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        which: int,
+        constants: Callable[[Tensor, Tensor], tuple[Any, ...]],
+        grid: Callable[[Tensor, Tensor, int, int], tuple[int]],
+    ) -> None:
+        """constants: the kernel's own constant arguments; grid: from the block sizes. Both also take q and k."""
+        self.tuned = _tuned(kernel, which)
+        self.constants, self.grid = constants, grid
+        self.compiled: dict[tuple[Any, ...], tuple[Any, tuple[int], tuple[Any, ...]]] = {}
+
+    def __call__(self, tensors: tuple[Tensor, ...], scale: float, causal: bool) -> None:
+        q, k, v = tensors[:3]
+        pointers = [t.data_ptr() for t in tensors]
+        misaligned = 0
+        for pointer in pointers:
+            misaligned |= pointer
+        signature = (
+            causal, misaligned & 15, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, q.shape, k.shape, v.shape,
+            *[t.stride() for t in tensors],
+        )  # fmt: skip
+        with torch.cuda.device_of(q):
+            known = self.compiled.get(signature)
+            if known is None:
+                self._first(signature, tensors, scale, causal)
+            else:
+                kernel, grid, constants = known
+                kernel[grid](*pointers, scale, *constants)
+
+    def _first(self, signature: tuple[Any, ...], tensors: tuple[Tensor, ...], scale: float, causal: bool) -> None:
+        """Tune and compile where needed, launch, and remember how."""
+        q, k, v = tensors[:3]
+        if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
+            raise ValueError(
+                "attention kernel 'flash_attention_triton': got "
+                + ", ".join(f"{name} {t.dtype} on {t.device}" for name, t in zip("qkv", (q, k, v), strict=True))
+                + "; it takes one dtype and one device"
+            )
+        constants = (
+            q.shape[1], k.shape[1], q.shape[2], k.shape[2], _length_class(q, k),
+            *[stride for t in tensors if t.ndim == 4 for stride in t.stride()],
+            q.shape[3], _padded(q.shape[3]), causal, _precision(q), *self.constants(q, k),
+        )  # fmt: skip
+        blocks = (0, 0)
+
+        def grid(chosen: dict[str, Any]) -> tuple[int]:
+            nonlocal blocks
+            blocks = chosen["BLOCK_Q"], chosen["BLOCK_K"]
+            return self.grid(q, k, *blocks)
+
+        kernel = self.tuned[grid](*tensors, scale, *constants)
+        misaligned = signature[1]
+        if INTERPRETED or torch.version.hip is not None or misaligned:
+            return
+        if len(self.compiled) >= _SIGNATURES:
+            self.compiled.clear()
+        self.compiled[signature] = kernel, self.grid(q, k, *blocks), (*constants, *blocks)
+
+
+def _query_tiles(q: Tensor, k: Tensor, block_q: int, block_k: int) -> tuple[int]:
+    return (-(-q.shape[2] // block_q) * q.shape[0] * q.shape[1],)
+
+
+def _key_tiles(q: Tensor, k: Tensor, block_q: int, block_k: int) -> tuple[int]:
+    return (-(-k.shape[2] // block_k) * k.shape[0] * k.shape[1],)
+
+
+def _length_class(q: Tensor, k: Tensor) -> int:
+    """A power of four, so that a new length rarely tunes again."""
+    return (max(q.shape[2], k.shape[2], 256) - 1).bit_length() // 2
+
+
+def _padded(head_dim: int) -> int:
+    return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def _precision(q: Tensor) -> str:
@@ -413,30 +492,29 @@ def _precision(q: Tensor) -> str:
     return "tf32x3"
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+_launch_forward = _Launcher(_forward_kernel, 0, lambda q, k: (k.shape[2] % _EVEN == 0,), _query_tiles)
+_launch_dq = _Launcher(_dq_kernel, 1, lambda q, k: (k.shape[2] % _EVEN == 0,), _query_tiles)
+_launch_dk_dv = _Launcher(
+    _dk_dv_kernel, 2, lambda q, k: (q.shape[2] % _EVEN == 0, q.shape[1] // k.shape[1]), _key_tiles
+)
+
+
+def portable_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """q: (B, H, T, D), k, v: (B, H_kv, S, D) -> o (B, H, T, D), lse (B, H, T) in float32."""
     o, lse = _empty_outputs(q)
-    with torch.cuda.device_of(q):
-        _forward_tuned[lambda meta: (triton.cdiv(q.shape[2], meta["BLOCK_Q"]) * q.shape[0] * q.shape[1],)](
-            q,
-            k,
-            v,
-            o,
-            lse,
-            **_common(q, k),
-            **_strides(q=q, k=k, v=v, o=o),
-            CAUSAL=causal,
-            EVEN_S=k.shape[2] % _EVEN == 0,
-        )
+    _launch_forward((q, k, v, o, lse), scale, causal)
     return o, lse
 
 
-flash_forward = torch.library.custom_op("lmsys::flash_attention_triton_forward", _forward, mutates_args=())
-
-
-@flash_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    return _empty_outputs(q)
+def portable_backward(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv, shaped as q, k, v. o, do: (B, H, T, D); lse: (B, H, T), contiguous."""
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    delta = torch.empty_like(lse)
+    _launch_dq((q, k, v, o, do, lse, delta, dq), scale, causal)
+    _launch_dk_dv((q, k, v, do, lse, delta, dk, dv), scale, causal)
+    return dq, dk, dv
 
 
 def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -446,35 +524,40 @@ def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     return o, q.new_empty(batch, heads, q_len, dtype=torch.float32)
 
 
+# --- Operators: the choice of the path, and what torch.compile sees -------------------------------
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, deterministic: bool, path: str
+) -> tuple[Tensor, Tensor]:
+    """q: (B, H, T, D), k, v: (B, H_kv, S, D) -> o (B, H, T, D), laid out (B, T, H, D), and lse (B, H, T) in float32."""
+    if choose(q, k, v, causal=causal, backward=False, deterministic=deterministic, path=path).name == "hopper":
+        from lmsys.attention import flash_hopper
+
+        return flash_hopper.forward(q, k, v, causal, scale)
+    return portable_forward(q, k, v, causal, scale)
+
+
+flash_forward = torch.library.custom_op("lmsys::flash_attention_triton_forward", _forward, mutates_args=())
+
+
+@flash_forward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, deterministic: bool, path: str
+) -> tuple[Tensor, Tensor]:
+    return _empty_outputs(q)
+
+
 def _backward(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv, shaped as q, k, v. o, do: (B, H, T, D); lse: (B, H, T), contiguous."""
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    batch, heads, q_len, _ = q.shape
-    kv_heads, k_len = k.shape[1:3]
-    common = _common(q, k)
-    delta = torch.empty_like(lse)
-    with torch.cuda.device_of(q):
-        _dq_tuned[lambda meta: (triton.cdiv(q_len, meta["BLOCK_Q"]) * batch * heads,)](
-            q,
-            k,
-            v,
-            o,
-            do,
-            lse,
-            delta,
-            dq,
-            **common,
-            **_strides(q=q, k=k, v=v, o=o, g=do, dq=dq),
-            CAUSAL=causal,
-            EVEN_S=k_len % _EVEN == 0,
-        )
-        _dk_dv_tuned[lambda meta: (triton.cdiv(k_len, meta["BLOCK_K"]) * batch * kv_heads,)](
-            q, k, v, do, lse, delta, dk, dv, **common, **_strides(q=q, k=k, v=v, g=do, dk=dk, dv=dv),
-            CAUSAL=causal, EVEN_T=q_len % _EVEN == 0, GROUP=heads // kv_heads,
-        )  # fmt: skip
-    return dq, dk, dv
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor,
+    causal: bool, scale: float, deterministic: bool, path: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv as torch.empty_like makes them of q, k, v. o, do: (B, H, T, D), any strides; lse: (B, H, T), contiguous."""
+    if choose(q, k, v, causal=causal, backward=True, deterministic=deterministic, path=path).name == "hopper":
+        from lmsys.attention import flash_hopper
+
+        return flash_hopper.backward(q, k, v, o, lse, do, causal, scale)
+    return portable_backward(q, k, v, o, lse, do, causal, scale)
 
 
 flash_backward = torch.library.custom_op("lmsys::flash_attention_triton_backward", _backward, mutates_args=())
@@ -482,51 +565,67 @@ flash_backward = torch.library.custom_op("lmsys::flash_attention_triton_backward
 
 @flash_backward.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor,
+    causal: bool, scale: float, deterministic: bool, path: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-def _strides(**tensors: Tensor) -> dict[str, int]:
-    """The kernels' stride arguments: stride_qb, stride_qh, stride_qt, stride_qd for q=(B, H, T, D), and so on."""
-    return {
-        f"stride_{name}{axis}": stride
-        for name, tensor in tensors.items()
-        for axis, stride in zip("bhsd" if name[-1] in "kv" else "bhtd", tensor.stride(), strict=True)
-    }
 
 
 # --- Autograd -------------------------------------------------------------------------------------
 
 
 class FlashAttentionTriton(torch.autograd.Function):
-    """apply(q, k, v, is_causal=False); saves q, k, v, o and one log-sum-exp a query.
+    """apply(q, k, v, is_causal=False, scale=None, deterministic=False, path="auto"); saves q, k, v, o and one log-sum-exp a query.
 
     q: (B, T, D) and k, v: (B, S, D), or q: (B, H, T, D) and k, v: (B, H_kv, S, D). The log-sum-exp is (B, T) or (B, H, T).
+    scale: of the scores; None: 1 / sqrt(D). deterministic, path: see lmsys.attention.paths.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        is_causal: bool = False,
+        scale: float | None = None,
+        deterministic: bool = False,
+        path: str = "auto",
+    ) -> Tensor:
+        options = is_causal, 1 / math.sqrt(q.shape[-1]) if scale is None else scale, deterministic, path
         launch = flash_forward if torch.compiler.is_compiling() else _forward  # eager, the op would only cost 20 us
-        o, lse = launch(_heads(q), _heads(k), _heads(v), is_causal)
-        o, lse = o.view(q.shape), lse.view(q.shape[:-1])
+        o, lse = launch(_heads(q), _heads(k), _heads(v), *options)
+        if q.ndim == 3:
+            o, lse = o.squeeze(1), lse.squeeze(1)
         ctx.save_for_backward(q, k, v, o, lse)
-        ctx.is_causal = is_causal
+        ctx.options = options
         return o
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, o, lse = ctx.saved_tensors
-        four = [_heads(t) for t in (q, k, v, o)]
         launch = flash_backward if torch.compiler.is_compiling() else _backward
-        dq, dk, dv = launch(*four, lse.view(four[0].shape[:-1]), _heads(do), ctx.is_causal)
-        return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape), None
+        if q.ndim == 4:
+            dq, dk, dv = launch(q, k, v, o, lse, do, *ctx.options)
+        else:
+            one_head = (t.unsqueeze(1) for t in (q, k, v, o, lse, do))
+            dq, dk, dv = (t.squeeze(1) for t in launch(*one_head, *ctx.options))
+        return dq, dk, dv, None, None, None, None
 
 
 def _heads(t: Tensor) -> Tensor:
     return t.unsqueeze(1) if t.ndim == 3 else t
 
 
-def flash_attention_triton(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+def flash_attention_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool = False,
+    scale: float | None = None,
+    deterministic: bool = False,
+    path: str = "auto",
+) -> Tensor:
     """q: (B, H, T, D), k, v: (B, H_kv, S, D) -> (B, H, T, D)."""
-    return FlashAttentionTriton.apply(q, k, v, causal)
+    return FlashAttentionTriton.apply(q, k, v, causal, scale, deterministic, path)

@@ -58,37 +58,44 @@ def repeat_heads(q: Tensor, kv: Tensor) -> Tensor:
     return kv.repeat_interleave(q.shape[-3] // kv.shape[-3], -3)
 
 
-def scaled_dot_prod_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
-    """The formula, an operation a line. q: (..., H, T, D), k, v: (..., H_kv, S, D) -> (..., H, T, D)."""
+def scaled_dot_prod_attention(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool = False, scale: float | None = None
+) -> Tensor:
+    """The formula, an operation a line. q: (..., H, T, D), k, v: (..., H_kv, S, D) -> (..., H, T, D). scale: None is 1 / sqrt(D)."""
     k, v = repeat_heads(q, k), repeat_heads(q, v)
     scores = q @ k.transpose(-2, -1)
-    scores = scores / math.sqrt(q.shape[-1])
+    scores = scores / math.sqrt(q.shape[-1]) if scale is None else scores * scale
     if causal:
         scores = scores.masked_fill(causal_mask(q.shape[-2], k.shape[-2], q.device), -math.inf)
     probabilities = torch.softmax(scores, -1)
     return probabilities @ v
 
 
-def vectorized_torch(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+def vectorized_torch(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, scale: float | None = None) -> Tensor:
     """Two batched products and a softmax with as few passes as eager PyTorch needs. Shapes as above."""
     heads, q_len, head_dim = q.shape[-3:]
     kv_heads, k_len = k.shape[-3:-1]
-    rows = (q * head_dim**-0.5).reshape(*q.shape[:-3], kv_heads, heads // kv_heads * q_len, head_dim)
+    scale = head_dim**-0.5 if scale is None else scale
+    rows = (q * scale).reshape(*q.shape[:-3], kv_heads, heads // kv_heads * q_len, head_dim)
     scores = rows @ k.transpose(-2, -1)  # (..., H_kv, H / H_kv * T, S)
     if causal:
         scores.unflatten(-2, (-1, q_len)).masked_fill_(causal_mask(q_len, k_len, q.device), -math.inf)
     return (torch.softmax(scores, -1) @ v).reshape(q.shape)
 
 
-def vectorized_torch_compiled(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
-    """vectorized_torch under torch.compile, compiled anew for each shape (the first call of each takes seconds)."""
+def vectorized_torch_compiled(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool = False, scale: float | None = None
+) -> Tensor:
+    """vectorized_torch under torch.compile, compiled anew for each shape and scale (the first call of each takes seconds)."""
     if torch.compiler.is_compiling():  # already inside a compiled region, which compiles this too
-        return vectorized_torch(q, k, v, causal)
-    return _compiled(q.shape, k.shape, q.dtype, q.device)(q, k, v, causal)
+        return vectorized_torch(q, k, v, causal, scale)
+    return _compiled(q.shape, k.shape, q.dtype, q.device, scale)(q, k, v, causal, scale)
 
 
 @functools.cache
-def _compiled(q_shape: torch.Size, k_shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Callable:
+def _compiled(
+    q_shape: torch.Size, k_shape: torch.Size, dtype: torch.dtype, device: torch.device, scale: float | None
+) -> Callable:
     return torch.compile(own_code(vectorized_torch), dynamic=False, fullgraph=True)
 
 
