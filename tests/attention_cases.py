@@ -37,25 +37,25 @@ def with_gradients(function, q, k, v, do):
     return [o.detach(), *torch.autograd.grad(o, (q, k, v), do)]
 
 
-def plain(q, k, v, causal):
+def plain(q, k, v, causal, scale=None):
     """PyTorch's attention in the dtype of its inputs."""
-    return reference_attention(q, k, v, causal=causal)[0]
+    return reference_attention(q, k, v, causal=causal, scale=scale)[0]
 
 
-def assert_as_good_as_pytorch(kernel, q, k, v, do, causal, backward=True, floor=None):
+def assert_as_good_as_pytorch(kernel, q, k, v, do, causal, backward=True, floor=None, scale=None, **options):
     """Against float64, the kernel's largest error is at most twice that of PyTorch's in the same dtype, plus the floor."""
     floor = FLOOR[q.dtype] if floor is None else floor
 
     def ours(q, k, v):
-        return attention(q, k, v, causal=causal, kernel=kernel)
+        return attention(q, k, v, causal=causal, kernel=kernel, scale=scale, **options)
 
     if backward:
         actual = with_gradients(ours, q, k, v, do)
-        same_dtype = with_gradients(lambda *qkv: plain(*qkv, causal), q, k, v, do)
-        exact = with_gradients(lambda *qkv: plain(*qkv, causal), *(t.double() for t in (q, k, v, do)))
+        same_dtype = with_gradients(lambda *qkv: plain(*qkv, causal, scale), q, k, v, do)
+        exact = with_gradients(lambda *qkv: plain(*qkv, causal, scale), *(t.double() for t in (q, k, v, do)))
     else:
-        actual, same_dtype = [ours(q, k, v)], [plain(q, k, v, causal)]
-        exact = [plain(q.double(), k.double(), v.double(), causal)]
+        actual, same_dtype = [ours(q, k, v)], [plain(q, k, v, causal, scale)]
+        exact = [plain(q.double(), k.double(), v.double(), causal, scale)]
     for name, a, p, e in zip(("o", "dq", "dk", "dv"), actual, same_dtype, exact, strict=False):
         assert a.shape == e.shape and a.dtype == q.dtype, name
         error, allowed = (a - e).abs().max(), 2 * (p - e).abs().max() + floor

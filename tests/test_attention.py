@@ -1,8 +1,10 @@
 """The attention contract, the oracle, and the kernels in plain PyTorch."""
 
+import importlib.util
 import math
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from attention_cases import CASES, assert_as_good_as_pytorch, inputs, with_gradients
 
 from lmsys.attention import KERNELS, attention, check_support, get_kernel
+from lmsys.attention.baselines import flash_attention_4
 from lmsys.attention.flash_torch import FlashAttentionTorch
 from lmsys.attention.reference import reference_attention
 
@@ -58,6 +61,14 @@ def test_large_logits(kernel, causal):
     assert all(t.isfinite().all() for t in outputs)
 
 
+@pytest.mark.parametrize("scale", [0.05, 1.0])
+@pytest.mark.parametrize("kernel", [*EAGER, "torch_sdpa_flash"])
+def test_a_scale_of_the_callers(kernel, scale):
+    case = inputs(33, 40, 16, heads=4, kv_heads=2)
+    for causal in (False, True):
+        assert_as_good_as_pytorch(kernel, *case, causal, scale=scale)
+
+
 @pytest.mark.parametrize("case", [c for c in CASES if c[0] <= c[1]], ids=str)
 def test_torch_sdpa_flash(case):
     for causal in (False, True):
@@ -90,6 +101,13 @@ def test_tiles_do_not_change_the_result(q_tile, k_tile):
 def test_the_tiled_gradient_is_that_of_finite_differences():
     q, k, v, _ = (t.requires_grad_() for t in inputs(5, 6, 3, heads=2, kv_heads=1, dtype=torch.float64))
     assert torch.autograd.gradcheck(lambda *qkv: FlashAttentionTorch.apply(*qkv, True, 0.4, 2, 3), (q, k, v))
+
+
+def test_a_second_derivative_is_refused():
+    q, k, v, _ = (t.requires_grad_() for t in inputs(4, 4, 8))
+    (dq,) = torch.autograd.grad(FlashAttentionTorch.apply(q, k, v).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -167,6 +185,7 @@ def z(*shape, **options):
         ),
         (z(2, 2, 8, 16), z(2, 2, 8, 16, device="meta"), z(2, 2, 8, 16), "devices differ; got q cpu, k meta"),
         (*[z(2, 2, 8, 16, dtype=torch.int64)] * 3, "got int64; it takes float32"),
+        (*[z(2, 2, 8, 16, dtype=torch.bool)] * 3, "got bool; it takes float32"),
         (*[z(2, 2, 8, 16, device="meta")] * 3, "got device 'meta'; it runs on cpu or cuda"),
     ],
 )
@@ -174,6 +193,28 @@ def test_bad_tensors_are_refused(q, k, v, message):
     for kernel in ("vectorized_torch", "flash_attention_torch"):
         with pytest.raises(ValueError, match=f"^attention kernel '{kernel}': .*{message}"):
             attention(q, k, v, causal=True, kernel=kernel)
+
+
+@pytest.mark.parametrize("kernel", ["vectorized_torch", "flash_attention_triton"])
+@pytest.mark.parametrize("scale", [0.0, -0.1, math.inf, math.nan, "1", True, torch.ones(())], ids=str)
+def test_bad_scales_are_refused(kernel, scale):
+    with pytest.raises(ValueError, match=f"'{kernel}': got scale .*; it takes a finite number above 0, or None"):
+        attention(*[z(1, 1, 4, 16)] * 3, causal=True, kernel=kernel, scale=scale)
+
+
+@pytest.mark.parametrize(
+    "kernel,options,message",
+    [
+        ("vectorized_torch", {"deterministic": True}, "got the option deterministic=True; it takes no options"),
+        ("flash_attention_triton", {"tile": 64}, "got the option tile=64; it takes deterministic, path"),
+        ("flash_attention_triton", {"deterministic": 1}, "got deterministic=1; it takes False, True"),
+        ("flash_attention_triton", {"path": "cuda"}, "got path='cuda'; it takes 'auto', 'portable', 'hopper'"),
+        ("flash_attention_triton", {"path": ["auto"]}, r"got path=\['auto'\]; it takes 'auto'"),
+    ],
+)
+def test_unknown_options_are_refused(kernel, options, message):
+    with pytest.raises(ValueError, match=f"^attention kernel '{kernel}': {message}"):
+        attention(*[z(1, 1, 4, 16)] * 3, causal=True, kernel=kernel, **options)
 
 
 @pytest.mark.parametrize(
@@ -185,6 +226,19 @@ def test_bad_tensors_are_refused(q, k, v, message):
         ("torch_sdpa_cudnn", {}, "got device 'cpu'; it runs on cuda"),
         ("torch_sdpa_cudnn", {"device": "cuda", "dtype": torch.float32}, "takes float16, bfloat16 on cuda"),
         ("torch_sdpa_cudnn", {"device": "cuda", "dtype": torch.float16, "head_dim": 100}, "multiples of 8"),
+        ("vectorized_torch", {"dtype": torch.int32, "backward": True}, "got int32; it takes float32"),
+        ("flash_attention_cuda", {}, "got device 'cpu'; it runs on cuda"),
+        ("flash_attention_cuda", {"device": "cuda"}, "got float32; it takes float16, bfloat16 on cuda"),
+        (
+            "flash_attention_cuda",
+            {"device": "cuda", "dtype": torch.float16, "head_dim": 96},
+            "got head_dim 96; it takes 64 to 128 in multiples of 64",
+        ),
+        (
+            "flash_attention_4",
+            {"device": "cuda", "dtype": torch.float16, "head_dim": 256},
+            "got head_dim 256; it takes 64",
+        ),
         ("torch_sdpa_flash", {"device": "cuda"}, "got float32; it takes float16, bfloat16 on cuda"),
         ("torch_flex", {"head_dim": 8}, "got head_dim 8; it takes 16 to 256"),
         ("torch_flex", {"backward": True}, "got a backward pass on cpu"),
@@ -194,6 +248,36 @@ def test_bad_tensors_are_refused(q, k, v, message):
 def test_support_is_known_before_there_is_a_tensor(kernel, options, message):
     with pytest.raises(ValueError, match=message):
         check_support(kernel, **({"device": "cpu", "dtype": torch.float32, "head_dim": 64} | options))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="FlashAttention-4 may be installed")
+def test_the_missing_peer_says_what_to_install():
+    with pytest.raises(ValueError, match="'flash_attention_4'.*flash_attn.cute.*pip install flash-attn-4"):
+        check_support("flash_attention_4", device="cuda", dtype=torch.float16, head_dim=64)
+
+
+def test_flash_attention_4_gets_what_its_package_takes(monkeypatch):
+    """A stand-in for the package: (B, T, H, D) tensors, a mask from the bottom right, and a pair as the result."""
+
+    def flash_attn_func(q, k, v, causal, softmax_scale):
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        assert q.is_contiguous()  # what the caller has, not a copy
+        if causal:
+            assert q.shape[2] == k.shape[2]
+        o, lse = reference_attention(q, k, v, causal=causal, scale=softmax_scale)
+        return o.transpose(1, 2), lse
+
+    module = types.ModuleType("flash_attn.cute")
+    module.flash_attn_func = flash_attn_func
+    monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", module)
+    q, k, v, _ = inputs(9, 13, 16, heads=4, kv_heads=2)
+    for causal in (False, True):
+        for scale in (None, 0.3):
+            expected, _ = reference_attention(q, k, v, causal=causal, scale=scale)
+            torch.testing.assert_close(flash_attention_4(q, k, v, causal, scale), expected)
+    with pytest.raises(ValueError, match="'flash_attention_4': got causal with q_len 9 > k_len 5"):
+        flash_attention_4(q, k[:, :, :5], v[:, :, :5], True)
 
 
 def test_what_is_supported_passes():
@@ -212,6 +296,8 @@ def test_sdpa_refuses_causal_with_more_queries_than_keys():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("kernel", list(KERNELS))
 def test_bf16_on_a_gpu(kernel):
+    if (reason := get_kernel(kernel).unavailable) and (reason := reason("cuda", torch.bfloat16)):
+        pytest.skip(reason)
     for causal in (False, True):
         q, k, v, do = inputs(256, 256, 64, heads=4, kv_heads=2, dtype=torch.bfloat16, batch=2, device="cuda")
         assert_as_good_as_pytorch(kernel, q, k, v, do, causal)

@@ -38,6 +38,31 @@ def test_more_shapes_than_dynamo_recompiles_for_stay_compiled():
     assert counter.frame_count == 12
 
 
+@pytest.mark.parametrize("kernel", ["vectorized_torch_compiled", "torch_flex"])
+def test_a_scale_of_the_callers(kernel):
+    assert_as_good_as_pytorch(kernel, *inputs(20, 20, 16), True, backward=kernel != "torch_flex", scale=0.3)
+
+
+@pytest.mark.parametrize("layout", ["heads first", "tokens first", "packed"])
+def test_the_operators_fakes_are_as_their_results(layout):
+    """Shapes, strides and dtypes of what torch.compile is told beside what comes, and a schema that is true."""
+    from lmsys.attention.flash_triton import flash_backward, flash_forward
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if layout == "packed":
+        q, k, v = torch.randn(2, 20, 3, 4, 16, device=device).permute(2, 0, 3, 1, 4).unbind(0)
+    else:
+        q, k, v, _ = inputs(20, 30, 16, heads=4, kv_heads=2, batch=2, device=device)
+    if layout == "tokens first":
+        q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))
+    options = (True, 0.25, False, "auto")
+    o, lse = flash_forward(q, k, v, *options)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(flash_forward, (q, k, v, *options), test_utils=tests)
+    do = torch.ones((), device=device).expand(o.shape)
+    torch.library.opcheck(flash_backward, (q, k, v, o, lse, do, *options), test_utils=tests)
+
+
 @pytest.mark.parametrize(
     "kernel", ["scaled_dot_prod_attention", "vectorized_torch", "flash_attention_torch", "flash_attention_triton"]
 )
@@ -45,9 +70,11 @@ def test_attention_compiles_without_a_graph_break(kernel):
     """The checks, the choice of the kernel and the kernel itself, forward and backward, in one graph each."""
     torch._dynamo.reset()
 
+    options = {"deterministic": True, "path": "portable"} if kernel == "flash_attention_triton" else {}
+
     def layer(x):
         q, k, v = x.unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4).unbind(0)
-        return attention(q, k, v, causal=True, kernel=kernel).transpose(1, 2).flatten(-2)
+        return attention(q, k, v, causal=True, kernel=kernel, scale=0.3, **options).transpose(1, 2).flatten(-2)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x = torch.randn(1, 20, 96, device=device, requires_grad=True)

@@ -57,6 +57,8 @@ def _visible(q: Tensor, k: Tensor, v: Tensor, name: str) -> tuple[Tensor, Tensor
         raise ValueError(
             f"attention kernel '{name}': got causal with q_len {q_len} > k_len {k_len}; it takes q_len <= k_len"
         )
+    if q_len == k_len:  # a slice would cost the backward pass a copy
+        return k, v
     return k[:, :, :q_len], v[:, :, :q_len]
 
 
