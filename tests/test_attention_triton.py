@@ -196,7 +196,7 @@ def test_a_call_like_an_earlier_one_launches_what_was_compiled(monkeypatch):
     tensors, counts = call(scale=0.25)
     assert counts == (0, 1)
     (grid, bound), (fast_grid, launched) = tuned.calls[0], tuned.launches[0]
-    assert fast_grid == grid == (3 * 2 * 3,)  # 40 queries in tiles of 16, for 2 * 3 heads
+    assert fast_grid == grid == (3 * 2 * 3, 1, 1)  # 40 queries in tiles of 16, for 2 * 3 heads
     assert launched[:5] == tuple(t.data_ptr() for t in tensors)
     assert launched[5:] == (0.25, *bound[6:], 16, 32)  # all of the kernel's arguments, in its order
     assert len(launched) == len(flash_triton._forward_kernel.arg_names)

@@ -404,12 +404,12 @@ class _Launcher:
         kernel: Any,
         which: int,
         constants: Callable[[Tensor, Tensor], tuple[Any, ...]],
-        grid: Callable[[Tensor, Tensor, int, int], tuple[int]],
+        grid: Callable[[Tensor, Tensor, int, int], tuple[int, int, int]],
     ) -> None:
         """constants: the kernel's own constant arguments; grid: from the block sizes. Both also take q and k."""
         self.tuned = _tuned(kernel, which)
         self.constants, self.grid = constants, grid
-        self.compiled: dict[tuple[Any, ...], tuple[Any, tuple[int], tuple[Any, ...]]] = {}
+        self.compiled: dict[tuple[Any, ...], tuple[Any, tuple[int, int, int], tuple[Any, ...]]] = {}
 
     def __call__(self, tensors: tuple[Tensor, ...], scale: float, causal: bool) -> None:
         q, k, v = tensors[:3]
@@ -445,7 +445,7 @@ class _Launcher:
         )  # fmt: skip
         blocks = (0, 0)
 
-        def grid(chosen: dict[str, Any]) -> tuple[int]:
+        def grid(chosen: dict[str, Any]) -> tuple[int, int, int]:
             nonlocal blocks
             blocks = chosen["BLOCK_Q"], chosen["BLOCK_K"]
             return self.grid(q, k, *blocks)
@@ -459,12 +459,12 @@ class _Launcher:
         self.compiled[signature] = kernel, self.grid(q, k, *blocks), (*constants, *blocks)
 
 
-def _query_tiles(q: Tensor, k: Tensor, block_q: int, block_k: int) -> tuple[int]:
-    return (-(-q.shape[2] // block_q) * q.shape[0] * q.shape[1],)
+def _query_tiles(q: Tensor, k: Tensor, block_q: int, block_k: int) -> tuple[int, int, int]:
+    return -(-q.shape[2] // block_q) * q.shape[0] * q.shape[1], 1, 1
 
 
-def _key_tiles(q: Tensor, k: Tensor, block_q: int, block_k: int) -> tuple[int]:
-    return (-(-k.shape[2] // block_k) * k.shape[0] * k.shape[1],)
+def _key_tiles(q: Tensor, k: Tensor, block_q: int, block_k: int) -> tuple[int, int, int]:
+    return -(-k.shape[2] // block_k) * k.shape[0] * k.shape[1], 1, 1
 
 
 def _length_class(q: Tensor, k: Tensor) -> int:
