@@ -58,7 +58,10 @@ def test_each_rule_gives_its_reason(hopper_machine):
     for case, reason in (
         (half(dtype=torch.float32), "dtype is float32; it takes float16 and bfloat16"),
         (half(head_dim=80), "head_dim is 80; it takes 64 and 128"),
-        ((q, k.transpose(-2, -1).contiguous().transpose(-2, -1), v), "k's last dimension has stride 8; it takes 1"),
+        (
+            (q, k.transpose(-2, -1).contiguous().transpose(-2, -1), v),
+            "k has stride 8 in its last dimension; it takes 1",
+        ),
         ((q, k, uneven), r"v has strides \(1088, 544, 68, 1\); it takes positive multiples of 16 bytes"),
         ((q[:, :1].expand_as(q), k, v), r"q has strides \(1024, 0, 64, 1\)"),
         ((torch.empty(1, 2**20, 2**11, 64, device="meta", dtype=torch.float16), k, v), "less than 2.31"),
@@ -70,8 +73,14 @@ def test_each_rule_gives_its_reason(hopper_machine):
 
 
 def test_all_reasons_are_given(hopper_machine):
-    _, reasons = chosen(*half(head_dim=80, dtype=torch.float32))
-    assert len(reasons) == 2 and "float32" in reasons[0] and "80" in reasons[1]
+    case = half(head_dim=80, dtype=torch.float32)
+    assert len(chosen(*case).reasons) == 1  # the first decides
+    assert explain(*case).reasons == (
+        "dtype is float32; it takes float16 and bfloat16",
+        "head_dim is 80; it takes 64 and 128",
+    )
+    with pytest.raises(ValueError, match="dtype is float32.*; head_dim is 80"):
+        chosen(*case, path="hopper")
 
 
 def test_an_address_off_the_alignment_is_refused(hopper_machine, monkeypatch):

@@ -139,7 +139,8 @@ def test_no_output_is_left_unwritten(monkeypatch):
         return lambda *args, **options: function(*args, **options).fill_(float("nan"))
 
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+    for name in ("new_empty", "new_empty_strided"):
+        monkeypatch.setattr(torch.Tensor, name, poisoned(getattr(torch.Tensor, name)))
     q, k, v, do = inputs(35, 45, 20, heads=2, device=DEVICE)
     for causal in (False, True):
         options = causal, 0.2, False, "portable"

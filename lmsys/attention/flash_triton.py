@@ -520,8 +520,8 @@ def portable_backward(
 def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     """o is laid out (B, T, H, D), as the output projection wants it, and seen as (B, H, T, D)."""
     batch, heads, q_len, head_dim = q.shape
-    o = q.new_empty(batch, q_len, heads, head_dim).transpose(1, 2)
-    return o, q.new_empty(batch, heads, q_len, dtype=torch.float32)
+    o = q.new_empty_strided(q.shape, (q_len * heads * head_dim, head_dim, heads * head_dim, 1))
+    return o, q.new_empty((batch, heads, q_len), dtype=torch.float32)
 
 
 # --- Operators: the choice of the path, and what torch.compile sees -------------------------------
