@@ -115,6 +115,7 @@ def attention_sweep(arguments: argparse.Namespace) -> None:
 
     sweep = attention.settings(
         scale=arguments.scale,
+        groups=arguments.groups,
         kernels=arguments.kernels,
         custom_tiers=arguments.custom_tiers,
         batch=arguments.batch,
@@ -128,12 +129,14 @@ def attention_sweep(arguments: argparse.Namespace) -> None:
         iterations=arguments.iters,
         device=arguments.device,
         seed=arguments.seed,
+        keep=arguments.keep,
+        compile_ahead=arguments.compile_ahead,
     )
     folder = artifacts_dir(arguments.machine)
-    frame = attention.run(sweep, folder, on_row=lambda row: print(attention.row_line(row)))
+    frame = attention.run(sweep, folder, on_row=lambda row: print(attention.row_line(row), flush=True))
     for sentence in attention.conclusions(frame):
         print(sentence.replace("**", ""))
-    _print_written([folder / "attention_sweep_results.csv", *attention.write_report(frame, folder)])
+    _print_written([folder / "attention_sweep_results.csv", *attention.write_report(frame, folder).values()])
 
 
 def bench_tokenizer(arguments: argparse.Namespace) -> None:
@@ -280,10 +283,20 @@ def _parser() -> argparse.ArgumentParser:
         "attention-sweep",
         attention_sweep,
         "Compare attention kernels over sequence lengths",
-        "Each point is checked against float64, then timed; running out of memory is a row.",
+        "Each point is checked against float64, then timed; running out of memory is a row.\n"
+        "custom_tiers, batch, heads, kv_heads and head_dim are those of the group tiers, which they select.",
         "attention-sweep --custom_tiers 128:64 256:128 --warmup 10 --iters 50",
     )
     add_scale(added, "auto")
+    added.add_argument(
+        "--groups", nargs="+", metavar="G", help="throughput, grouped_query, few_blocks, tiers (default: the scale's)"
+    )
+    added.add_argument(
+        "--keep", action="store_true", help="keep the results' rows of groups that this run does not measure"
+    )
+    added.add_argument(
+        "--compile_ahead", type=int, help="processes that compile before the timing (default: the scale's)"
+    )
     added.add_argument("--kernels", nargs="+", metavar="K", help="kernels by name (default: all)")
     added.add_argument(
         "--custom_tiers", nargs="+", metavar="Q:K", help="lengths, powers of two, in place of the scale's"

@@ -6,11 +6,13 @@ A kernel keeps its colour in every figure; the implementations we compare with a
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from lmsys.bench.standings import GROUPS, PORTABLE, of_group, with_series
 from lmsys.records import atomic_path
 
 # Okabe and Ito's colour-blind safe palette; the last two extend it.
@@ -20,6 +22,7 @@ COLOURS = {
     "vectorized_torch_compiled": "#0072B2",
     "flash_attention_torch": "#009E73",
     "flash_attention_triton": "#D55E00",
+    PORTABLE: "#F4A582",
     "flash_attention_cuda": "#882255",
     "torch_sdpa_flash": "#F0C808",
     "torch_sdpa_cudnn": "#E69F00",
@@ -59,19 +62,89 @@ def _panels(frame, which: str | None = None):
 
 
 def _shape(frame) -> str:
-    row = frame.iloc[0]
-    return f"batch {row.batch}, {row.heads} heads, head_dim {row.head_dim}; {row.device}"
+    """What all rows have in common."""
+    parts = [
+        f"{label} {frame[column].iloc[0]}"
+        for column, label in (("batch", "batch"), ("heads", "heads"), ("head_dim", "head_dim"))
+        if frame[column].nunique() == 1
+    ]
+    return "; ".join([", ".join(parts), frame.device.iloc[0]] if parts else [frame.device.iloc[0]])
+
+
+def _is_peer(series: str) -> bool:
+    return series in PEERS
+
+
+def _line_style(series: str) -> dict[str, Any]:
+    return {
+        "color": COLOURS.get(series, "#444444"),
+        "linestyle": "--" if _is_peer(series) else "-",
+        "marker": "o",
+        "markersize": 4,
+        "linewidth": 2.4 if series == "flash_attention_triton" else 1.4,
+        "label": series,
+    }
+
+
+def _legend(figure, axes) -> None:
+    """One legend for all axes, each name once."""
+    found = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    if found:
+        figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+
+
+def _throughput_lines(axis, points, title: str, most: float) -> None:
+    """TFLOP/s of each series against the length, on an axis from 0 to most."""
+    for series, group in points[points.status == "ok"].groupby("series", sort=False):
+        group = group.sort_values("q_len")
+        axis.plot(group.q_len, group.tflops, **_line_style(series))
+        slow, fast = (group.tflops * group.median_ms / group[name] for name in ("p80_ms", "p20_ms"))
+        axis.fill_between(group.q_len, slow, fast, color=COLOURS.get(series, "#444444"), alpha=0.15, linewidth=0)
+    axis.set_xscale("log", base=2)
+    lengths = sorted(set(points.q_len))
+    axis.set_xticks(lengths, [str(n) for n in lengths], fontsize=8)
+    axis.set_ylim(0, 1.05 * most if most > 0 else None)
+    axis.set_ylabel("TFLOP/s")
+    axis.set_xlabel("sequence length")
+    axis.set_title(title, loc="left", fontsize=11)
+
+
+def _tokens(frame) -> str:
+    tokens, width = (frame.batch * frame.q_len).min(), (frame.heads * frame.head_dim).iloc[0]
+    return f"batch x length {tokens:,} tokens or one sequence, heads x head_dim {width:,}; {frame.device.iloc[0]}"
+
+
+def attention_throughput(frame, which: str = "forward") -> Figure:
+    """TFLOP/s against the sequence length, a panel for each head dim (across) and dtype and mask (down)."""
+    frame = with_series(frame[frame["pass"] == which])
+    panels, head_dims = _panels(frame), sorted(set(frame.head_dim))
+    figure, axes = _figure(5.2 * len(head_dims) + 0.6, 3.6 * len(panels) + 1.0, len(panels), len(head_dims))
+    for line, (title, group) in zip(axes, panels, strict=True):
+        for axis, head_dim in zip(line, head_dims, strict=True):
+            _throughput_lines(
+                axis,
+                group[group.head_dim == head_dim],
+                f"{PASS_TITLES[which].capitalize()}, {title}, head_dim {head_dim}",
+                frame.tflops.max(),
+            )
+    _legend(figure, axes.flat)
+    figure.suptitle(_tokens(frame), fontsize=9, color="#555555")
+    return figure
 
 
 def attention_bars(frame, which: str = "forward") -> Figure:
     """Grouped bars: the time of each kernel at each tier, on a log scale, with 20th to 80th percentile."""
+    frame = with_series(frame)
     panels = _panels(frame, which)
-    tiers = [f"{q}:{k}" for q, k in dict.fromkeys(zip(frame.q_len, frame.k_len, strict=True))]
-    kernels = list(dict.fromkeys(frame[frame.status != "unsupported"].kernel))
+    tiers = list(dict.fromkeys(map(_point_name, frame.itertuples())))
+    kernels = list(dict.fromkeys(frame[frame.status != "unsupported"].series))
     figure, axes = _figure(max(7.5, 1.25 * len(tiers) + 1.5), 3.6 * len(panels) + 1.0, len(panels))
-    width = 0.86 / len(kernels)
+    width = 0.86 / max(1, len(kernels))
     for axis, (title, group) in zip(axes[:, 0], panels, strict=True):
-        points = {(row.kernel, f"{row.q_len}:{row.k_len}"): row for row in group.itertuples()}
+        points = {(row.series, _point_name(row)): row for row in group.itertuples()}
         for i, kernel in enumerate(kernels):
             x = np.arange(len(tiers)) + (i - (len(kernels) - 1) / 2) * width
             timed = [points.get((kernel, tier)) for tier in tiers]
@@ -84,7 +157,7 @@ def attention_bars(frame, which: str = "forward") -> Figure:
                 width,
                 label=kernel,
                 color=COLOURS.get(kernel, "#444444"),
-                hatch="////" if kernel in PEERS else None,
+                hatch="////" if _is_peer(kernel) else None,
                 edgecolor="white",
                 linewidth=0.4,
                 yerr=np.vstack([np.maximum(median - low, 0), np.maximum(high - median, 0)]),
@@ -100,99 +173,136 @@ def attention_bars(frame, which: str = "forward") -> Figure:
         axis.set_ylabel("time, ms (log)")
         axis.set_title(f"Attention {PASS_TITLES[which]}, {title}", loc="left", fontsize=11)
     axes[-1, 0].set_xlabel("queries : keys")
-    figure.legend(
-        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9
-    )
+    _legend(figure, axes[:1, 0])
     figure.suptitle(_shape(frame), fontsize=9, color="#555555")
     return figure
+
+
+def _point_name(row: Any) -> str:
+    """A shape as a tick: its lengths, and what sets it apart from the plain case."""
+    name = f"{row.q_len}:{row.k_len}"
+    return name if row.heads == row.kv_heads else f"{name}\n{row.heads}/{row.kv_heads} heads"
 
 
 def attention_heatmap(frame) -> Figure:
-    """Speed of each kernel at each tier relative to the fastest implementation there; the cell says TFLOP/s."""
+    """Speed of each kernel at each point relative to the fastest implementation there; the cell says TFLOP/s.
+
+    A panel for each group of points, pass and mask; the tiers' only where there is no other group (their bars say the same).
+    """
+    groups = [group for group in GROUPS if len(of_group(frame, group))]
+    frame = with_series(frame)
     panels = [
-        (f"{PASS_TITLES[which]}, {title}", group)
+        (f"{group.replace('_', ' ')}, {PASS_TITLES[which]}, {title}", points)
+        for group in (groups[:-1] if len(groups) > 1 and groups[-1] == "tiers" else groups)
         for which in dict.fromkeys(frame["pass"])
-        for title, group in _panels(frame, which)
+        for title, points in _panels(of_group(frame, group), which)
     ]
-    kernels = list(dict.fromkeys(frame.kernel))
-    tiers = list(dict.fromkeys(zip(frame.q_len, frame.k_len, strict=True)))
-    height = 0.42 * len(kernels) + 1.0
-    figure, axes = _figure(max(7.0, 0.85 * len(tiers) + 3.0), height * len(panels) + 0.6, len(panels))
-    for axis, (title, group) in zip(axes[:, 0], panels, strict=True):
-        points = {(row.kernel, (row.q_len, row.k_len)): row for row in group.itertuples()}
-        speed = np.full((len(kernels), len(tiers)), np.nan)
-        for i, kernel in enumerate(kernels):
-            for j, tier in enumerate(tiers):
-                row = points.get((kernel, tier))
-                if row and row.status == "ok":
-                    speed[i, j] = row.tflops
-        with np.errstate(invalid="ignore"):
-            best = np.nanmax(speed, axis=0, initial=0)
-            relative = speed / np.where(best > 0, best, np.nan)
-        image = axis.imshow(relative, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        for i, kernel in enumerate(kernels):
-            for j, tier in enumerate(tiers):
-                row = points.get((kernel, tier))
-                if not row:
-                    continue
-                text = f"{row.tflops:.3g}" if row.status == "ok" else {"unsupported": "–"}.get(row.status, row.status)
-                dark = not relative[i, j] > 0.6
-                axis.text(
-                    j,
-                    i,
-                    text,
-                    ha="center",
-                    va="center",
-                    fontsize=8,
-                    color="white" if dark and row.status == "ok" else "black",
-                )
-        axis.grid(False)
-        axis.set_xticks(range(len(tiers)), [f"{q}:{k}" for q, k in tiers], fontsize=8)
-        axis.set_yticks(range(len(kernels)), kernels, fontsize=8)
+    sizes = [(points.series.nunique(), len(_columns(points))) for _, points in panels]
+    heights = [0.42 * kernels + 1.1 for kernels, _ in sizes]
+    figure = Figure(figsize=(max(7.0, 0.85 * max(n for _, n in sizes) + 3.0), sum(heights) + 0.6), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)
+    for axis, (title, points) in zip(axes[:, 0], panels, strict=True):
+        image = _heat(axis, points)
         axis.set_title(f"TFLOP/s, {title}", loc="left", fontsize=11)
         figure.colorbar(image, ax=axis, label="relative to\nthe fastest", pad=0.01)
-    figure.suptitle(_shape(frame), fontsize=9, color="#555555")
+    figure.suptitle(frame.device.iloc[0], fontsize=9, color="#555555")
     return figure
 
 
+def _columns(points) -> list[tuple]:
+    return list(
+        dict.fromkeys(zip(points.head_dim, points.heads, points.kv_heads, points.q_len, points.k_len, strict=True))
+    )
+
+
+def _heat(axis, points):
+    """One panel of the heatmap; its image."""
+    kernels, columns = list(dict.fromkeys(points.series)), _columns(points)
+    cells = {
+        (row.series, (row.head_dim, row.heads, row.kv_heads, row.q_len, row.k_len)): row for row in points.itertuples()
+    }
+    speed = np.full((len(kernels), len(columns)), np.nan)
+    for (kernel, column), row in cells.items():
+        if row.status == "ok":
+            speed[kernels.index(kernel), columns.index(column)] = row.tflops
+    with np.errstate(invalid="ignore"):
+        best = np.nanmax(speed, axis=0, initial=0)
+        relative = speed / np.where(best > 0, best, np.nan)
+    image = axis.imshow(relative, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    for (kernel, column), row in cells.items():
+        i, j = kernels.index(kernel), columns.index(column)
+        text = f"{row.tflops:.3g}" if row.status == "ok" else {"unsupported": "-"}.get(row.status, row.status)
+        light = row.status == "ok" and not relative[i, j] > 0.6
+        axis.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if light else "black")
+    many = len({column[0] for column in columns}) > 1
+    axis.set_xticks(range(len(columns)), [_column_name(column, many) for column in columns], fontsize=8)
+    axis.set_yticks(range(len(kernels)), kernels, fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    return image
+
+
+def _column_name(column: tuple, with_head_dim: bool) -> str:
+    head_dim, heads, kv_heads, q_len, k_len = column
+    name = str(q_len) if q_len == k_len else f"{q_len}:{k_len}"
+    if heads != kv_heads:
+        name += f"\n{heads}/{kv_heads} heads"
+    return f"{name}\nd {head_dim}" if with_head_dim else name
+
+
 def attention_scaling(frame) -> Figure:
-    """Time and peak memory against the sequence length at square tiers, log-log: a panel row for each pass and setting."""
-    square = frame[frame.q_len == frame.k_len]
-    if square.empty:
-        square = frame
-    panels = [
-        (f"{PASS_TITLES[which]}, {title}", group)
-        for which in dict.fromkeys(square["pass"])
-        for title, group in _panels(square, which)
-    ]
-    figure, axes = _figure(10.0, 3.7 * len(panels) + 0.9, len(panels), 2)
-    for (left, right), (title, group) in zip(axes, panels, strict=True):
-        for kernel, points in group[group.status == "ok"].groupby("kernel", sort=False):
-            points = points.sort_values("q_len")
-            style = {
-                "color": COLOURS.get(kernel, "#444444"),
-                "linestyle": "--" if kernel in PEERS else "-",
-                "marker": "o",
-                "markersize": 4,
-                "linewidth": 2.4 if kernel == "flash_attention_triton" else 1.4,
-                "label": kernel,
-            }
-            left.plot(points.q_len, points.median_ms, **style)
-            left.fill_between(points.q_len, points.p20_ms, points.p80_ms, color=style["color"], alpha=0.15, linewidth=0)
-            right.plot(points.q_len, points.peak_mib, **style)
-        for axis, label in ((left, "time, ms"), (right, "peak memory, MiB")):
+    """Growth with the length at square shapes: TFLOP/s at each head dim of the group throughput, and time and peak memory at the
+    tiers (log-log), a row of panels for each pass and setting; causal only where both masks were measured.
+    """
+    frame = with_series(frame[frame.q_len == frame.k_len] if (frame.q_len == frame.k_len).any() else frame)
+    throughput, tiers = of_group(frame, "throughput"), of_group(frame, "tiers")
+    if throughput.empty and tiers.empty:
+        tiers = frame
+    speed, growth = _by_pass(throughput), _by_pass(tiers)
+    head_dims = sorted(set(throughput.head_dim))
+    columns = max(2 if growth else 1, len(head_dims))
+    figure, axes = _figure(5.0 * columns, 3.7 * len(speed + growth) + 0.9, len(speed + growth), columns)
+    for line, (title, group) in zip(axes, speed, strict=False):
+        for axis, head_dim in zip(line, head_dims, strict=False):
+            _throughput_lines(
+                axis,
+                group[group.head_dim == head_dim],
+                f"{title.capitalize()}, head_dim {head_dim}",
+                group.tflops.max(),
+            )
+        for axis in line[len(head_dims) :]:
+            axis.set_visible(False)
+    for line, (title, group) in zip(axes[len(speed) :], growth, strict=True):
+        for axis, column, label in ((line[0], "median_ms", "time, ms"), (line[1], "peak_mib", "peak memory, MiB")):
+            for series, points in group[group.status == "ok"].groupby("series", sort=False):
+                points = points.sort_values("q_len")
+                axis.plot(points.q_len, points[column], **_line_style(series))
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
             axis.set_xlabel("sequence length")
             axis.set_ylabel(label)
             axis.set_title(f"{label.split(',')[0].capitalize()}: {title}", loc="left", fontsize=11)
             lengths = sorted(set(group.q_len))
-            axis.set_xticks(lengths, [str(n) for n in lengths])
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    figure.suptitle(_shape(frame), fontsize=9, color="#555555")
+            axis.set_xticks(lengths, [str(n) for n in lengths], fontsize=8)
+        for axis in line[2:]:
+            axis.set_visible(False)
+    _legend(figure, axes.flat)
+    figure.suptitle(
+        "; ".join([*([_shape(tiers)] if growth else []), *([_tokens(throughput)] if speed else [])]),
+        fontsize=9,
+        color="#555555",
+    )
     return figure
+
+
+def _by_pass(frame):
+    """(title, rows) for each pass and setting; without the unmasked ones where there are causal ones."""
+    if frame.causal.any():
+        frame = frame[frame.causal]
+    return [
+        (f"{PASS_TITLES[which]}, {title}", group)
+        for which in dict.fromkeys(frame["pass"])
+        for title, group in _panels(frame, which)
+    ]
 
 
 def loss_curve(frame, title: str = "") -> Figure:

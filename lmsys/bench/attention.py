@@ -1,14 +1,30 @@
-"""The attention sweep: kernels x tiers of query and key lengths, each point checked and then timed.
+"""The attention sweep: kernels x shapes x passes, each point checked and then timed.
 
-A point's output is compared with the float64 oracle on one head, beside PyTorch's plain attention in the same dtype, before
-it is timed; a kernel whose error passes twice PyTorch's is a row with status error, not a time.
+Four groups of shapes (the column tier), each with a question of its own:
+
+- throughput: lengths x head dims, causal and not, at a constant number of tokens and a constant heads x head_dim, as in
+  FlashAttention's benchmarks (arXiv:2307.08691, section 4.1): which kernel is how fast.
+- grouped_query: several query heads a key head, causal.
+- few_blocks: few queries and heads with long keys, where a tile of queries for each processor is not to be had.
+- tiers: one batch and number of heads at pairs of lengths, with the kernels that store all scores beside those that do not.
+
+A point's output is compared with the float64 oracle on one key head, beside PyTorch's plain attention in the same dtype, before
+it is timed; a kernel whose error passes twice PyTorch's is a row with status error, not a time. All kernels of a point are
+checked (and so compiled) first, then timed one after the other, so that a ratio compares times taken seconds apart.
+Where the default path of flash_attention_triton is not the portable one, the portable one is measured as well: see the column path.
 """
 
 from __future__ import annotations
 
+import csv
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import gc
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +33,27 @@ import torch
 from lmsys import cost, records
 from lmsys.attention import KERNELS, attention, check_support, get_kernel
 from lmsys.attention.reference import reference_attention, scaled_dot_prod_attention
+from lmsys.bench import standings
 from lmsys.bench.measure import Measurement, is_out_of_memory, measure, method, release
+from lmsys.bench.standings import GROUPS
 from lmsys.config import require, resolve_scale, unknown_name
 from lmsys.device import device_name, resolve_device
 
 PASSES = ("forward", "backward", "forward_backward")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-EXTRA_COLUMNS = ("tier", "kv_heads", "error", "error_pytorch", "device", "note")
-_REFERENCE_ELEMENTS = 2**28  # scores that the float64 check of one head may hold: 2 GiB each for scores and softmax
-_BUDGET_S = 1.0  # a kernel that takes seconds at a point gets three samples there, not thirty
+NAME = "attention_sweep_results"
+EXTRA_COLUMNS = ("tier", "kv_heads", "path", "error", "error_pytorch", "device", "note")
+_REFERENCE_ELEMENTS = 2**28  # scores that the float64 check may hold: 2 GiB each for scores and softmax
+_BUDGET_S = 0.6  # a kernel that takes long at a point gets fewer samples there, not under three
+_COMPILE_LIMIT_S = 240.0  # compiling ahead ends here; what is not done by then is compiled when it is measured
 _ERROR_FLOOR = (
     4e-6  # fp32 of a few keys: PyTorch's own error is near 0 there, that of another order of operations is not
 )
 
 # Kernels that hold all q_len x k_len scores: how many such arrays a forward pass holds at once at the least.
 _QUADRATIC = {"scaled_dot_prod_attention": 3, "vectorized_torch": 2, "vectorized_torch_compiled": 1}
+_TIERS_ONLY = (*_QUADRATIC, "flash_attention_torch")  # ten to a hundred times slower than the rest
+_COMPILED = ("torch_flex", "flash_attention_4", "flash_attention_triton")  # in seconds, to a cache on disk
 
 
 @dataclass(frozen=True)
@@ -60,10 +82,65 @@ TIERS: dict[str, tuple[Tier, ...]] = {
 
 
 @dataclass(frozen=True)
+class Grid:
+    """The shapes of the groups beside the tiers.
+
+    Attributes:
+        tokens: batch x length of throughput and grouped_query (batch 1 where a length is more than that).
+        width: heads x head_dim. lengths, head_dims: of throughput.
+        grouped_lengths, ratios: lengths and query heads a key head, of grouped_query.
+        few: (heads, query lengths, key length) of few_blocks, at batch 1.
+    """
+
+    tokens: int
+    width: int
+    lengths: tuple[int, ...]
+    head_dims: tuple[int, ...]
+    grouped_lengths: tuple[int, ...]
+    ratios: tuple[int, ...]
+    few: tuple[int, tuple[int, ...], int]
+
+
+GRIDS = {
+    "smoke": Grid(64, 32, (64,), (16,), (64,), (2,), (1, (16,), 128)),
+    "cpu": Grid(256, 128, (128, 256), (64,), (128,), (2,), (1, (16,), 256)),
+    "full": Grid(
+        tokens=16384,
+        width=2048,
+        lengths=(512, 1024, 2048, 4096, 8192, 16384, 32768),
+        head_dims=(64, 128),
+        grouped_lengths=(4096, 16384),
+        ratios=(4, 8),
+        few=(4, (128, 1024), 32768),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape; tier is the group's name, or in the group tiers the tier's own."""
+
+    tier: str
+    batch: int
+    heads: int
+    kv_heads: int
+    q_len: int
+    k_len: int
+    head_dim: int
+    dtype: str
+    causal: bool
+
+    @property
+    def group(self) -> str:
+        return self.tier if self.tier in GROUPS else "tiers"
+
+
+@dataclass(frozen=True)
 class SweepSettings:
     """What a sweep runs; make it with settings(), which fills it from a scale and checks it."""
 
     scale: str
+    groups: tuple[str, ...]
     kernels: tuple[str, ...]
     tiers: tuple[Tier, ...]
     batch: int
@@ -77,10 +154,13 @@ class SweepSettings:
     iterations: int
     device: str
     seed: int
+    keep: bool
+    compile_ahead: int
 
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {
+        "groups": ("throughput", "tiers"),
         "batch": 1,
         "heads": 1,
         "head_dim": 16,
@@ -88,8 +168,10 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "causal": (True,),
         "warmup": 1,
         "iterations": 2,
+        "compile_ahead": 0,
     },
     "cpu": {
+        "groups": GROUPS,
         "batch": 1,
         "heads": 1,
         "head_dim": 64,
@@ -97,15 +179,18 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "causal": (True,),
         "warmup": 1,
         "iterations": 5,
+        "compile_ahead": 0,
     },
     "full": {
+        "groups": GROUPS,
         "batch": 4,
         "heads": 12,
         "head_dim": 64,
         "dtypes": ("bf16",),
         "causal": (True, False),
-        "warmup": 5,
-        "iterations": 30,
+        "warmup": 4,
+        "iterations": 20,
+        "compile_ahead": 8,
     },
 }
 
@@ -127,6 +212,7 @@ def parse_tier(text: str) -> Tier:
 
 def settings(
     scale: str = "auto",
+    groups: Sequence[str] | None = None,
     kernels: Sequence[str] | None = None,
     custom_tiers: Sequence[str] | None = None,
     batch: int | None = None,
@@ -140,21 +226,29 @@ def settings(
     iterations: int | None = None,
     device: str = "auto",
     seed: int = 0,
+    keep: bool = False,
+    compile_ahead: int | None = None,
 ) -> SweepSettings:
-    """The settings of a sweep: the scale's, with what is given in their place. custom_tiers replace the scale's tiers.
+    """The settings of a sweep: the scale's, with what is given in their place.
 
+    Args:
+        groups: of shapes, from GROUPS.
+        custom_tiers: replace the scale's tiers. They, batch, heads, kv_heads and head_dim are the tiers': giving one runs the
+            group tiers alone, unless groups says otherwise.
+        causal: of throughput and tiers; grouped_query is causal, few_blocks is not.
+        keep: rows of groups that this run does not measure stay in the results.
+        compile_ahead: processes that compile before anything is timed; 0 for none.
     Raises:
-        ValueError: unknown kernel, dtype, pass or scale; a tier that is no power of two; a number out of range.
+        ValueError: unknown kernel, dtype, pass, group or scale; a tier that is no power of two; a number out of range.
     """
     scale = resolve_scale(scale)
-    given = {
-        "batch": batch,
-        "heads": heads,
-        "head_dim": head_dim,
+    shape = {"batch": batch, "heads": heads, "head_dim": head_dim}
+    given = shape | {
         "dtypes": dtypes,
         "causal": (causal,) if isinstance(causal, bool) else causal,
         "warmup": warmup,
         "iterations": iterations,
+        "compile_ahead": compile_ahead,
     }
     values = {**_PRESETS[scale], **{key: value for key, value in given.items() if value is not None}}
     kernels = tuple(KERNELS) if kernels is None else tuple(kernels)
@@ -172,9 +266,10 @@ def settings(
             type(values[key]) is int and values[key] >= 1,
             f"{key} is {values[key]!r}; it must be a whole number of 1 or more",
         )
-    require(
-        type(values["warmup"]) is int and values["warmup"] >= 0, f"warmup is {values['warmup']!r}; it must be 0 or more"
-    )
+    for key in ("warmup", "compile_ahead"):
+        require(type(values[key]) is int and values[key] >= 0, f"{key} is {values[key]!r}; it must be 0 or more")
+    of_tiers = bool(custom_tiers) or kv_heads is not None or any(value is not None for value in shape.values())
+    values["groups"] = _groups(groups, values["groups"], kernels, of_tiers)
     kv_heads = values["heads"] if kv_heads is None else kv_heads
     require(
         kv_heads >= 1 and values["heads"] % kv_heads == 0,
@@ -194,8 +289,69 @@ def settings(
         passes=passes,
         device=device,
         seed=seed,
+        keep=keep,
         **{key: tuple(value) if isinstance(value, (list, tuple)) else value for key, value in values.items()},
     )
+
+
+def _groups(
+    given: Sequence[str] | None, preset: tuple[str, ...], kernels: tuple[str, ...], of_tiers: bool
+) -> tuple[str, ...]:
+    """The groups to run: those given, else the scale's, less those that what else was given has no part in."""
+    beyond = any(kernel not in _TIERS_ONLY for kernel in kernels)
+    if given is None:
+        return preset if beyond and not of_tiers else ("tiers",)
+    for name in given:
+        if name not in GROUPS:
+            raise unknown_name("group", name, GROUPS)
+    require(len(given) > 0, f"groups must not be empty; known: {', '.join(GROUPS)}")
+    require(
+        not of_tiers or "tiers" in given,
+        "custom_tiers, batch, heads, kv_heads and head_dim are of the group 'tiers', which is not among the groups given",
+    )
+    require(beyond or tuple(given) == ("tiers",), f"{', '.join(kernels)}: measured in the group 'tiers' only")
+    return tuple(name for name in GROUPS if name in given)
+
+
+def cases(sweep: SweepSettings) -> list[Case]:
+    """The shapes of a sweep, group by group."""
+    grid, made = GRIDS[sweep.scale], []
+    for dtype in sweep.dtypes:
+        for group in sweep.groups:
+            if group == "tiers":
+                shape = (sweep.batch, sweep.heads, sweep.kv_heads)
+                made += [
+                    Case(tier.name, *shape, tier.q_len, tier.k_len, sweep.head_dim, dtype, causal)
+                    for causal in sweep.causal
+                    for tier in sweep.tiers
+                ]
+            elif group == "throughput":
+                made += [
+                    Case(group, max(1, grid.tokens // n), grid.width // d, grid.width // d, n, n, d, dtype, causal)
+                    for causal in sweep.causal
+                    for d in grid.head_dims
+                    for n in grid.lengths
+                ]
+            elif group == "grouped_query":
+                made += [
+                    Case(group, grid.tokens // n, grid.width // d, grid.width // d // ratio, n, n, d, dtype, True)
+                    for d in grid.head_dims
+                    for ratio in grid.ratios
+                    for n in grid.grouped_lengths
+                ]
+            else:
+                heads, q_lens, k_len = grid.few
+                made += [
+                    Case(group, 1, heads, heads, q_len, k_len, d, dtype, False)
+                    for d in grid.head_dims
+                    for q_len in q_lens
+                ]
+    return made
+
+
+def kernels_of(sweep: SweepSettings, case: Case) -> tuple[str, ...]:
+    """The kernels that a case is measured with."""
+    return tuple(name for name in sweep.kernels if case.group == "tiers" or name not in _TIERS_ONLY)
 
 
 def run(
@@ -204,20 +360,28 @@ def run(
     *,
     on_row: Callable[[dict[str, Any]], None] | None = None,
 ):
-    """Run a sweep; write attention_sweep_results.csv and its .json to folder; return the rows as a DataFrame.
+    """Run a sweep; write attention_sweep_results.csv and its .json to folder; return all rows as a DataFrame.
 
     on_row: called with each row as it is measured, to show progress.
+    Raises:
+        ValueError: sweep.keep, and the results in folder do not go with this run's.
     """
     device = resolve_device(sweep.device)
+    kept, kept_stamp = _kept(sweep, Path(folder), device) if sweep.keep else ([], None)
     stamp = dataclasses.asdict(sweep) | {"tiers": [str(tier) for tier in sweep.tiers]}
+    if kept_stamp is not None:
+        stamp["kept"] = kept_stamp
     writer = records.ResultWriter(
-        "attention_sweep_results",
+        NAME,
         folder,
         method=method(device, sweep.warmup, sweep.iterations),
         parameters=stamp,
         extra_columns=EXTRA_COLUMNS,
     )
     with writer:
+        for row in kept:
+            writer.write(row)
+        compile_ahead(sweep)
         for row in rows(sweep, device):
             writer.write(row)
             if on_row:
@@ -225,93 +389,199 @@ def run(
     return records.read_results(writer.path)
 
 
+def _kept(
+    sweep: SweepSettings, folder: Path, device: torch.device
+) -> tuple[list[dict[str, str]], dict[str, Any] | None]:
+    """The rows in folder of groups that this sweep does not measure, as they are written there, and the stamp of their run."""
+    path = folder / f"{NAME}.csv"
+    if not path.exists():
+        return [], None
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        found = list(reader)
+    columns = [*records.SCHEMAS[NAME], *EXTRA_COLUMNS]
+    require(
+        reader.fieldnames == columns,
+        f"{path}: its columns are not those of this version; measure it anew, without keep",
+    )
+    for row in found:
+        require(
+            row["device"] == device_name(device),
+            f"{path} was measured on {row['device']}, this is {device_name(device)}; measure it anew, without keep",
+        )
+    kept = [row for row in found if (row["tier"] if row["tier"] in GROUPS else "tiers") not in sweep.groups]
+    stamp = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    groups = list(dict.fromkeys(row["tier"] if row["tier"] in GROUPS else "tiers" for row in kept))
+    return kept, {"groups": groups, **stamp} if kept else None
+
+
+# --- Compiling ahead ------------------------------------------------------------------------------
+
+
+def compile_ahead(sweep: SweepSettings) -> None:
+    """Run what compiles for seconds once, in several processes, so that the measuring process finds it in the caches on disk.
+
+    Compilers are single threads for the most part: on a host of many cores this takes most of the waiting out of a sweep. Triton and
+    inductor keep such a cache by default, FlashAttention-4 where FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1 is set. What fails here
+    fails again when it is measured, and is a row there.
+    """
+    shares = min(sweep.compile_ahead, os.cpu_count() or 1, len(_compilations(sweep)))
+    if shares < 1:
+        return
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_compile_share, args=(sweep, i, shares), daemon=True) for i in range(shares)]
+    end = time.monotonic() + _COMPILE_LIMIT_S
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+    late = [process for process in processes if process.is_alive()]
+    if late:
+        print(
+            f"compile ahead: {len(late)} of {shares} processes are not done after {_COMPILE_LIMIT_S:g} s and end here"
+        )
+    for process in late:
+        process.kill()
+        process.join()
+
+
+def _compilations(sweep: SweepSettings) -> list[tuple[str, Case]]:
+    """(kernel, case) for each compilation of its own: every shape of torch_flex, every head dim, mask and group of the others."""
+    found = {}
+    for kernel in _COMPILED:
+        for case in cases(sweep):
+            if kernel in kernels_of(sweep, case):
+                own = (case.group, case.head_dim, case.causal, case.kv_heads, case.dtype, case.q_len <= 128)
+                found.setdefault((kernel, case if kernel == "torch_flex" else own), (kernel, case))
+    return list(found.values())
+
+
+def _compile_share(sweep: SweepSettings, share: int, shares: int) -> None:
+    """One process's part: every shares-th compilation."""
+    import torch._inductor.config as inductor
+
+    inductor.compile_threads = 1  # the processes are the parallelism
+    device = resolve_device(sweep.device)
+    for kernel, case in _compilations(sweep)[share::shares]:
+        point = _Point(sweep, case, device)
+        for runner in point.runners(kernel):
+            try:
+                point.outputs(runner, point.backward and device.type in KERNELS[kernel].backward)
+            except Exception as reason:
+                print(f"compile ahead: {kernel}: {type(reason).__name__}: {_first_line(reason)}")
+        del point
+        release(device)
+
+
+# --- Points ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A kernel as it is measured: with which options, and which path each pass then takes."""
+
+    kernel: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    paths: Mapping[str, str] = field(default_factory=dict)
+
+
 def rows(sweep: SweepSettings, device: torch.device) -> Iterator[dict[str, Any]]:
     """Measure each point of a sweep and yield it as a row of the schema."""
-    for dtype_name in sweep.dtypes:
-        for causal in sweep.causal:
-            for tier in sweep.tiers:
-                point = _Point(sweep, tier, DTYPES[dtype_name], causal, device)
-                base = {
-                    "tier": tier.name,
-                    "batch": sweep.batch,
-                    "heads": sweep.heads,
-                    "kv_heads": sweep.kv_heads,
-                    "q_len": tier.q_len,
-                    "k_len": tier.k_len,
-                    "head_dim": sweep.head_dim,
-                    "dtype": dtype_name,
-                    "causal": causal,
-                    "device": device_name(device),
-                }
-                for kernel in sweep.kernels:
-                    for which in sweep.passes:
-                        yield base | {"kernel": kernel, "pass": which} | point.row(kernel, which)
-                del point
-                release(device)
+    try:
+        for case in cases(sweep):
+            point = _Point(sweep, case, device)
+            runners = [runner for kernel in kernels_of(sweep, case) for runner in point.runners(kernel)]
+            checks = [point.check(runner) for runner in runners]
+            gc.collect()
+            gc.freeze()  # what compilers keep, which release() need not look through before each measurement
+            base = dataclasses.asdict(case) | {"device": device_name(device)}
+            for which in sweep.passes:
+                for runner, checked in zip(runners, checks, strict=True):
+                    named = {"kernel": runner.kernel, "pass": which, "path": runner.paths.get(which, "")}
+                    yield base | named | point.row(runner, which, checked[which])
+            del point
+            release(device)
+    finally:
+        gc.unfreeze()
 
 
 class _Point:
-    """The inputs of one (tier, dtype, causal), and the float64 answer for its first head."""
+    """The inputs of one case, and the float64 answer for its first key head and the query heads that read it."""
 
-    def __init__(self, sweep: SweepSettings, tier: Tier, dtype: torch.dtype, causal: bool, device: torch.device):
-        self.tier, self.dtype, self.causal, self.device = tier, dtype, causal, device
-        self.sweep = sweep
+    def __init__(self, sweep: SweepSettings, case: Case, device: torch.device):
+        self.sweep, self.case, self.device, self.dtype = sweep, case, device, DTYPES[case.dtype]
+        self.causal = case.causal
+        self.backward = any(which != "forward" for which in sweep.passes)
         generator = torch.Generator(device).manual_seed(sweep.seed)
 
         def random(heads: int, length: int) -> torch.Tensor:
-            shape = (sweep.batch, heads, length, sweep.head_dim)
-            return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
+            shape = (case.batch, heads, length, case.head_dim)
+            return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(self.dtype)
 
-        self.q = random(sweep.heads, tier.q_len)
-        self.k = random(sweep.kv_heads, tier.k_len)
-        self.v = random(sweep.kv_heads, tier.k_len)
-        self.grad = random(sweep.heads, tier.q_len)
+        self.q = random(case.heads, case.q_len)
+        self.k = random(case.kv_heads, case.k_len)
+        self.v = random(case.kv_heads, case.k_len)
+        self.grad = random(case.heads, case.q_len)
         # A causal mask aligned top left makes the first rows of the queries a smaller problem of the same kind.
-        self.checked_rows = min(tier.q_len, max(1, _REFERENCE_ELEMENTS // tier.k_len))
-        self._expected: dict[str, tuple[list[torch.Tensor], float]] = {}
+        self.group = case.heads // case.kv_heads
+        self.checked_rows = min(case.q_len, max(1, _REFERENCE_ELEMENTS // (case.k_len * self.group)))
+        self._expected: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None
 
-    def row(self, kernel: str, which: str) -> dict[str, Any]:
-        """The measured part of a row. Whatever a kernel raises becomes the row's status and note."""
-        sweep = self.sweep
-        for tensor in (self.q, self.k, self.v):
-            tensor.requires_grad_(which != "forward")
+    def runners(self, kernel: str) -> list[Runner]:
+        """The kernel as it comes, and flash_attention_triton's portable path beside its default where that is another."""
+        if kernel != standings.TRITON:
+            return [Runner(kernel)]
+        from lmsys.attention import explain
+
+        found = []
+        for options in ({}, {"path": "portable"}):
+            chosen = explain(self.q, self.k, self.v, self.causal, **options)
+            both = chosen.forward if chosen.forward == chosen.backward else f"{chosen.forward}+{chosen.backward}"
+            paths = {"forward": chosen.forward, "backward": chosen.backward, "forward_backward": both}
+            if not found or paths != found[0].paths:
+                found.append(Runner(kernel, options, paths))
+        return found
+
+    def check(self, runner: Runner) -> dict[str, dict[str, Any]]:
+        """For each pass, what a row says of it before it is timed: its errors, or a status with its reason. Compiles, too."""
+        found: dict[str, dict[str, Any]] = {}
+        for which in self.sweep.passes:
+            try:
+                self._support(runner, which)
+                shortage = self._cpu_shortage(runner.kernel, which)
+                if shortage:
+                    found[which] = {"status": "oom", "note": shortage}
+            except ValueError as reason:  # the kernel does not take this shape, dtype or device, and says so
+                found[which] = {"status": "unsupported", "note": str(reason)}
+        open_passes = [which for which in self.sweep.passes if which not in found]
+        backward = any(which != "forward" for which in open_passes)
         try:
-            check_support(
-                kernel,
-                device=self.device,
-                dtype=self.dtype,
-                head_dim=sweep.head_dim,
-                heads=sweep.heads,
-                kv_heads=sweep.kv_heads,
-                backward=which != "forward",
-            )
-            shortage = self._cpu_shortage(kernel, which)
-            if shortage:
-                return {"status": "oom", "note": shortage}
-            error, error_pytorch = self._errors(kernel, which)
-            if not error <= 2 * error_pytorch + _ERROR_FLOOR:
-                note = f"wrong: error {error:.2e} against float64, PyTorch's {error_pytorch:.2e}"
-                return {"status": "error", "error": error, "error_pytorch": error_pytorch, "note": note}
-            result = self._measure(kernel, which)
-        except ValueError as reason:  # the kernel does not take this shape, dtype or device, and says so
-            return {"status": "unsupported", "note": str(reason)}
+            errors = self._errors(runner, backward) if open_passes else {}
         except Exception as reason:  # one kernel's failure is a row, not the end of the others' measurements
-            release(self.device)
-            first = (str(reason).strip().splitlines() or [""])[0]
-            return {
-                "status": "oom" if is_out_of_memory(reason) else "error",
-                "note": f"{type(reason).__name__}: {first}",
-            }
-        interpreted = self.device.type == "cpu" and "triton" in kernel
-        row: dict[str, Any] = {
-            "status": result.status,
-            "note": result.note or ("in Triton's CPU interpreter" if interpreted else ""),
-            "error": error,
-            "error_pytorch": error_pytorch,
-        }
+            failed = self._failure(reason)
+            errors = dict.fromkeys(open_passes, failed)
+            if backward and "forward" in open_passes:  # which may be fine where only the backward pass is not
+                try:
+                    errors |= self._errors(runner, backward=False)
+                except Exception as again:
+                    errors["forward"] = self._failure(again)
+        return {which: found.get(which) or errors[which] for which in self.sweep.passes}
+
+    def row(self, runner: Runner, which: str, checked: dict[str, Any]) -> dict[str, Any]:
+        """The measured part of a row. Whatever a kernel raises becomes the row's status and note."""
+        if "status" in checked:
+            return checked
+        try:
+            result = self._measure(runner, which)
+        except Exception as reason:
+            return checked | self._failure(reason)
+        interpreted = self.device.type == "cpu" and "triton" in runner.kernel
+        note = result.note or ("in Triton's CPU interpreter" if interpreted else "")
+        row: dict[str, Any] = checked | {"status": result.status, "note": note}
         if result.status == "ok":
-            lengths = (self.tier.q_len, self.tier.k_len)
-            flops = cost.attention_flops(sweep.batch, sweep.heads, *lengths, sweep.head_dim, self.causal, which)
+            case = self.case
+            lengths = (case.q_len, case.k_len)
+            flops = cost.attention_flops(case.batch, case.heads, *lengths, case.head_dim, case.causal, which)
             row |= {
                 "median_ms": result.median_ms,
                 "p20_ms": result.p20_ms,
@@ -322,23 +592,56 @@ class _Point:
             }
         return row
 
-    def _call(self, kernel: str) -> torch.Tensor:
-        return attention(self.q, self.k, self.v, causal=self.causal, kernel=kernel)
+    def outputs(self, runner: Runner, backward: bool) -> list[torch.Tensor]:
+        """o, and dq, dk, dv where a backward pass is asked for."""
+        inputs = self._inputs(backward)
+        with torch.set_grad_enabled(backward):
+            output = self._call(runner)
+        return [output.detach(), *torch.autograd.grad(output, inputs, self.grad)] if backward else [output]
 
-    def _measure(self, kernel: str, which: str) -> Measurement:
-        inputs = (self.q, self.k, self.v)
+    def _inputs(self, backward: bool) -> tuple[torch.Tensor, ...]:
+        for tensor in (self.q, self.k, self.v):
+            tensor.requires_grad_(backward)
+        return self.q, self.k, self.v
+
+    def _call(self, runner: Runner) -> torch.Tensor:
+        return attention(self.q, self.k, self.v, causal=self.causal, kernel=runner.kernel, **runner.options)
+
+    def _support(self, runner: Runner, which: str) -> None:
+        check_support(
+            runner.kernel,
+            device=self.device,
+            dtype=self.dtype,
+            head_dim=self.case.head_dim,
+            heads=self.case.heads,
+            kv_heads=self.case.kv_heads,
+            backward=which != "forward",
+        )
+
+    def _failure(self, reason: Exception) -> dict[str, Any]:
+        release(self.device)
+        if isinstance(reason, ValueError):
+            return {"status": "unsupported", "note": str(reason)}
+        status = "oom" if is_out_of_memory(reason) else "error"
+        return {"status": status, "note": f"{type(reason).__name__}: {_first_line(reason)}"}
+
+    def _measure(self, runner: Runner, which: str) -> Measurement:
+        # Where a backward pass is measured too, the forward pass keeps what that needs, as in training: it is then the same
+        # compiled graph, which torch.compile would make anew without gradients.
+        gradients = self.backward and self.device.type in KERNELS[runner.kernel].backward
+        inputs = self._inputs(gradients)
 
         def forward() -> torch.Tensor:
-            with torch.no_grad():
-                return self._call(kernel)
+            with torch.set_grad_enabled(gradients):
+                return self._call(runner)
 
         def backward(output: torch.Tensor) -> tuple[torch.Tensor, ...]:
             return torch.autograd.grad(output, inputs, self.grad)
 
         functions = {
             "forward": (forward, None),
-            "backward": (backward, lambda: (self._call(kernel),)),
-            "forward_backward": (lambda: backward(self._call(kernel)), None),
+            "backward": (backward, lambda: (forward(),)),
+            "forward_backward": (lambda: backward(forward()), None),
         }
         function, prepare = functions[which]
         return measure(
@@ -351,50 +654,58 @@ class _Point:
             budget_s=_BUDGET_S,
         )
 
-    def _errors(self, kernel: str, which: str) -> tuple[float, float]:
-        """Largest relative error (2-norm) of the checked tensors of this kernel, and PyTorch's in the same dtype."""
-        backward = which != "forward"
-        if which not in self._expected:
-            exact = self._one_head(
-                lambda q, k, v: reference_attention(q, k, v, causal=self.causal)[0], torch.float64, backward
-            )
-            plain = self._one_head(
-                lambda q, k, v: scaled_dot_prod_attention(q, k, v, self.causal), self.dtype, backward
-            )
-            self._expected[which] = exact, _largest_error(plain, exact)
-        exact, error_pytorch = self._expected[which]
-        with torch.set_grad_enabled(backward):
-            output = self._call(kernel)
-        tensors = [output]
-        if backward:
-            tensors += torch.autograd.grad(output, (self.q, self.k, self.v), self.grad)
-        group = self.sweep.heads // self.sweep.kv_heads
-        actual = [t[0, :1] for t in tensors]
-        actual[:2] = [t[:, : self.checked_rows] for t in actual[:2]]  # o, dq
-        if self.checked_rows < self.tier.q_len or group > 1:
-            actual, exact = actual[:2], exact[:2]  # dk and dv sum over all queries of all heads of the group
-        return _largest_error(actual, exact), error_pytorch
+    def _errors(self, runner: Runner, backward: bool) -> dict[str, dict[str, Any]]:
+        """For each pass, the largest relative error (2-norm) of its checked tensors, and PyTorch's in the same dtype.
 
-    def _one_head(self, function: Callable, dtype: torch.dtype, backward: bool) -> list[torch.Tensor]:
-        rows = self.checked_rows
-        q = self.q.detach()[:1, :1, :rows].to(dtype).requires_grad_(backward)
-        k, v = (t.detach()[:1, :1].to(dtype).requires_grad_(backward) for t in (self.k, self.v))
-        output = function(q, k, v)
-        tensors = [output.detach()]
-        if backward:
-            tensors += torch.autograd.grad(output, (q, k, v), self.grad[:1, :1, :rows].to(dtype))
-        return [t[0] for t in tensors]
+        An error row where it is more than twice PyTorch's.
+        """
+        if self._expected is None:
+            exact = self._one_key_head(
+                lambda q, k, v: reference_attention(q, k, v, causal=self.causal)[0], torch.float64
+            )
+            plain = self._one_key_head(lambda q, k, v: scaled_dot_prod_attention(q, k, v, self.causal), self.dtype)
+            self._expected = exact, plain
+        exact, plain = self._expected
+        tensors = self.outputs(runner, backward)
+        actual = [t[0, : self.group, : self.checked_rows] for t in tensors[:2]]  # o, dq
+        if self.checked_rows == self.case.q_len:  # dk and dv sum over all queries
+            actual += [t[0, :1] for t in tensors[2:]]
+        found = {}
+        for which in self.sweep.passes if backward else ("forward",):
+            last = 1 if which == "forward" else len(actual)
+            error = _largest_error(actual[:last], exact[:last])
+            error_pytorch = _largest_error(plain[:last], exact[:last])
+            found[which] = {"error": error, "error_pytorch": error_pytorch}
+            if not error <= 2 * error_pytorch + _ERROR_FLOOR:
+                note = f"wrong: error {error:.2e} against float64, PyTorch's {error_pytorch:.2e}"
+                found[which] |= {"status": "error", "note": note}
+        return found
+
+    def _one_key_head(self, function: Callable, dtype: torch.dtype) -> list[torch.Tensor]:
+        rows, group = self.checked_rows, self.group
+        q = self.q.detach()[0, :group, :rows].to(dtype).requires_grad_(self.backward)
+        k, v = (t.detach()[0, :1].to(dtype).requires_grad_(self.backward) for t in (self.k, self.v))
+        with torch.set_grad_enabled(self.backward):
+            output = function(q, k, v)
+        if not self.backward:
+            return [output]
+        gradients = torch.autograd.grad(output, (q, k, v), self.grad[0, :group, :rows].to(dtype))
+        return [output.detach(), *gradients]
 
     def _cpu_shortage(self, kernel: str, which: str) -> str:
         """Why this point would not fit the machine's free memory; empty where it does. A CPU's own OOM ends the process."""
         if self.device.type == "cuda" or kernel not in _QUADRATIC:
             return ""
         arrays = _QUADRATIC[kernel] + (0 if which == "forward" else 2)
-        elements = self.sweep.batch * self.sweep.heads * self.tier.q_len * self.tier.k_len
+        elements = self.case.batch * self.case.heads * self.case.q_len * self.case.k_len
         needed, free = arrays * elements * self.q.element_size(), _available_bytes()
         if free is None or needed < 0.8 * free:
             return ""
         return f"the scores alone need {needed / 2**30:.1f} GiB; {free / 2**30:.1f} GiB are free"
+
+
+def _first_line(reason: Exception) -> str:
+    return (str(reason).strip().splitlines() or [""])[0]
 
 
 def _largest_error(actual: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> float:
@@ -419,8 +730,9 @@ def _available_bytes() -> int | None:
 
 def row_line(row: dict[str, Any]) -> str:
     """One row as a line of progress."""
-    where = f"{row['dtype']} {'causal' if row['causal'] else 'full  '} {row['q_len']:>6}:{row['k_len']:<6}"
-    what = f"{row['kernel']:<28} {row['pass']:<16}"
+    where = f"{row['dtype']} {'causal' if row['causal'] else 'full  '} {row['q_len']:>6}:{row['k_len']:<6} d {row['head_dim']:<4}"
+    kernel = f"{row['kernel']}/{row['path']}" if row["path"] else row["kernel"]
+    what = f"{kernel:<32} {row['pass']:<16}"
     if row["status"] != "ok":
         return f"{where} {what} {row['status']}: {row.get('note', '')}"
     return (
@@ -431,32 +743,36 @@ def row_line(row: dict[str, Any]) -> str:
 
 def conclusions(frame) -> list[str]:
     """What the rows of a sweep show, in sentences made from their numbers."""
-    said = []
+    said = [] if _interpreted(frame) else standings.sentences(frame)
+    frame = standings.with_series(frame)
     ok = frame[frame.status == "ok"]
-    for (dtype, causal, which), group in ok.groupby(["dtype", "causal", "pass"], sort=False):
+    tiers = standings.of_group(ok, "tiers")
+    for (dtype, causal, which), group in tiers.groupby(["dtype", "causal", "pass"], sort=False):
         square = group[group.q_len == group.k_len]
         if square.empty:
             continue
-        longest = square[square.q_len == square.q_len.max()].set_index("kernel").median_ms
+        longest = square[square.q_len == square.q_len.max()].set_index("series").median_ms
+        first = square.iloc[0]
         setting = (
-            f"{which.replace('_', ' + ')}, {dtype}, {'causal' if causal else 'not causal'}, {square.q_len.max()} tokens"
+            f"{which.replace('_', ' + ')}, {dtype}, {'causal' if causal else 'not causal'}, batch {first.batch}, {first.heads} heads, "
+            f"head_dim {first.head_dim}, {square.q_len.max()} tokens"
         )
         fastest = longest.idxmin()
         text = f"{setting}: **{fastest}** is the fastest at {records.significant(longest.min())} ms"
         if "scaled_dot_prod_attention" in longest and fastest != "scaled_dot_prod_attention":
             text += f", {longest['scaled_dot_prod_attention'] / longest.min():.1f} times the speed of naive attention"
-        ours = longest[[name for name in longest.index if KERNELS[name].ours]].sort_values()
-        peers = [name for name in longest.index if not KERNELS[name].ours]
+        ours = longest[[name for name in longest.index if _is_ours(name)]].sort_values()
+        peers = [name for name in longest.index if not _is_ours(name)]
         if len(ours) and peers:
             ratios = [f"{longest[peer] / ours.iloc[0]:.2f} times the speed of {peer}" for peer in peers]
             text += f". The best of ours, {ours.index[0]}, takes {records.significant(ours.iloc[0])} ms: {', '.join(ratios)}"
         said.append(text + ".")
     lost = frame[frame.status == "oom"]
-    for kernel, group in lost.groupby("kernel", sort=False):
+    for kernel, group in lost.groupby("series", sort=False):
         said.append(f"{kernel} ran out of memory from {group.q_len.min()} queries x {group.k_len.min()} keys.")
-    for kernel, group in frame[frame.status == "error"].groupby("kernel", sort=False):
+    for kernel, group in frame[frame.status == "error"].groupby("series", sort=False):
         said.append(f"{kernel} failed at {len(group)} point(s): {group.note.iloc[0]}")
-    for kernel in ok[ok.note == "in Triton's CPU interpreter"].kernel.unique():
+    for kernel in ok[_in_interpreter(ok)].kernel.unique():
         said.append(f"{kernel} ran in Triton's CPU interpreter, which checks it; its times say nothing about a GPU.")
     if not ok.empty:
         worst = (ok.error / ok.error_pytorch).max()
@@ -467,16 +783,51 @@ def conclusions(frame) -> list[str]:
     return said
 
 
-def write_report(frame, folder: str | Path) -> list[Path]:
-    """Write the figures and attention_sweep_report.md of a sweep's rows to folder; return their paths."""
+def against_peers(frame) -> str:
+    """The standings as Markdown, or why there are none."""
+    if _interpreted(frame):
+        return "The Triton kernels ran in Triton's CPU interpreter, whose times are not to be compared."
+    rows = standings.standings(frame)
+    return standings.table(rows) if rows else "None of ours was measured beside a peer that it is held against."
+
+
+def _is_ours(series: str) -> bool:
+    return KERNELS[series.partition(" ")[0]].ours
+
+
+def _in_interpreter(frame):
+    return frame.note.map(lambda note: isinstance(note, str) and note.startswith("in Triton's CPU interpreter"))
+
+
+def _interpreted(frame) -> bool:
+    """Whether Triton's kernels ran in its interpreter, where comparing their speed says nothing."""
+    return bool(_in_interpreter(frame).any())
+
+
+def write_report(frame, folder: str | Path) -> dict[str, Path]:
+    """Write the figures and attention_sweep_report.md of a sweep's rows to folder; return their paths by their short names."""
     from lmsys import plots
 
     folder = Path(folder)
-    written = []
-    for which in [name for name in PASSES if name in set(frame["pass"])]:
-        written.append(plots.save(plots.attention_bars(frame, which), folder / f"attention_sweep_{which}.png"))
-    written.append(plots.save(plots.attention_heatmap(frame), folder / "attention_sweep_heatmap.png"))
-    written.append(plots.save(plots.attention_scaling(frame), folder / "attention_sweep_scaling.png"))
+    figures = {}
+    passes = [name for name in PASSES if name in set(frame["pass"])]
+    throughput, tiers = standings.of_group(frame, "throughput"), standings.of_group(frame, "tiers")
+    for which in passes:
+        if len(throughput):
+            figures[which] = plots.attention_throughput(throughput, which)
+        if len(tiers):
+            figures[f"tiers_{which}" if len(throughput) else which] = plots.attention_bars(tiers, which)
+    for which in () if len(throughput) or len(tiers) else passes:  # grouped_query or few_blocks alone
+        figures[which] = plots.attention_bars(frame, which)
+    figures["heatmap"] = plots.attention_heatmap(frame)
+    figures["scaling"] = plots.attention_scaling(frame)
+    written = {name: plots.save(figure, folder / f"attention_sweep_{name}.png") for name, figure in figures.items()}
+    written["report"] = records.write_text(folder / "attention_sweep_report.md", report_text(frame))
+    return written
+
+
+def report_text(frame) -> str:
+    """attention_sweep_report.md: what to conclude, the standings, and every time."""
     text = [
         "# Attention sweep",
         "",
@@ -484,20 +835,35 @@ def write_report(frame, folder: str | Path) -> list[Path]:
         "",
     ]
     text += [f"- {sentence}" for sentence in conclusions(frame)]
-    for (dtype, causal, which), group in frame.groupby(["dtype", "causal", "pass"], sort=False):
-        text += ["", f"## {which}, {dtype}, {'causal' if causal else 'not causal'}", "", _table(group)]
-    written.append(records.write_text(folder / "attention_sweep_report.md", "\n".join(text) + "\n"))
-    return written
+    text += [
+        "",
+        "## Against the peers",
+        "",
+        "The peer's time over ours: above 1, ours is faster.",
+        "",
+        against_peers(frame),
+    ]
+    for group in GROUPS:
+        sections = standings.of_group(frame, group).groupby(["pass", "dtype", "causal", "head_dim"], sort=False)
+        for (which, dtype, causal, head_dim), points in sections:
+            title = f"{group.replace('_', ' ')}: {which.replace('_', ' + ')}, {dtype}, head_dim {head_dim}"
+            text += ["", f"## {title}, {'causal' if causal else 'not causal'}", "", _table(points)]
+    return "\n".join(text) + "\n"
 
 
-def _table(group) -> str:
-    """Kernels down, tiers across; a time with its spread, or the status."""
+def _table(points) -> str:
+    """Kernels down, shapes across; a time with its spread and the TFLOP/s, or the status."""
     table = []
-    for kernel, points in group.groupby("kernel", sort=False):
-        line = {"kernel": kernel}
-        for point in points.itertuples():
-            timed = point.status == "ok"
-            spread = records.spread(point.median_ms, point.p20_ms, point.p80_ms) if timed else point.status
-            line[f"{point.q_len}:{point.k_len}"] = spread
+    for series, group in standings.with_series(points).groupby("series", sort=False):
+        line = {"kernel": series}
+        for point in group.itertuples():
+            shape = f"{point.q_len}:{point.k_len}"
+            if point.heads != point.kv_heads:
+                shape += f", {point.heads // point.kv_heads} heads a key head"
+            spread = point.status
+            if point.status == "ok":
+                spread = records.spread(point.median_ms, point.p20_ms, point.p80_ms)
+                spread += f"; {records.significant(point.tflops)} TFLOP/s"
+            line[shape] = spread
         table.append(line)
     return records.markdown_table(table)
