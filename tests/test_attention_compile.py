@@ -4,8 +4,9 @@ import shutil
 
 import pytest
 import torch
-from attention_cases import assert_as_good_as_pytorch, inputs
+from attention_cases import assert_as_good_as_pytorch, inputs, with_gradients
 from torch._dynamo.testing import CompileCounter
+from torch.utils.checkpoint import checkpoint
 
 from lmsys.attention import attention
 from lmsys.attention.reference import own_code, vectorized_torch
@@ -83,3 +84,18 @@ def test_attention_compiles_without_a_graph_break(kernel):
     torch.testing.assert_close(
         torch.autograd.grad(compiled.sum(), x)[0], torch.autograd.grad(eager.sum(), x)[0], rtol=1e-4, atol=1e-5
     )
+
+
+def test_activation_checkpointing_compiles_without_a_graph_break():
+    torch._dynamo.reset()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def layer(q, k, v):
+        return attention(q.sin(), k, v, causal=True, kernel="flash_attention_triton", path="portable")
+
+    case = inputs(20, 20, 16, device=device)
+    compiled = torch.compile(
+        lambda *qkv: checkpoint(layer, *qkv, use_reentrant=False), backend="aot_eager", fullgraph=True
+    )
+    for a, b in zip(with_gradients(compiled, *case), with_gradients(layer, *case), strict=True):
+        torch.testing.assert_close(a, b)
