@@ -196,10 +196,9 @@ __device__ __forceinline__ uint32_t lane_b_transposed(int lane) {
   return lane_a<D>(lane);
 }
 
-// c (16 M x 8 N) += a b^T over D, both operands rows of D elements in shared memory, at lane_a and lane_b. between(step) runs after each
-// of the D / 16 steps: work for the other units while the tensor cores are busy.
-template <typename T, int D, int M, int N, typename Between>
-__device__ __forceinline__ void multiply_rows(float (&c)[M][N][4], uint32_t a_at, uint32_t b_at, Between between) {
+// c (16 M x 8 N) += a b^T over D, both operands rows of D elements in shared memory, at lane_a and lane_b.
+template <typename T, int D, int M, int N>
+__device__ __forceinline__ void multiply_rows(float (&c)[M][N][4], uint32_t a_at, uint32_t b_at) {
 #pragma unroll
   for (int step = 0; step < D / 16; ++step) {
     uint32_t a[M][4];
@@ -215,14 +214,13 @@ __device__ __forceinline__ void multiply_rows(float (&c)[M][N][4], uint32_t a_at
         mma<T>(c[m][n + 1], a[m], b[2], b[3]);
       }
     }
-    between(step);
   }
 }
 
 // c (16 M x D) += a b over 16 K: a in registers, b (16 K rows of D elements) in shared memory, at lane_b_transposed.
-template <typename T, int D, int M, int K, typename Between>
+template <typename T, int D, int M, int K>
 __device__ __forceinline__ void multiply_packed(
-    float (&c)[M][D / 8][4], const uint32_t (&a)[M][K][4], uint32_t b_at, Between between) {
+    float (&c)[M][D / 8][4], const uint32_t (&a)[M][K][4], uint32_t b_at) {
 #pragma unroll
   for (int step = 0; step < K; ++step) {
 #pragma unroll
@@ -235,7 +233,6 @@ __device__ __forceinline__ void multiply_packed(
         mma<T>(c[m][n + 1], a[m][step], b[2], b[3]);
       }
     }
-    between(step);
   }
 }
 
@@ -332,12 +329,12 @@ __device__ __forceinline__ void settle(
   }
 }
 
-// Exponentials of fragments [from, to) of the 2 * N that a warp's scores have, packed as operands.
+// Exponentials of a warp's scores, packed as operands.
 template <typename T, int N>
 __device__ __forceinline__ void exponentiate(
-    const float (&s)[2][N][4], uint32_t (&p)[2][N / 2][4], Softmax& x, float scale_log2, int from, int to) {
+    const float (&s)[2][N][4], uint32_t (&p)[2][N / 2][4], Softmax& x, float scale_log2) {
 #pragma unroll
-  for (int f = from; f < to; ++f) {
+  for (int f = 0; f < 2 * N; ++f) {
     const int m = f / N, n = f % N;
     float e[4];
 #pragma unroll
@@ -369,7 +366,7 @@ __device__ __forceinline__ void hide(float (&s)[2][N][4], int row, int key, int 
 template <typename T, int D>
 __global__ void __launch_bounds__(kForwardWarps * 32, 2) forward_kernel(const __grid_constant__ ForwardParams p) {
   constexpr int kHalf = ForwardTiles<D>::kHalf, kKeys = 2 * kHalf, kThreads = kForwardWarps * 32;
-  constexpr int N = kHalf / 8, K = kHalf / 16, F = 2 * N;  // score fragments across, operand fragments across, fragments in all
+  constexpr int N = kHalf / 8, K = kHalf / 16;  // score fragments across, operand fragments across
   constexpr int kTileBytes = kKeys * 2 * D;
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t q_tile = shared_address(shared);
@@ -413,8 +410,6 @@ __global__ void __launch_bounds__(kForwardWarps * 32, 2) forward_kernel(const __
     x.top[i / 2][i % 2] = -CUDART_INF_F;
     x.sum[i / 2][i % 2] = 0.f;
   }
-  auto nothing = [](int) {};
-
   // Every row sees key 0, so the first tile makes each row's maximum finite, and no later step needs a guard.
   for (int tile = 0; tile < tiles; ++tile) {
     copies_wait();
@@ -428,23 +423,21 @@ __global__ void __launch_bounds__(kForwardWarps * 32, 2) forward_kernel(const __
     float s0[2][N][4], s1[2][N][4];
     uint32_t p0[2][K][4], p1[2][K][4], none[2][0 + 1][4] = {};
     clear(s0);
-    multiply_rows<T, D>(s0, q_at, k_at, nothing);
+    multiply_rows<T, D>(s0, q_at, k_at);
     if (key + kHalf > clear_keys) hide(s0, row + lane / 4, key + lane % 4 * 2, p.k_len, p.causal);
     settle<T, D>(s0, x, o, none, scale_log2);
     if (key + kHalf < warp_keys) {
       clear(s1);
-      multiply_rows<T, D>(s1, q_at, k_at + kHalf * 2 * D, [&](int step) {
-        exponentiate<T>(s0, p0, x, scale_log2, step * F / (D / 16), (step + 1) * F / (D / 16));
-      });
+      multiply_rows<T, D>(s1, q_at, k_at + kHalf * 2 * D);
+      exponentiate<T>(s0, p0, x, scale_log2);
       if (key + kKeys > clear_keys) hide(s1, row + lane / 4, key + kHalf + lane % 4 * 2, p.k_len, p.causal);
       settle<T, D>(s1, x, o, p0, scale_log2);
-      multiply_packed<T, D>(o, p0, v_at, [&](int step) {
-        exponentiate<T>(s1, p1, x, scale_log2, step * F / K, (step + 1) * F / K);
-      });
-      multiply_packed<T, D>(o, p1, v_at + kHalf * 2 * D, nothing);
+      multiply_packed<T, D>(o, p0, v_at);
+      exponentiate<T>(s1, p1, x, scale_log2);
+      multiply_packed<T, D>(o, p1, v_at + kHalf * 2 * D);
     } else {
-      exponentiate<T>(s0, p0, x, scale_log2, 0, F);
-      multiply_packed<T, D>(o, p0, v_at, nothing);
+      exponentiate<T>(s0, p0, x, scale_log2);
+      multiply_packed<T, D>(o, p0, v_at);
     }
   }
 
@@ -656,8 +649,6 @@ __global__ void __launch_bounds__(Backward<D>::kThreads, Backward<D>::kBlocks)
       }
     }
   };
-  auto nothing = [](int) {};
-
   if (steps > 0) {
     load_tile<T, D, C::kKeys, C::kThreads>(k_tile, k, p.k_strides.row, p.k_len - first);
     load_tile<T, D, C::kKeys, C::kThreads>(v_tile, v, p.v_strides.row, p.k_len - first);
@@ -678,7 +669,7 @@ __global__ void __launch_bounds__(Backward<D>::kThreads, Backward<D>::kBlocks)
       float s[M][N][4], dp[M][N][4];
       uint32_t packed[M][K][4];
       clear(s);
-      multiply_rows<T, D>(s, k_at, q_tile + sub * kRow + b_at, nothing);
+      multiply_rows<T, D>(s, k_at, q_tile + sub * kRow + b_at);
       const int last_key = first + own + 16 * M - 1, query = tile_query + sub;
       if (last_key >= p.k_len || (p.causal && last_key > query)) {
 #pragma unroll
@@ -709,9 +700,9 @@ __global__ void __launch_bounds__(Backward<D>::kThreads, Backward<D>::kBlocks)
       } else {
         exponentials(0, F);
       }
-      multiply_packed<T, D>(dv, packed, do_tile + sub * kRow + b_transposed_at, nothing);
+      multiply_packed<T, D>(dv, packed, do_tile + sub * kRow + b_transposed_at);
       clear(dp);
-      multiply_rows<T, D>(dp, v_at, do_tile + sub * kRow + b_at, nothing);
+      multiply_rows<T, D>(dp, v_at, do_tile + sub * kRow + b_at);
 #pragma unroll
       for (int f = 0; f < F; ++f) {
         const int m = f / N, n = f % N;
@@ -726,12 +717,12 @@ __global__ void __launch_bounds__(Backward<D>::kThreads, Backward<D>::kBlocks)
           *reinterpret_cast<uint32_t*>(ds_tile + (key + r * 8) * kDsRow + swizzled * 16 + t * 4) = ds;
         }
       }
-      multiply_packed<T, D>(dk, packed, q_tile + sub * kRow + b_transposed_at, nothing);
+      multiply_packed<T, D>(dk, packed, q_tile + sub * kRow + b_transposed_at);
     }
   }
   __syncthreads();
   if (steps > 0) {
-    add_dq(steps - 1, nothing);
+    add_dq(steps - 1, [](int) {});
     __syncthreads();
   }
 
