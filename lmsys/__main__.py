@@ -139,6 +139,26 @@ def attention_sweep(arguments: argparse.Namespace) -> None:
     _print_written([folder / "attention_sweep_results.csv", *attention.write_report(frame, folder).values()])
 
 
+def attention_accuracy(arguments: argparse.Namespace) -> None:
+    from lmsys.bench import accuracy
+    from lmsys.records import artifacts_dir
+
+    sweep = accuracy.settings(
+        scale=arguments.scale,
+        kernels=arguments.kernels,
+        cases=arguments.cases,
+        longest=arguments.longest,
+        workers=arguments.workers,
+        device=arguments.device,
+        seed=arguments.seed,
+    )
+    folder = artifacts_dir(arguments.machine)
+    frame = accuracy.run(sweep, folder, on_row=lambda row: print(accuracy.row_line(row), flush=True))
+    for sentence in accuracy.conclusions(frame):
+        print(sentence.replace("**", ""))
+    _print_written([folder / f"{accuracy.NAME}.csv", accuracy.write_report(frame, folder)])
+
+
 def bench_tokenizer(arguments: argparse.Namespace) -> None:
     from lmsys.bench import tokenizer
     from lmsys.records import artifacts_dir
@@ -311,6 +331,24 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--warmup", type=int, help="untimed calls of each point")
     added.add_argument("--iters", type=int, help="timed calls of each point")
     added.add_argument("--seed", type=int, default=0, help="of the inputs (default: 0)")
+    added.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add_machine(added)
+
+    added = command(
+        "attention-accuracy",
+        attention_accuracy,
+        "Check our attention kernels on random shapes against float64",
+        "Output, log-sum-exp and gradients, beside the error of PyTorch's attention; a failure is a row.",
+        "attention-accuracy --cases 40 --kernels flash_attention_triton",
+    )
+    add_scale(added, "auto")
+    added.add_argument(
+        "--kernels", nargs="+", metavar="K", help="kernels by name (default: the FlashAttention ones of ours)"
+    )
+    added.add_argument("--cases", type=int, help="how many random problems (default: the scale's)")
+    added.add_argument("--longest", type=int, help="most queries or keys (default: the scale's)")
+    added.add_argument("--workers", type=int, help="processes; 0: this one only (default: the scale's)")
+    added.add_argument("--seed", type=int, default=0, help="of cases and inputs (default: 0)")
     added.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add_machine(added)
 

@@ -25,6 +25,25 @@ SCHEMAS: dict[str, tuple[str, ...]] = {
         *("kernel", "batch", "heads", "q_len", "k_len", "head_dim", "dtype", "causal", "pass", "status"),
         *("median_ms", "p20_ms", "p80_ms", "samples", "tflops", "peak_mib"),
     ),
+    "attention_accuracy_results": (
+        *(
+            "kernel",
+            "path",
+            "case",
+            "batch",
+            "heads",
+            "kv_heads",
+            "q_len",
+            "k_len",
+            "head_dim",
+            "dtype",
+            "causal",
+            "layout",
+        ),
+        *("scale", "magnitude", "status", "o_ratio", "lse_ratio", "dq_ratio", "dk_ratio", "dv_ratio"),
+        *("o_error", "lse_error", "dq_error", "dk_error", "dv_error", "deterministic"),
+    ),
+    "leaderboard_results": (*("board", "implementation", "gpus", "status", "median_ms", "samples", "mfu", "peak_mib"),),
     "pipeline_metrics": (
         *(
             "step",
@@ -41,6 +60,25 @@ SCHEMAS: dict[str, tuple[str, ...]] = {
     "tokenizer_benchmark_results": (
         *("implementation", "task", "workers", "vocab_size", "text_mb", "status"),
         *("seconds", "p20_s", "p80_s", "samples", "mb_per_s", "peak_mib"),
+    ),
+    "flash_steps_results": (
+        *("step", "batch", "heads", "seq_len", "head_dim", "dtype", "causal", "pass", "status"),
+        *("median_ms", "p20_ms", "p80_ms", "samples", "tflops", "peak_mib"),
+    ),
+    "ceilings_results": (
+        *("what", "size", "dtype", "status", "median_ms", "p20_ms", "p80_ms", "samples", "rate", "unit"),
+    ),
+    "counters_results": (
+        *("step", "batch", "heads", "seq_len", "head_dim", "dtype", "causal", "status", "kernels", "time_ms"),
+        *("dram_mib", "l2_mib", "tensor_pct", "exp_pct", "shared_pct", "issue_pct", "occupancy_pct", "registers"),
+    ),
+    "pytorch_attention_results": (
+        *("implementation", "batch", "seq_len", "head_dim", "dtype", "causal", "pass", "status"),
+        *("median_ms", "p20_ms", "p80_ms", "samples", "tflops", "peak_mib", "before_backward_mib", "computed_mib"),
+    ),
+    "flash_benchmarking_results": (
+        *("implementation", "batch", "seq_len", "head_dim", "dtype", "causal", "pass", "status"),
+        *("median_ms", "p20_ms", "p80_ms", "samples", "tflops", "peak_mib"),
     ),
 }
 
