@@ -328,3 +328,193 @@ def loss_curve(frame, title: str = "") -> Figure:
     lower.set_ylabel("thousand tokens/s")
     lower.set_xlabel("step")
     return figure
+
+
+# --- notebooks/flash_attention ----------------------------------------------------------------------
+
+STEP_COLOURS = {
+    "naive": "#999999",
+    "vectorized": "#56B4E9",
+    "compiled": "#0072B2",
+    "tiled PyTorch": "#009E73",
+    "portable Triton": "#F4A582",
+    "TMA": "#E69F00",
+    "warp specialization": "#CC79A7",
+    "overlap": "#D55E00",
+}
+IMPLEMENTATION_COLOURS = {"naive": "#999999", "compiled": "#0072B2", "flash": "#D55E00"}
+_HEAD_DIM_MARKERS = ("o", "s", "^", "D", "v", "P")
+
+
+def _log_lengths(axis, lengths) -> None:
+    lengths = sorted(set(lengths))
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xticks(lengths, [str(n) for n in lengths], fontsize=8, rotation=45 if len(lengths) > 6 else 0)
+    axis.set_xlabel("sequence length")
+
+
+def flash_steps(frame) -> Figure:
+    """TFLOP/s of each step, a panel a head dim: forward, and backward where a step has it; on a log scale."""
+    steps = list(dict.fromkeys(frame.step))
+    head_dims = sorted(set(frame.head_dim))
+    figure, axes = _figure(5.4 * len(head_dims) + 1.6, 0.5 * len(steps) + 1.6, 1, len(head_dims))
+    y = np.arange(len(steps))
+    for axis, head_dim in zip(axes[0], head_dims, strict=True):
+        group = frame[frame.head_dim == head_dim]
+        for which, offset, colour in (("forward", -0.2, "#D55E00"), ("backward", 0.2, "#56B4E9")):
+            rows = {row.step: row for row in group[group["pass"] == which].itertuples()}
+            speed = [rows[s].tflops if s in rows and rows[s].status == "ok" else np.nan for s in steps]
+            axis.barh(y + offset, speed, 0.38, color=colour, label=which)
+            for i, step in enumerate(steps):
+                if step in rows:
+                    timed = rows[step].status == "ok"
+                    text = f" {rows[step].tflops:.3g}" if timed else f" {rows[step].status}"
+                    at = speed[i] if timed else 0.02
+                    axis.annotate(
+                        text,
+                        (at, i + offset),
+                        xycoords="data" if timed else ("axes fraction", "data"),
+                        va="center",
+                        fontsize=8,
+                    )
+        axis.set_xscale("log")
+        axis.margins(x=0.12)
+        axis.set_yticks(y, steps)
+        axis.invert_yaxis()
+        axis.grid(True, axis="x", color="#dddddd", linewidth=0.8)
+        axis.grid(False, axis="y")
+        axis.set_xlabel("TFLOP/s (log)")
+        axis.set_title(f"head_dim {head_dim}", loc="left", fontsize=11)
+    _legend(figure, axes.flat)
+    row = frame.iloc[0]
+    figure.suptitle(f"batch {row.batch}, {row.seq_len:,} tokens, causal, {row['dtype']}; {row.device}", fontsize=9)
+    return figure
+
+
+def flash_roofline(frame, ceilings, peak_tflops: float | None = None) -> Figure:
+    """Speed of each step's forward pass against its FLOPs for a byte of device memory, under what the device reaches.
+
+    frame: the steps with the columns counted_mib and, where a profiler counted it, dram_mib.
+    ceilings: measured copy and product. peak_tflops: the datasheet's; None: not drawn.
+    """
+    figure, axes = _figure(8.6, 5.6)
+    axis = axes[0, 0]
+    ok = frame[(frame.status == "ok") & (frame["pass"] == "forward")]
+    flops = ok.tflops * ok.median_ms * 1e9
+    intensity = flops / (ok.counted_mib * 2**20)
+    head_dims = sorted(set(frame.head_dim))
+    rates = {row.what: row.rate for row in ceilings[ceilings.status == "ok"].itertuples()}
+    span = np.geomspace(max(intensity.min(), 1e-3) / 3, intensity.max() * 4, 200)
+    top = max([value for value in (rates.get("product"), peak_tflops) if value], default=None)
+    if "copy" in rates:
+        slope = rates["copy"] * 1e-3 * span
+        axis.plot(
+            span,
+            np.minimum(slope, top) if top else slope,
+            color="#333333",
+            linewidth=1.4,
+            label=f"copy, measured: {rates['copy']:,.0f} GB/s",
+        )
+    if "product" in rates:
+        label = f"product, measured: {rates['product']:.3g} TFLOP/s"
+        axis.axhline(rates["product"], color="#333333", linestyle="--", linewidth=1.2, label=label)
+    if peak_tflops:
+        label = f"peak, datasheet: {peak_tflops:.3g} TFLOP/s"
+        axis.axhline(peak_tflops, color="#333333", linestyle=":", linewidth=1.2, label=label)
+    for (_, row), x in zip(ok.iterrows(), intensity, strict=True):
+        marker = _HEAD_DIM_MARKERS[head_dims.index(row.head_dim) % len(_HEAD_DIM_MARKERS)]
+        label = f"{row.step}, head_dim {row.head_dim}"
+        axis.plot(x, row.tflops, marker, color=STEP_COLOURS[row.step], markersize=8, linestyle="none", label=label)
+        if row.get("dram_mib") and np.isfinite(row.dram_mib):
+            measured = row.tflops * row.median_ms * 1e9 / (row.dram_mib * 2**20)
+            axis.plot(
+                measured,
+                row.tflops,
+                marker,
+                markeredgecolor=STEP_COLOURS[row.step],
+                markerfacecolor="none",
+                markersize=8,
+            )
+            axis.plot([x, measured], [row.tflops] * 2, color=STEP_COLOURS[row.step], linewidth=0.8)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xlabel("FLOPs for each byte of device memory (filled: bytes counted by hand; hollow: by the profiler)")
+    axis.set_ylabel("TFLOP/s")
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def flash_counters(frame) -> Figure:
+    """How busy each step keeps the parts of a multiprocessor, in percent of their peak: a panel a head dim."""
+    ok = frame[frame.status == "ok"]
+    names = {
+        "tensor_pct": "tensor cores",
+        "exp_pct": "exponentials",
+        "shared_pct": "shared memory",
+        "issue_pct": "issue",
+    }
+    head_dims = sorted(set(ok.head_dim))
+    figure, axes = _figure(10.0, 3.4 * max(1, len(head_dims)) + 0.8, max(1, len(head_dims)))
+    for axis, head_dim in zip(axes[:, 0], head_dims, strict=False):
+        group = ok[ok.head_dim == head_dim]
+        for i, (column, label) in enumerate(names.items()):
+            x = np.arange(len(group)) + (i - 1.5) * 0.2
+            axis.bar(x, group[column].astype(float), 0.19, label=label, color=list(COLOURS.values())[i + 1])
+        axis.set_xticks(np.arange(len(group)), list(group.step), fontsize=8)
+        axis.set_ylabel("% of peak")
+        axis.set_ylim(0, 100)
+        axis.set_title(f"head_dim {head_dim}", loc="left", fontsize=11)
+    _legend(figure, axes.flat)
+    return figure
+
+
+def course_memory(frame) -> Figure:
+    """pytorch_attention at its largest head dim: memory in use before the backward pass, measured and by formula; and time."""
+    group = frame[frame.head_dim == frame.head_dim.max()]
+    figure, axes = _figure(11.0, 4.6, 1, 2)
+    memory, speed = axes[0]
+    for name, rows in group.groupby("implementation", sort=False):
+        colour = IMPLEMENTATION_COLOURS.get(name, "#444444")
+        each = rows[rows["pass"] == "forward"].sort_values("seq_len")
+        memory.plot(each.seq_len, each.computed_mib, color=colour, linewidth=1.2, label=f"{name}, by formula")
+        memory.plot(each.seq_len, each.before_backward_mib, "o", color=colour, markersize=6, label=f"{name}, measured")
+        for which, style in (("forward", "-"), ("backward", "--")):
+            timed = rows[(rows["pass"] == which) & (rows.status == "ok")].sort_values("seq_len")
+            speed.plot(
+                timed.seq_len, timed.median_ms, style, color=colour, marker="o", markersize=4, label=f"{name}, {which}"
+            )
+    for axis, label in ((memory, "memory before backward, MiB"), (speed, "time, ms")):
+        _log_lengths(axis, group.seq_len)
+        axis.set_ylabel(label)
+        axis.legend(frameon=False, fontsize=8)
+    row = group.iloc[0]
+    figure.suptitle(f"batch {row.batch}, head_dim {row.head_dim}, {row['dtype']}, causal; {row.device}", fontsize=9)
+    return figure
+
+
+def flash_benchmarking(frame) -> Figure:
+    """flash_benchmarking: time against the length, a panel for each dtype (down) and pass (across); a marker a head dim."""
+    dtypes, passes = list(dict.fromkeys(frame["dtype"])), list(dict.fromkeys(frame["pass"]))
+    head_dims = sorted(set(frame.head_dim))
+    figure, axes = _figure(4.6 * len(passes), 3.8 * len(dtypes) + 0.9, len(dtypes), len(passes))
+    for line, dtype in zip(axes, dtypes, strict=True):
+        for axis, which in zip(line, passes, strict=True):
+            group = frame[(frame["dtype"] == dtype) & (frame["pass"] == which) & (frame.status == "ok")]
+            for (name, head_dim), rows in group.groupby(["implementation", "head_dim"], sort=False):
+                rows = rows.sort_values("seq_len")
+                axis.plot(
+                    rows.seq_len,
+                    rows.median_ms,
+                    color=IMPLEMENTATION_COLOURS.get(name, "#444444"),
+                    marker=_HEAD_DIM_MARKERS[head_dims.index(head_dim) % len(_HEAD_DIM_MARKERS)],
+                    markersize=4,
+                    linewidth=1.0,
+                    label=f"{name}, head_dim {head_dim}",
+                )
+            _log_lengths(axis, frame.seq_len)
+            axis.set_ylabel("time, ms")
+            axis.set_title(f"{PASS_TITLES[which].capitalize()}, {dtype}", loc="left", fontsize=11)
+    _legend(figure, axes.flat)
+    figure.suptitle(f"batch {frame.batch.iloc[0]}, causal; {frame.device.iloc[0]}", fontsize=9, color="#555555")
+    return figure

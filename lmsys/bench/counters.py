@@ -1,0 +1,275 @@
+"""The GPU's hardware counters of each step of the attention kernel, read by NVIDIA's Nsight Compute (ncu).
+
+run() starts `ncu python -m lmsys.bench.counters ...` on the steps of lmsys.bench.flash. The driver, main() here, warms each
+step up outside the profile, then calls it once, and launches an empty kernel as a mark after it; what ncu writes is cut at the marks.
+A step of several kernels is their sum (time, bytes) or their mean weighted by time (percentages).
+
+Metrics are named in the order of preference, as their names change between GPU generations; the first that the GPU has is taken, and
+a counter that it has not stays empty. Where there is no ncu, or it refuses, each step is a row with status unsupported and the reason.
+
+Limits: ncu flushes the caches before each kernel and runs it again for each group of counters, so bytes between the kernels of a
+step are all counted as device memory's, and the time is that of one cold launch: times of the steps are in flash_steps_results.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmsys import records
+from lmsys.bench.attention import DTYPES
+from lmsys.bench.flash import STEPS, FlashSettings, OnRow, Point
+from lmsys.device import device_name, resolve_device
+
+_LIMIT_S = 75  # ncu is stopped after this long
+_MARK = "spin_kernel"  # the kernel of torch.cuda._sleep
+
+# Column -> metrics. All are in ncu's base units: ns, bytes, percent of the peak.
+METRICS: dict[str, tuple[str, ...]] = {
+    "time_ms": ("gpu__time_duration.sum",),
+    "dram_mib": ("dram__bytes.sum",),
+    "l2_mib": ("lts__t_bytes.sum",),
+    "tensor_pct": (
+        "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",
+        "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active",
+    ),
+    "exp_pct": ("sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active",),
+    "shared_pct": (
+        "l1tex__data_pipe_lsu_wavefronts_mem_shared.avg.pct_of_peak_sustained_elapsed",
+        "l1tex__data_pipe_lsu_wavefronts.avg.pct_of_peak_sustained_elapsed",
+    ),
+    "issue_pct": ("sm__inst_issued.avg.pct_of_peak_sustained_active",),
+    "occupancy_pct": ("sm__warps_active.avg.pct_of_peak_sustained_active",),
+    "registers": ("launch__registers_per_thread",),
+}
+_SCALES = {"time_ms": 1e-6, "dram_mib": 2**-20, "l2_mib": 2**-20}
+_LEFT_OUT = "counted at the largest head dim only: for each of its hundreds of kernels ncu takes tens of milliseconds"
+_EXTRA = ("device", "note")
+
+
+def run(flash: FlashSettings, folder: str | Path, *, on_row: OnRow = None):
+    """Count the steps' forward passes; write counters_results.csv to folder; return its rows as a DataFrame."""
+    writer = records.ResultWriter(
+        "counters_results",
+        folder,
+        method={"tool": "ncu, one launch of each kernel with cold caches, clocks as found", "metrics": METRICS},
+        parameters=dataclasses.asdict(flash),
+        extra_columns=_EXTRA,
+    )
+    with writer:
+        for row in rows(flash):
+            writer.write(row)
+            if on_row:
+                on_row(row)
+    return records.read_results(writer.path)
+
+
+def rows(flash: FlashSettings) -> list[dict[str, Any]]:
+    """A row for each head dim and step."""
+    device = resolve_device(flash.device)
+    counted: dict[tuple[int, str], dict[str, Any]] = {}
+    reason = _missing(device)
+    if reason is None:
+        try:
+            counted = _profile(flash)
+        except _Refused as refusal:
+            reason = str(refusal)
+    found = []
+    for head_dim in flash.step_head_dims:
+        for step in flash.steps:
+            base = {
+                "step": step,
+                "batch": flash.step_batch,
+                "heads": flash.step_width // head_dim,
+                "seq_len": flash.step_seq_len,
+                "head_dim": head_dim,
+                "dtype": flash.step_dtype,
+                "causal": True,
+                "device": device_name(device),
+            }
+            why = reason or (_LEFT_OUT if _left_out(step, head_dim, flash.step_head_dims) else "does not run here")
+            missing = {"status": "unsupported", "note": why}
+            found.append(base | counted.get((head_dim, step), missing))
+    return found
+
+
+def _left_out(step: str, head_dim: int, head_dims: Sequence[int]) -> bool:
+    return step == "tiled PyTorch" and head_dim != max(head_dims)
+
+
+class _Refused(Exception):
+    """Why ncu gave no counters."""
+
+
+def _missing(device: torch.device) -> str | None:
+    """Why there is nothing to count with, or None."""
+    if device.type != "cuda":
+        return "needs a CUDA GPU"
+    if shutil.which("ncu") is None:
+        return "needs ncu (NVIDIA Nsight Compute) on the PATH, which is not there"
+    return None
+
+
+def _profile(flash: FlashSettings) -> dict[tuple[int, str], dict[str, Any]]:
+    """(head_dim, step) -> the measured part of a row."""
+    with tempfile.TemporaryDirectory(prefix="lmsys-ncu-") as temporary:
+        log, done = Path(temporary) / "log.csv", Path(temporary) / "done.json"
+        metrics = _available()
+        driver = [sys.executable, "-m", "lmsys.bench.counters", "--done", str(done), *_arguments(flash)]
+        command = [
+            *("ncu", "--csv", "--page", "raw", "--print-units", "base", "--log-file", str(log)),
+            *("--clock-control", "none", "--profile-from-start", "off", "--target-processes", "application-only"),
+            *("--metrics", ",".join(metrics.values())),
+        ]
+        output = _call([*command, *driver])
+        steps = json.loads(done.read_text()) if done.exists() else []
+        text = log.read_text(errors="replace") if log.exists() else ""
+        if not steps or _MARK not in text:
+            raise _Refused(_reason(text + "\n" + output))
+    counted = parse(text, metrics)
+    if len(counted) != len(steps):
+        raise _Refused(f"ncu counted {len(counted)} steps of {len(steps)}")
+    return {(head_dim, step): row for (head_dim, step), row in zip(map(tuple, steps), counted, strict=True)}
+
+
+def _arguments(flash: FlashSettings) -> list[str]:
+    return [
+        *("--steps", *flash.steps, "--head_dims", *map(str, flash.step_head_dims), "--batch", str(flash.step_batch)),
+        *("--width", str(flash.step_width), "--seq_len", str(flash.step_seq_len), "--dtype", flash.step_dtype),
+        *("--device", flash.device),
+    ]
+
+
+def _available() -> dict[str, str]:
+    """Column -> the first of its metrics that this GPU has; launch__ metrics are always there."""
+    listed = {line.split()[0] for line in _call(["ncu", "--query-metrics"]).splitlines() if line.strip()}
+    chosen = {}
+    for column, names in METRICS.items():
+        for name in names:
+            if name.startswith("launch__") or name.split(".")[0] in listed:
+                chosen[column] = name
+                break
+    if "time_ms" not in chosen:
+        raise _Refused("ncu lists no metrics for this GPU")
+    return chosen
+
+
+def _call(command: Sequence[str]) -> str:
+    """Output and errors of a command, as text. It and what it started are ended where it takes too long."""
+    path = os.pathsep.join(filter(None, [str(records.REPOSITORY), os.environ.get("PYTHONPATH")]))
+    try:
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | {"PYTHONPATH": path},
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise _Refused(f"{command[0]} did not start: {error}") from None
+    try:
+        return process.communicate(timeout=_LIMIT_S)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise _Refused(f"{command[0]} took longer than {_LIMIT_S} s") from None
+
+
+def _reason(text: str) -> str:
+    """The line that says why: ncu's first error, else the last line."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("==ERROR==")] or [line for line in lines if "Error" in line]
+    return "ncu: " + (errors[0].removeprefix("==ERROR== ") if errors else (lines or ["no output"])[-1])
+
+
+def parse(text: str, metrics: dict[str, str]) -> list[dict[str, Any]]:
+    """The measured part of a row for each step, from ncu's CSV of raw metrics, whose rows are kernels in the order of their launch."""
+    lines = [line for line in text.splitlines() if line.startswith('"')]
+    table = list(csv.DictReader(lines))[1:]  # the line after the names holds the units
+    steps: list[dict[str, Any]] = []
+    kernels: list[dict[str, str]] = []
+    for kernel in table:
+        if _MARK in kernel["Kernel Name"]:
+            steps.append(_sum(kernels, metrics))
+            kernels = []
+        else:
+            kernels.append(kernel)
+    return steps
+
+
+def _sum(kernels: Sequence[dict[str, str]], metrics: dict[str, str]) -> dict[str, Any]:
+    if not kernels:
+        return {"status": "error", "note": "ncu saw no kernel of this step"}
+    times = [_number(kernel, metrics["time_ms"]) or 0.0 for kernel in kernels]
+    row: dict[str, Any] = {"status": "ok", "kernels": len(kernels)}
+    for column, metric in metrics.items():
+        values = [_number(kernel, metric) for kernel in kernels]
+        if None in values:
+            continue
+        if column in _SCALES:
+            row[column] = sum(values) * _SCALES[column]
+        elif column == "registers":
+            row[column] = int(values[times.index(max(times))])  # of the longest kernel
+        else:
+            row[column] = sum(v * t for v, t in zip(values, times, strict=True)) / (sum(times) or 1.0)
+    return row
+
+
+def _number(kernel: dict[str, str], metric: str) -> float | None:
+    try:
+        return float(kernel[metric].replace(",", ""))
+    except (KeyError, ValueError):  # not counted: ncu writes n/a, or leaves the column out
+        return None
+
+
+def main(arguments: Iterable[str] | None = None) -> None:
+    """The driver that ncu profiles: each step once, and a mark after it."""
+    parser = argparse.ArgumentParser(prog="python -m lmsys.bench.counters", description=main.__doc__)
+    parser.add_argument("--steps", nargs="+", choices=list(STEPS), required=True)
+    parser.add_argument("--head_dims", nargs="+", type=int, required=True)
+    for name in ("--batch", "--width", "--seq_len"):
+        parser.add_argument(name, type=int, required=True)
+    parser.add_argument("--dtype", choices=list(DTYPES), required=True)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--done", type=Path, required=True, help="where the steps that ran are written, as JSON")
+    given = parser.parse_args(arguments)
+    device = resolve_device(given.device)
+    done = []
+    for head_dim in given.head_dims:
+        shape = (given.batch, given.width // head_dim, given.seq_len, head_dim)
+        point = Point(shape, DTYPES[given.dtype], device, seed=0)
+        for name in given.steps:
+            if _left_out(name, head_dim, given.head_dims) or STEPS[name].refusal(device, point.dtype, head_dim):
+                continue
+            try:
+                for _ in range(2):  # compile and tune
+                    STEPS[name](*point.inputs)
+            except ValueError as reason:  # a kernel does not take this, and says so
+                print(f"{name}: {reason}", file=sys.stderr)
+                continue
+            torch.cuda.synchronize(device)
+            torch.cuda.cudart().cudaProfilerStart()
+            STEPS[name](*point.inputs)
+            torch.cuda._sleep(1)
+            torch.cuda.synchronize(device)
+            torch.cuda.cudart().cudaProfilerStop()
+            done.append([head_dim, name])
+    given.done.write_text(json.dumps(done))
+
+
+if __name__ == "__main__":
+    main()
