@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 import torch
-from attention_cases import FLOOR, inputs, plain, with_gradients
+from attention_cases import FLOOR, inputs, with_gradients
 
 from lmsys.attention import flash_cuda
 from lmsys.attention.flash_cuda import FlashAttentionCUDA, flash_attention_cuda
@@ -27,7 +27,7 @@ compiler = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("dtype,head_dim", [("__nv_bfloat16", 64), ("__half", 128)])
 def test_compiles_without_spills(arch, dtype, head_dim, small, tmp_path):
-    """Each kernel keeps its accumulators in registers; the backward pass may spill a few addresses, never a tile."""
+    """Accumulators stay in registers; the backward pass, at the limit of 255, may spill a few addresses."""
     instance = [f"-DLMSYS_ONLY_TYPE={dtype}", f"-DLMSYS_ONLY_DIM={head_dim}"]
     command = [NVCC, *flash_cuda.nvcc_flags(arch, small), *instance, "-cubin", "-Xptxas", "-v", "-o", tmp_path / "x"]
     result = subprocess.run([*command, flash_cuda.SOURCE], capture_output=True, text=True, timeout=120)
@@ -38,9 +38,9 @@ def test_compiles_without_spills(arch, dtype, head_dim, small, tmp_path):
         kernels[re.search(r"(forward|backward|prepare|finish)_kernel", name)[1]] = [int(n) for n in numbers]
     assert set(kernels) == {"forward", "backward", "prepare", "finish"}
     for name, (stores, loads, registers) in kernels.items():
-        assert registers <= 255
-        allowed = {"backward": 64, "forward": 32}.get(name, 0)
+        allowed = 128 if name == "backward" else 0
         assert max(stores, loads) <= allowed, f"{name}: {stores} bytes of spill stores, {loads} of loads"
+        assert registers <= 255
 
 
 @compiler
@@ -50,7 +50,7 @@ def test_the_structs_are_those_of_the_kernel_file(tmp_path):
     for name, struct in (("ForwardParams", flash_cuda._ForwardParams), ("BackwardParams", flash_cuda._BackwardParams)):
         checks.append(f"static_assert(sizeof({name}) == {ctypes.sizeof(struct)});")
         for field, _ in struct._fields_:
-            c_name = field.replace("do", "d_o") if field == "do" else field
+            c_name = "d_o" if field == "do" else field  # do is C++'s
             checks.append(f"static_assert(offsetof({name}, {c_name}) == {getattr(struct, field).offset});")
     source = tmp_path / "offsets.cu"
     source.write_text(f'#include <stddef.h>\n#include "{flash_cuda.SOURCE}"\n' + "\n".join(checks))
@@ -137,6 +137,23 @@ def test_forward_and_backward(q_len, k_len, head_dim, dtype):
     for causal in (False, True):
         for heads, kv_heads in ((2, 2), (4, 1), (6, 2)):
             assert_accurate(*inputs(q_len, k_len, head_dim, heads, kv_heads, dtype, 2, "cuda"), causal)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_tiles_for_small_shared_memory(head_dim, dtype, small_library, monkeypatch):
+    """Those of GPUs with 99 KiB a block run on any."""
+    monkeypatch.setattr(flash_cuda, "_library", lambda device_index: small_library)
+    for q_len, k_len in LENGTHS:
+        for causal in (False, True):
+            assert_accurate(*inputs(q_len, k_len, head_dim, 4, 2, dtype, 2, "cuda"), causal)
+
+
+@pytest.fixture(scope="module")
+def small_library():
+    major, minor = torch.cuda.get_device_capability()
+    return flash_cuda._build(f"sm_{major}{minor}", small_shared_memory=True)
 
 
 @gpu
@@ -269,11 +286,3 @@ def test_refuses_a_scale(scale):
     q = torch.zeros(1, 1, 4, 64, device="cuda", dtype=torch.float16)
     with pytest.raises(ValueError, match="positive, finite"):
         flash_attention_cuda(q, q, q, scale=scale)
-
-
-@gpu
-def test_the_reference_agrees_with_itself():
-    """The comparison above can fail: PyTorch's attention without the mask is far from the masked one."""
-    q, k, v, do = inputs(64, 64, 64, device="cuda", dtype=torch.float16)
-    difference = (plain(q, k, v, True) - flash_attention_cuda(q, k, v, False)).abs().max()
-    assert difference > 10 * FLOOR[torch.float16]

@@ -67,14 +67,14 @@ def _nvcc() -> str | None:
 
 
 def nvcc_flags(arch: str, small_shared_memory: bool = False) -> list[str]:
-    """Of a build for arch, "sm_90" for example; small_shared_memory: the GPU gives a block less than 160 KiB."""
+    """Of a build for arch, "sm_90" for example; small_shared_memory: the GPU gives a block less than 177 KiB."""
     flags = ["-O3", "-std=c++17", f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}"]
     return flags + ["-DLMSYS_SMALL_SHARED_MEMORY"] * small_shared_memory
 
 
 @functools.cache
 def _library(device_index: int) -> ctypes.CDLL:
-    """The kernels, built for that GPU unless an earlier run or another process has.
+    """The kernels for that GPU.
 
     Raises:
         RuntimeError: a tool is missing, cannot build for the GPU, or fails; the message says which.
@@ -90,22 +90,26 @@ def _library(device_index: int) -> ctypes.CDLL:
             f"{NAME}: {_nvcc()} cannot build for this GPU, {properties.name} ({arch}); it knows {', '.join(targets)}. "
             "Install a CUDA toolkit that does and set CUDA_HOME to it"
         )
-    flags = nvcc_flags(arch, properties.shared_memory_per_block_optin < 160 * 1024)
+    return _build(arch, small_shared_memory=properties.shared_memory_per_block_optin < 177 * 1024)
+
+
+def _build(arch: str, small_shared_memory: bool) -> ctypes.CDLL:
+    """Builds the kernels unless an earlier run or another process has, and loads them."""
+    from torch.utils import cpp_extension
+
+    flags = nvcc_flags(arch, small_shared_memory)
     key = hashlib.sha256(SOURCE.read_bytes() + " ".join(flags).encode()).hexdigest()[:12]
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
     folder = root / f"lmsys_flash_attention_{arch}_{key}"
     folder.mkdir(parents=True, exist_ok=True)
-
-    from torch.utils import cpp_extension
-
-    name = "lmsys_flash_attention"
-    if not (folder / f"{name}.so").exists():
+    library_path = folder / "lmsys_flash_attention.so"
+    if not library_path.exists():
         print(f"{NAME}: building {SOURCE.name} for {arch} in {folder}; less than a minute, once", file=sys.stderr)
     # A lock file in the folder lets one process build and the others wait.
-    path = cpp_extension.load(
-        name, [str(SOURCE)], extra_cuda_cflags=flags, build_directory=str(folder), is_python_module=False
+    cpp_extension.load(
+        library_path.stem, [str(SOURCE)], extra_cuda_cflags=flags, build_directory=str(folder), is_python_module=False
     )
-    library = ctypes.CDLL(path or str(folder / f"{name}.so"))
+    library = ctypes.CDLL(str(library_path))
     library.lmsys_error.restype = ctypes.c_char_p
     for backward, params in enumerate((_ForwardParams, _BackwardParams)):
         assert library.lmsys_params_bytes(backward) == ctypes.sizeof(params), "a struct here differs from the kernels'"

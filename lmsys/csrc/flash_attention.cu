@@ -2,7 +2,7 @@
 //
 // For GPUs of compute capability 8.0 and up: mma.sync.m16n8k16, ldmatrix and cp.async, nothing of one generation's own but a wider
 // atomic addition on 9.0. Element type half or bfloat16, sums in float, head dim D 64 or 128. This file knows no framework: it ends in
-// two C functions that take device pointers, strides and a stream, and return a cudaError_t.
+// C functions that take device pointers, strides and a stream, and return a cudaError_t.
 //
 // Layouts, used throughout (lane = threadIdx.x % 32, g = lane / 4, t = lane % 4):
 //   C, a 16 x 8 float accumulator:   c[0], c[1] at (row g, columns 2t, 2t + 1);  c[2], c[3] at (row g + 8, the same columns)
@@ -66,6 +66,9 @@ __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool i
 __device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 __device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+
+// Waits for the other warp of a pair. Barrier 0 is __syncthreads().
+__device__ __forceinline__ void pair_barrier(int barrier) { asm volatile("bar.sync %0, 64;" ::"r"(barrier) : "memory"); }
 
 // Four 8 x 8 matrices; lane l gives the address of row l % 8 of matrix l / 8 and gets the pair (row g, columns 2t, 2t + 1) of each.
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t address) {
@@ -152,13 +155,13 @@ __device__ __forceinline__ void load_tile(uint32_t to, const T* from, int64_t st
   }
 }
 
-// ROWS rows that one warp left in shared memory to global memory, 16 bytes a lane.
-template <typename T, int D, int ROWS>
-__device__ __forceinline__ void store_rows(T* to, int64_t stride, const uint8_t* from, int valid) {
-  constexpr int kChunks = D / 8;
-#pragma unroll
+// ROWS rows that one warp left in shared memory, COLUMNS of each from their 8 `chunk`-th on, to global memory, 16 bytes a lane.
+template <typename T, int D, int ROWS, int COLUMNS>
+__device__ __forceinline__ void store_rows(T* to, int64_t stride, const uint8_t* from, int chunk_from, int valid) {
+  constexpr int kChunks = COLUMNS / 8;
+#pragma unroll 4
   for (int i = threadIdx.x % 32; i < ROWS * kChunks; i += 32) {
-    const int row = i / kChunks, chunk = i % kChunks;
+    const int row = i / kChunks, chunk = chunk_from + i % kChunks;
     if (row < valid) {
       *reinterpret_cast<uint4*>(to + row * stride + chunk * 8) =
           *reinterpret_cast<const uint4*>(from + row * (2 * D) + ((chunk ^ (row % 8)) << 4));
@@ -166,15 +169,15 @@ __device__ __forceinline__ void store_rows(T* to, int64_t stride, const uint8_t*
   }
 }
 
-// M 16-row accumulators, times `factor` for each row, as elements into a warp's own rows of shared memory.
-template <typename T, int D, int M>
-__device__ __forceinline__ void stage_rows(uint8_t* to, const float (&c)[M][D / 8][4], const float (&factor)[M][2]) {
+// M x N accumulators, times `factor` for each row, as elements into rows of shared memory, from their 8 `chunk`-th column on.
+template <typename T, int D, int M, int N>
+__device__ __forceinline__ void stage_rows(uint8_t* to, const float (&c)[M][N][4], const float (&factor)[M][2], int chunk) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
   for (int m = 0; m < M; ++m) {
 #pragma unroll
-    for (int n = 0; n < D / 8; ++n) {
-      uint8_t* at = to + (m * 16 + g) * (2 * D) + ((n ^ g) << 4) + t * 4;
+    for (int n = 0; n < N; ++n) {
+      uint8_t* at = to + (m * 16 + g) * (2 * D) + (((chunk + n) ^ g) << 4) + t * 4;
       *reinterpret_cast<uint32_t*>(at) = pack<T>(c[m][n][0] * factor[m][0], c[m][n][1] * factor[m][0]);
       *reinterpret_cast<uint32_t*>(at + 8 * 2 * D) = pack<T>(c[m][n][2] * factor[m][1], c[m][n][3] * factor[m][1]);
     }
@@ -217,23 +220,26 @@ __device__ __forceinline__ void multiply_rows(float (&c)[M][N][4], uint32_t a_at
   }
 }
 
-// c (16 M x D) += a b over 16 K: a in registers, b (16 K rows of D elements) in shared memory, at lane_b_transposed.
-template <typename T, int D, int M, int K>
-__device__ __forceinline__ void multiply_packed(
-    float (&c)[M][D / 8][4], const uint32_t (&a)[M][K][4], uint32_t b_at) {
+// c (16 M x 8 N) += a b over 16: a in registers, b 16 rows of D elements in shared memory, at lane_b_transposed plus its first column.
+template <typename T, int D, int M, int N>
+__device__ __forceinline__ void multiply_step(float (&c)[M][N][4], const uint32_t (&a)[M][4], uint32_t b_at) {
 #pragma unroll
-  for (int step = 0; step < K; ++step) {
+  for (int n = 0; n < N; n += 2) {
+    uint32_t b[4];
+    load_transposed(b, b_at ^ (n * 16));
 #pragma unroll
-    for (int n = 0; n < D / 8; n += 2) {
-      uint32_t b[4];
-      load_transposed(b, (b_at ^ (n * 16)) + step * 16 * 2 * D);
-#pragma unroll
-      for (int m = 0; m < M; ++m) {
-        mma<T>(c[m][n], a[m][step], b[0], b[1]);
-        mma<T>(c[m][n + 1], a[m][step], b[2], b[3]);
-      }
+    for (int m = 0; m < M; ++m) {
+      mma<T>(c[m][n], a[m], b[0], b[1]);
+      mma<T>(c[m][n + 1], a[m], b[2], b[3]);
     }
   }
+}
+
+// The same over 16 K.
+template <typename T, int D, int M, int N, int K>
+__device__ __forceinline__ void multiply_packed(float (&c)[M][N][4], const uint32_t (&a)[K][M][4], uint32_t b_at) {
+#pragma unroll
+  for (int step = 0; step < K; ++step) multiply_step<T, D>(c, a[step], b_at + step * 16 * 2 * D);
 }
 
 template <int M, int N>
@@ -256,23 +262,28 @@ __device__ __forceinline__ Place place(int heads, int blocks, int section) {
 
 // --- Forward --------------------------------------------------------------------------------------
 
-// A block of 4 warps takes 128 queries, 32 a warp: every B operand that a warp loads feeds two products. Keys come in tiles of two
-// halves; while the tensor cores make the second half's scores, and later the first half's output, the other units make exponentials.
+// A block of 4 warps takes 128 queries, 32 a warp: every B operand that a warp loads feeds two products. Keys come in tiles of
+// kParts parts, and a part's scores are held at a time. Two blocks share a multiprocessor: while one makes exponentials the other keeps
+// the tensor cores busy.
+// Tuned on an H200, bf16, 16k tokens of heads x head_dim = 2048; TFLOP/s, causal 1024 keys / full 16k keys:
+//   head dim 64:  2 parts of 64: 258 / 351;  1 of 128: 250 / 345;  4 of 32: 247 / 328
+//   head dim 128: 2 parts of 32: 285 / 384;  1 of 64: 271 / 381
+//   The exponentials of each part between the products of the other: 249 / 339 and 272 / 379. 8 warps, 256 queries: 228 / 317, 247 / 361.
 template <int D>
 struct ForwardTiles;
 template <>
 struct ForwardTiles<64> {
-  static constexpr int kHalf = 64;
+  static constexpr int kPart = 64, kParts = 2;
 };
 template <>
 struct ForwardTiles<128> {
-  static constexpr int kHalf = 32;
+  static constexpr int kPart = 32, kParts = 2;
 };
 constexpr int kForwardQueries = 128, kForwardWarps = 4;
 
 template <int D>
 constexpr int forward_shared_bytes() {  // queries, and two stages of keys and values
-  return (kForwardQueries + 2 * 2 * 2 * ForwardTiles<D>::kHalf) * 2 * D;
+  return (kForwardQueries + 2 * 2 * ForwardTiles<D>::kPart * ForwardTiles<D>::kParts) * 2 * D;
 }
 
 // The softmax state of a warp's 32 rows: rows m * 16 + g and m * 16 + g + 8 are [m][0] and [m][1] in lane 4 g + t.
@@ -286,9 +297,8 @@ struct Softmax {
 // all tiles so pass without any exchange between lanes and without rescaling the output.
 constexpr float kSlack = 8.f;
 
-template <typename T, int D, int N, int K>
-__device__ __forceinline__ void settle(
-    const float (&s)[2][N][4], Softmax& x, float (&o)[2][D / 8][4], uint32_t (&earlier)[2][K][4], float scale_log2) {
+template <int D, int N>
+__device__ __forceinline__ void settle(const float (&s)[2][N][4], Softmax& x, float (&o)[2][D / 8][4], float scale_log2) {
   const float slack = kSlack / scale_log2;
   float top[2][2];
   bool above = false;
@@ -317,14 +327,6 @@ __device__ __forceinline__ void settle(
         o[m][n][2 * r] *= factor;
         o[m][n][2 * r + 1] *= factor;
       }
-#pragma unroll
-      for (int k = 0; k < K; ++k) {  // probabilities that have not met their values yet
-#pragma unroll
-        for (int i = r; i < 4; i += 2) {
-          const float2 pair = unpack<T>(earlier[m][k][i]);
-          earlier[m][k][i] = pack<T>(pair.x * factor, pair.y * factor);
-        }
-      }
     }
   }
 }
@@ -332,7 +334,7 @@ __device__ __forceinline__ void settle(
 // Exponentials of a warp's scores, packed as operands.
 template <typename T, int N>
 __device__ __forceinline__ void exponentiate(
-    const float (&s)[2][N][4], uint32_t (&p)[2][N / 2][4], Softmax& x, float scale_log2) {
+    const float (&s)[2][N][4], uint32_t (&p)[N / 2][2][4], Softmax& x, float scale_log2) {
 #pragma unroll
   for (int f = 0; f < 2 * N; ++f) {
     const int m = f / N, n = f % N;
@@ -341,8 +343,8 @@ __device__ __forceinline__ void exponentiate(
     for (int i = 0; i < 4; ++i) e[i] = power_of_2(fmaf(s[m][n][i], scale_log2, -x.top[m][i / 2] * scale_log2));
     x.sum[m][0] += e[0] + e[1];
     x.sum[m][1] += e[2] + e[3];
-    p[m][n / 2][n % 2 * 2] = pack<T>(e[0], e[1]);
-    p[m][n / 2][n % 2 * 2 + 1] = pack<T>(e[2], e[3]);
+    p[n / 2][m][n % 2 * 2] = pack<T>(e[0], e[1]);
+    p[n / 2][m][n % 2 * 2 + 1] = pack<T>(e[2], e[3]);
   }
 }
 
@@ -365,8 +367,7 @@ __device__ __forceinline__ void hide(float (&s)[2][N][4], int row, int key, int 
 
 template <typename T, int D>
 __global__ void __launch_bounds__(kForwardWarps * 32, 2) forward_kernel(const __grid_constant__ ForwardParams p) {
-  constexpr int kHalf = ForwardTiles<D>::kHalf, kKeys = 2 * kHalf, kThreads = kForwardWarps * 32;
-  constexpr int N = kHalf / 8, K = kHalf / 16;  // score fragments across, operand fragments across
+  constexpr int kPart = ForwardTiles<D>::kPart, kKeys = kPart * ForwardTiles<D>::kParts, kThreads = kForwardWarps * 32;
   constexpr int kTileBytes = kKeys * 2 * D;
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t q_tile = shared_address(shared);
@@ -415,29 +416,20 @@ __global__ void __launch_bounds__(kForwardWarps * 32, 2) forward_kernel(const __
     copies_wait();
     __syncthreads();  // this tile has arrived, for all; and all have left the tile before, whose stage is filled next
     if (tile + 1 < tiles) load_keys(tile + 1);
-    const int key = tile * kKeys;
-    if (key >= warp_keys) continue;
     const uint32_t stage = kv_tiles + tile % 2 * 2 * kTileBytes;
     const uint32_t k_at = stage + lane_b<D>(lane), v_at = stage + kTileBytes + lane_b_transposed<D>(lane);
-
-    float s0[2][N][4], s1[2][N][4];
-    uint32_t p0[2][K][4], p1[2][K][4], none[2][0 + 1][4] = {};
-    clear(s0);
-    multiply_rows<T, D>(s0, q_at, k_at);
-    if (key + kHalf > clear_keys) hide(s0, row + lane / 4, key + lane % 4 * 2, p.k_len, p.causal);
-    settle<T, D>(s0, x, o, none, scale_log2);
-    if (key + kHalf < warp_keys) {
-      clear(s1);
-      multiply_rows<T, D>(s1, q_at, k_at + kHalf * 2 * D);
-      exponentiate<T>(s0, p0, x, scale_log2);
-      if (key + kKeys > clear_keys) hide(s1, row + lane / 4, key + kHalf + lane % 4 * 2, p.k_len, p.causal);
-      settle<T, D>(s1, x, o, p0, scale_log2);
-      multiply_packed<T, D>(o, p0, v_at);
-      exponentiate<T>(s1, p1, x, scale_log2);
-      multiply_packed<T, D>(o, p1, v_at + kHalf * 2 * D);
-    } else {
-      exponentiate<T>(s0, p0, x, scale_log2);
-      multiply_packed<T, D>(o, p0, v_at);
+#pragma unroll
+    for (int part = 0; part < kKeys; part += kPart) {
+      const int key = tile * kKeys + part;
+      if (key >= warp_keys) break;
+      float s[2][kPart / 8][4];
+      uint32_t probabilities[kPart / 16][2][4];
+      clear(s);
+      multiply_rows<T, D>(s, q_at, k_at + part * 2 * D);
+      if (key + kPart > clear_keys) hide(s, row + lane / 4, key + lane % 4 * 2, p.k_len, p.causal);
+      settle<D>(s, x, o, scale_log2);
+      exponentiate<T>(s, probabilities, x, scale_log2);
+      multiply_packed<T, D>(o, probabilities, v_at + part * 2 * D);
     }
   }
 
@@ -459,40 +451,48 @@ __global__ void __launch_bounds__(kForwardWarps * 32, 2) forward_kernel(const __
   // The warp's own query rows are free now: its output passes through them.
   uint8_t* own = shared + warp * 32 * 2 * D;
   __syncwarp();
-  stage_rows<T, D>(own, o, inverse);
+  stage_rows<T, D>(own, o, inverse, 0);
   __syncwarp();
   T* to = static_cast<T*>(p.o) + batch * p.o_strides.batch + head * p.o_strides.head + row * p.o_strides.row;
-  store_rows<T, D, 32>(to, p.o_strides.row, own, p.q_len - row);
+  store_rows<T, D, 32, D>(to, p.o_strides.row, own, 0, p.q_len - row);
 }
 
 // --- Backward -------------------------------------------------------------------------------------
 
 // A block holds a tile of keys and values and walks over the queries that see it, and over the query heads that read the key head. A
-// warp owns 16 M keys: it makes S^T = K Q^T and dP^T = V dO^T for them, so that P^T and dS^T are operands of dV += P^T dO and
-// dK += dS^T Q in registers. dQ = dS K sums over all keys: dS^T goes through shared memory, each warp makes a part of the tile of
-// dQ, and adds it to a float array in global memory, since other blocks add to the same rows.
+// warp makes S^T = K Q^T and dP^T = V dO^T for 32 keys, so that P^T and dS^T are operands of dV += P^T dO and dK += dS^T Q in
+// registers. dQ = dS K sums over all keys: dS^T goes through shared memory, each warp makes a part of the tile of dQ, and adds it to a
+// float array in global memory, since other blocks add to the same rows.
 //
-// dQ of a query tile is made one step late, between the scores and the exponentials of the next tile: the tensor cores have work while
-// the other units make exponentials, and one barrier a step is enough.
+// At head dim 64 a warp holds dK and dV of its keys in full (kSplit 1) and takes the queries of a tile half by half. At head dim 128
+// they would not fit its registers: two warps share 32 keys (kSplit 2), each makes the scores of half the queries, and half the columns
+// of dK and dV; the other's P^T and dS^T come through shared memory.
+//
+// dQ of a query tile is made one step late, between the scores and the exponentials of the next tile: the tensor cores still have work
+// when the exponentials begin, and one barrier of the block a step is enough.
+//
+// Tuned on an H200, bf16, 16k tokens of heads x head_dim = 2048; TFLOP/s, causal 1024 keys / full 16k keys:
+//   head dim 64:  as here 224 / 326;  8 warps of 16 keys 196 / 265;  8 warps of 32 keys 191 / 306
+//   head dim 128: as here 213 / 310;  8 warps of 16 keys, all columns each (74% of shared memory's bandwidth) 203 / 285
 template <int D>
 struct BackwardTiles;
-#ifndef LMSYS_SMALL_SHARED_MEMORY  // 160 KiB or more a block
+#ifndef LMSYS_SMALL_SHARED_MEMORY  // 177 KiB a block are there, as on compute capability 9.0 and 10.0
 template <>
 struct BackwardTiles<64> {
-  static constexpr int kWarps = 4, kM = 2, kQueries = 64, kBlocks = 2;
+  static constexpr int kWarps = 4, kSplit = 1, kQueries = 64, kBlocks = 2;
 };
 template <>
 struct BackwardTiles<128> {
-  static constexpr int kWarps = 8, kM = 1, kQueries = 64, kBlocks = 1;
+  static constexpr int kWarps = 8, kSplit = 2, kQueries = 64, kBlocks = 1;
 };
-#else  // 99 KiB a block, as on compute capability 8.6, 8.9 and 12.0
+#else  // 99 KiB a block are enough, for compute capability 8.0, 8.6, 8.9 and 12.0; checked, but not tuned
 template <>
 struct BackwardTiles<64> {
-  static constexpr int kWarps = 4, kM = 2, kQueries = 64, kBlocks = 1;
+  static constexpr int kWarps = 4, kSplit = 1, kQueries = 64, kBlocks = 1;
 };
 template <>
 struct BackwardTiles<128> {
-  static constexpr int kWarps = 4, kM = 1, kQueries = 32, kBlocks = 1;
+  static constexpr int kWarps = 4, kSplit = 2, kQueries = 32, kBlocks = 1;
 };
 #endif
 
@@ -500,15 +500,15 @@ template <int D>
 struct Backward : BackwardTiles<D> {
   using Tiles = BackwardTiles<D>;
   static constexpr int kThreads = Tiles::kWarps * 32;
-  static constexpr int kKeys = Tiles::kWarps * Tiles::kM * 16;
-  static constexpr int kSub = Tiles::kQueries * Tiles::kM > 64 ? 64 / Tiles::kM : Tiles::kQueries;  // queries whose scores are held
-  static constexpr int kAcross = Tiles::kQueries / 32;                                                // warps along dQ's rows
-  static constexpr int kColumns = D * kAcross / Tiles::kWarps;                                        // of dQ a warp makes
+  static constexpr int kKeys = Tiles::kWarps / Tiles::kSplit * 32;
+  static constexpr int kPart = Tiles::kQueries / 2;  // queries whose scores a warp holds
+  static constexpr int kAcross = Tiles::kQueries / 32;  // warps along dQ's rows
+  static constexpr int kColumns = D * kAcross / Tiles::kWarps;  // of dQ a warp makes
   static constexpr int kQueryBytes = Tiles::kQueries * 2 * D, kRowBytes = 2 * Tiles::kQueries * 4;
   static constexpr int kStageBytes = 2 * kQueryBytes + kRowBytes;  // queries, do, log-sum-exp, delta
   static constexpr int kKeyBytes = kKeys * 2 * D;
-  static constexpr int kDsBytes = kKeys * Tiles::kQueries * 2;
-  static constexpr int kSharedBytes = 2 * kKeyBytes + 2 * kDsBytes + 2 * kStageBytes;
+  static constexpr int kDsBytes = kKeys * Tiles::kQueries * 2;  // dS^T or P^T
+  static constexpr int kSharedBytes = 2 * kKeyBytes + (Tiles::kSplit + 1) * kDsBytes + 2 * kStageBytes;
 };
 
 // dQ's sums lie as the accumulators hold them: a warp's fragments one after the other, so that each addition is one contiguous line.
@@ -567,12 +567,13 @@ template <typename T, int D>
 __global__ void __launch_bounds__(Backward<D>::kThreads, Backward<D>::kBlocks)
     backward_kernel(const __grid_constant__ BackwardParams p, int padded) {
   using C = Backward<D>;
-  constexpr int M = C::kM, N = C::kSub / 8, K = C::kSub / 16, F = M * N, kRow = 2 * D;
+  constexpr int N = C::kPart / 8, K = C::kPart / 16, F = 2 * N, kRow = 2 * D, kHeld = D / C::kSplit;  // kHeld: columns of dK and dV
   constexpr int kDsRow = 2 * C::kQueries, kDsShift = kDsRow == 64 ? 1 : 0;  // two rows of 64 bytes share a line of banks
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t k_tile = shared_address(shared), v_tile = k_tile + C::kKeyBytes;
-  const uint32_t ds_tiles = v_tile + C::kKeyBytes;          // [2][keys][queries]
-  const uint32_t stages = ds_tiles + 2 * C::kDsBytes;       // [2]{queries, do, log-sum-exp, delta}
+  const uint32_t ds_tiles = v_tile + C::kKeyBytes;  // [2][keys][queries]
+  const uint32_t p_tile = ds_tiles + 2 * C::kDsBytes;  // [keys][queries], with kSplit 2
+  const uint32_t stages = ds_tiles + (C::kSplit + 1) * C::kDsBytes;  // [2]{queries, do, log-sum-exp, delta}
 
   const int blocks = (p.k_len + C::kKeys - 1) / C::kKeys, group = p.heads / p.kv_heads;
   const Place at = place(p.batch * p.kv_heads, blocks, p.section);
@@ -587,7 +588,8 @@ __global__ void __launch_bounds__(Backward<D>::kThreads, Backward<D>::kBlocks)
   const int64_t heads = static_cast<int64_t>(p.batch) * p.heads;
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  const int own = warp * 16 * M;  // the warp's first key in the tile
+  const int own = warp / C::kSplit * 32;  // the warp's first key in the tile
+  const int half = warp % C::kSplit;      // of the queries and of the columns, with kSplit 2
 
   auto load_queries = [&](int step) {
     const int head = kv_head * group + step / per_head, from = (first_tile + step % per_head) * C::kQueries;
@@ -605,19 +607,19 @@ __global__ void __launch_bounds__(Backward<D>::kThreads, Backward<D>::kBlocks)
     copies_commit();
   };
 
-  float dk[M][D / 8][4], dv[M][D / 8][4];
+  float dk[2][kHeld / 8][4], dv[2][kHeld / 8][4];
   clear(dk);
   clear(dv);
   const float scale_log2 = p.scale * kLog2E;
   const uint32_t k_at = k_tile + own * kRow + lane_a<D>(lane), v_at = v_tile + own * kRow + lane_a<D>(lane);
-  const uint32_t b_at = lane_b<D>(lane), b_transposed_at = lane_b_transposed<D>(lane);
+  const uint32_t b_at = lane_b<D>(lane), b_transposed_at = lane_b_transposed<D>(lane), held_at = b_transposed_at ^ (half * kHeld * 2);
 
   // dQ: this warp's 32 rows and kColumns columns of the tile. A is dS, read transposed from dS^T.
   const int dq_row = warp % C::kAcross * 32, dq_column = warp / C::kAcross * C::kColumns;
   const int ds_key = lane % 8 + lane / 16 * 8;
   const uint32_t dq_a = ds_tiles + ds_key * kDsRow + ((dq_row / 8 + lane / 8 % 2) ^ (ds_key >> kDsShift) % (kDsRow / 16)) * 16;
   const uint32_t dq_b = k_tile + (b_transposed_at ^ (dq_column / 8 * 16));
-  auto add_dq = [&](int step, auto between) {
+  auto add_dq = [&](int step) {
     float dq[2][C::kColumns / 8][4];
     clear(dq);
 #pragma unroll
@@ -627,17 +629,7 @@ __global__ void __launch_bounds__(Backward<D>::kThreads, Backward<D>::kBlocks)
       for (int m = 0; m < 2; ++m) {
         load_transposed(a[m], (dq_a ^ (m * 32)) + step % 2 * C::kDsBytes + i * 16 * kDsRow);
       }
-#pragma unroll
-      for (int n = 0; n < C::kColumns / 8; n += 2) {
-        uint32_t b[4];
-        load_transposed(b, (dq_b ^ (n * 16)) + i * 16 * kRow);
-#pragma unroll
-        for (int m = 0; m < 2; ++m) {
-          mma<T>(dq[m][n], a[m], b[0], b[1]);
-          mma<T>(dq[m][n + 1], a[m], b[2], b[3]);
-        }
-      }
-      between(i);
+      multiply_step<T, D>(dq, a, dq_b + i * 16 * kRow);
     }
     const int head = kv_head * group + step / per_head, tile = first_tile + step % per_head;
     float* sums = p.dq_sum + ((static_cast<int64_t>(batch) * p.heads + head) * query_tiles + tile) * (C::kQueries * D);
@@ -649,6 +641,7 @@ __global__ void __launch_bounds__(Backward<D>::kThreads, Backward<D>::kBlocks)
       }
     }
   };
+
   if (steps > 0) {
     load_tile<T, D, C::kKeys, C::kThreads>(k_tile, k, p.k_strides.row, p.k_len - first);
     load_tile<T, D, C::kKeys, C::kThreads>(v_tile, v, p.v_strides.row, p.k_len - first);
@@ -660,91 +653,101 @@ __global__ void __launch_bounds__(Backward<D>::kThreads, Backward<D>::kBlocks)
     if (step + 1 < steps) load_queries(step + 1);
     const uint32_t q_tile = stages + step % 2 * C::kStageBytes, do_tile = q_tile + C::kQueryBytes;
     const float* rows = reinterpret_cast<const float*>(shared + (q_tile - k_tile) + 2 * C::kQueryBytes) + 2 * t;
-    uint8_t* ds_tile = shared + (ds_tiles - k_tile) + step % 2 * C::kDsBytes;
     const int tile_query = (first_tile + step % per_head) * C::kQueries;
+    const int stored_at = step % 2 * C::kDsBytes;
 
 #pragma unroll
-    for (int sub = 0; sub < C::kQueries; sub += C::kSub) {
-      // Fragment n of s holds keys g, g + 8 and queries 8 n + 2 t, + 1 of this part of the tile.
-      float s[M][N][4], dp[M][N][4];
-      uint32_t packed[M][K][4];
+    for (int i = 0; i < 2 / C::kSplit; ++i) {
+      const int part = (C::kSplit == 1 ? i : half) * C::kPart;
+      // Fragment [m][n] of s holds keys 16 m + g, + 8 and queries 8 n + 2 t, + 1 of this part of the tile.
+      float s[2][N][4], dp[2][N][4];
+      uint32_t packed[K][2][4];
       clear(s);
-      multiply_rows<T, D>(s, k_at, q_tile + sub * kRow + b_at);
-      const int last_key = first + own + 16 * M - 1, query = tile_query + sub;
-      if (last_key >= p.k_len || (p.causal && last_key > query)) {
+      multiply_rows<T, D>(s, k_at, q_tile + part * kRow + b_at);
+      const int first_key = first + own, query = tile_query + part;
+      if (first_key + 32 > p.k_len || (p.causal && first_key + 31 > query)) {
 #pragma unroll
-        for (int m = 0; m < M; ++m) {
-#pragma unroll
-          for (int i = 0; i < N * 4; ++i) {
-            const int key = first + own + m * 16 + g + i % 4 / 2 * 8;
-            if (key >= p.k_len || (p.causal && key > query + i / 4 * 8 + 2 * t + i % 2)) s[m][i / 4][i % 4] = -CUDART_INF_F;
-          }
+        for (int f = 0; f < F * 4; ++f) {
+          const int m = f / 4 / N, n = f / 4 % N, e = f % 4;
+          const int key = first_key + m * 16 + g + e / 2 * 8;
+          if (key >= p.k_len || (p.causal && key > query + n * 8 + 2 * t + e % 2)) s[m][n][e] = -CUDART_INF_F;
         }
       }
-      auto exponentials = [&](int from, int to) {
-#pragma unroll
-        for (int f = from; f < to; ++f) {
-          const int m = f / N, n = f % N;
-          const float2 lse = *reinterpret_cast<const float2*>(rows + sub + n * 8);
-          s[m][n][0] = power_of_2(fmaf(s[m][n][0], scale_log2, -lse.x));
-          s[m][n][1] = power_of_2(fmaf(s[m][n][1], scale_log2, -lse.y));
-          s[m][n][2] = power_of_2(fmaf(s[m][n][2], scale_log2, -lse.x));
-          s[m][n][3] = power_of_2(fmaf(s[m][n][3], scale_log2, -lse.y));
-          packed[m][n / 2][n % 2 * 2] = pack<T>(s[m][n][0], s[m][n][1]);
-          packed[m][n / 2][n % 2 * 2 + 1] = pack<T>(s[m][n][2], s[m][n][3]);
-        }
+      // A pair of queries' values for one key, in the tile at `tile`; chunk: 8 queries.
+      auto store_pair = [&](uint32_t tile, int key, int chunk, uint32_t pair) {
+        const int swizzled = chunk ^ (g >> kDsShift) % (kDsRow / 16);
+        *reinterpret_cast<uint32_t*>(shared + (tile - k_tile) + key * kDsRow + swizzled * 16 + t * 4) = pair;
       };
-      constexpr int kSteps = C::kKeys / 16;
-      if (sub == 0 && step > 0) {
-        add_dq(step - 1, [&](int i) { exponentials(i * F / kSteps, (i + 1) * F / kSteps); });
-      } else {
-        exponentials(0, F);
-      }
-      multiply_packed<T, D>(dv, packed, do_tile + sub * kRow + b_transposed_at);
-      clear(dp);
-      multiply_rows<T, D>(dp, v_at, do_tile + sub * kRow + b_at);
+      if (i == 0 && step > 0) add_dq(step - 1);
 #pragma unroll
       for (int f = 0; f < F; ++f) {
         const int m = f / N, n = f % N;
-        const float2 delta = *reinterpret_cast<const float2*>(rows + C::kQueries + sub + n * 8);
-        const int key = own + m * 16 + g, chunk = sub / 8 + n;
+        const float2 lse = *reinterpret_cast<const float2*>(rows + part + n * 8);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          const uint32_t ds =
-              pack<T>(s[m][n][2 * r] * (dp[m][n][2 * r] - delta.x), s[m][n][2 * r + 1] * (dp[m][n][2 * r + 1] - delta.y));
-          packed[m][n / 2][n % 2 * 2 + r] = ds;
-          const int swizzled = chunk ^ (g >> kDsShift) % (kDsRow / 16);
-          *reinterpret_cast<uint32_t*>(ds_tile + (key + r * 8) * kDsRow + swizzled * 16 + t * 4) = ds;
+          s[m][n][2 * r] = power_of_2(fmaf(s[m][n][2 * r], scale_log2, -lse.x));
+          s[m][n][2 * r + 1] = power_of_2(fmaf(s[m][n][2 * r + 1], scale_log2, -lse.y));
+          packed[n / 2][m][n % 2 * 2 + r] = pack<T>(s[m][n][2 * r], s[m][n][2 * r + 1]);
+          if (C::kSplit == 2) store_pair(p_tile, own + m * 16 + g + r * 8, part / 8 + n, packed[n / 2][m][n % 2 * 2 + r]);
         }
       }
-      multiply_packed<T, D>(dk, packed, q_tile + sub * kRow + b_transposed_at);
+      multiply_packed<T, D>(dv, packed, do_tile + part * kRow + held_at);
+      clear(dp);
+      multiply_rows<T, D>(dp, v_at, do_tile + part * kRow + b_at);
+#pragma unroll
+      for (int f = 0; f < F; ++f) {
+        const int m = f / N, n = f % N;
+        const float2 delta = *reinterpret_cast<const float2*>(rows + C::kQueries + part + n * 8);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          packed[n / 2][m][n % 2 * 2 + r] =
+              pack<T>(s[m][n][2 * r] * (dp[m][n][2 * r] - delta.x), s[m][n][2 * r + 1] * (dp[m][n][2 * r + 1] - delta.y));
+          store_pair(ds_tiles + stored_at, own + m * 16 + g + r * 8, part / 8 + n, packed[n / 2][m][n % 2 * 2 + r]);
+        }
+      }
+      multiply_packed<T, D>(dk, packed, q_tile + part * kRow + held_at);
+    }
+    if (C::kSplit == 2) {  // the other warp's half of the queries
+      pair_barrier(1 + warp / 2);
+      const int part = (1 - half) * C::kPart, key = own + lane % 16;
+      const uint32_t at = key * kDsRow + ((part / 8 + lane / 16) ^ (key >> kDsShift) % (kDsRow / 16)) * 16;
+#pragma unroll
+      for (int j = 0; j < K; ++j) {
+        uint32_t a[2][4];
+        load_matrices(a[0], p_tile + (at ^ (j * 32)));
+        load_matrices(a[1], p_tile + (at ^ (j * 32)) + 16 * kDsRow);
+        multiply_step<T, D>(dv, a, do_tile + (part + j * 16) * kRow + held_at);
+      }
+#pragma unroll
+      for (int j = 0; j < K; ++j) {
+        uint32_t a[2][4];
+        load_matrices(a[0], ds_tiles + stored_at + (at ^ (j * 32)));
+        load_matrices(a[1], ds_tiles + stored_at + (at ^ (j * 32)) + 16 * kDsRow);
+        multiply_step<T, D>(dk, a, q_tile + (part + j * 16) * kRow + held_at);
+      }
     }
   }
   __syncthreads();
   if (steps > 0) {
-    add_dq(steps - 1, [](int) {});
+    add_dq(steps - 1);
     __syncthreads();
   }
 
-  // Keys and values have been read for the last time: the gradients pass through the warp's own rows of their tiles.
-  float factor[M][2], one[M][2];
-#pragma unroll
-  for (int m = 0; m < M; ++m) {
-    factor[m][0] = factor[m][1] = p.scale;
-    one[m][0] = one[m][1] = 1.f;
-  }
+  // Keys and values have been read for the last time: the gradients pass through the warp's own part of their tiles.
+  const float factor[2][2] = {{p.scale, p.scale}, {p.scale, p.scale}}, one[2][2] = {{1.f, 1.f}, {1.f, 1.f}};
   uint8_t* staged = shared + own * kRow;
-  stage_rows<T, D>(staged, dk, factor);
-  stage_rows<T, D>(staged + C::kKeyBytes, dv, one);
+  const int chunk = half * kHeld / 8;
+  stage_rows<T, D>(staged, dk, factor, chunk);
+  stage_rows<T, D>(staged + C::kKeyBytes, dv, one, chunk);
   __syncwarp();
   const int64_t row = first + own;
   const int valid = p.k_len - first - own;
-  store_rows<T, D, 16 * M>(
+  store_rows<T, D, 32, kHeld>(
       static_cast<T*>(p.dk) + batch * p.dk_strides.batch + kv_head * p.dk_strides.head + row * p.dk_strides.row,
-      p.dk_strides.row, staged, valid);
-  store_rows<T, D, 16 * M>(
+      p.dk_strides.row, staged, chunk, valid);
+  store_rows<T, D, 32, kHeld>(
       static_cast<T*>(p.dv) + batch * p.dv_strides.batch + kv_head * p.dv_strides.head + row * p.dv_strides.row,
-      p.dv_strides.row, staged + C::kKeyBytes, valid);
+      p.dv_strides.row, staged + C::kKeyBytes, chunk, valid);
 }
 
 // dQ = scale * its sums, out of the accumulators' order, as elements. A block of 8 warps takes a tile.
