@@ -26,6 +26,7 @@ from lmsys.config import resolve_scale, unknown_name
 # Notebook -> the parameters that a scale gives it beside `scale` itself, which the notebook's own presets read.
 RUNS: dict[str, dict[str, dict[str, Any]]] = {
     "pipeline": {"smoke": {}, "cpu": {}, "full": {}},
+    "flash_attention": {"smoke": {}, "cpu": {}, "full": {}},
     "attention_sweep": {"smoke": {}, "cpu": {}, "full": {"passes": ["forward", "backward"]}},
 }
 HEADLINE_MACHINE = "h200"

@@ -233,6 +233,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "step_dtype": "fp32",
         "implementations": ("naive", "flash"),
         "course_batch": 2,
+        "course_dtype": "fp32",
         "course_seq_lens": (32, 64),
         "course_head_dims": (16,),
         "past_seq_lens": (),
@@ -251,6 +252,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "step_dtype": "fp32",
         "implementations": tuple(IMPLEMENTATIONS),
         "course_batch": 2,
+        "course_dtype": "fp32",
         "course_seq_lens": (64, 128),
         "course_head_dims": (16, 64),
         "past_seq_lens": (),
@@ -269,6 +271,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "step_dtype": "bf16",
         "implementations": tuple(IMPLEMENTATIONS),
         "course_batch": 8,
+        "course_dtype": "fp32",
         "course_seq_lens": (256, 1024, 4096, 8192, 16384),
         "course_head_dims": (16, 32, 64, 128),
         "past_seq_lens": (32768, 65536),
@@ -284,16 +287,12 @@ _PRESETS: dict[str, dict[str, Any]] = {
 def settings(
     scale: str = "auto",
     steps: Sequence[str] | None = None,
-    step_batch: int | None = None,
-    step_width: int | None = None,
     step_seq_len: int | None = None,
     step_head_dims: Sequence[int] | None = None,
     step_dtype: str | None = None,
     implementations: Sequence[str] | None = None,
-    course_batch: int | None = None,
     course_seq_lens: Sequence[int] | None = None,
     course_head_dims: Sequence[int] | None = None,
-    course_dtype: str = "fp32",
     past_seq_lens: Sequence[int] | None = None,
     bench_seq_lens: Sequence[int] | None = None,
     bench_head_dims: Sequence[int] | None = None,
@@ -306,7 +305,7 @@ def settings(
     """The settings of a run: the scale's, with what is given in their place.
 
     Args:
-        step_width: heads x head_dim of the steps. past_seq_lens: lengths of pytorch_attention past the course's, at its largest
+        past_seq_lens: lengths of pytorch_attention past the course's, at its largest
         head dim only. iterations: most samples of a point. budget_s: about how long the samples of a point may take.
     Raises:
         ValueError: an unknown scale, step, implementation or dtype, or a number out of range.
@@ -877,3 +876,13 @@ def _compile_share(flash: FlashSettings, share: int, shares: int) -> None:
         except Exception as reason:
             print(f"compile ahead: {name} {shape}: {_failure(reason)['note']}")
         release(device)
+
+
+def row_line(row: dict[str, Any]) -> str:
+    """One row as a line of progress."""
+    what = f"{row.get('step') or row['implementation']:<20} {row['pass']:<16}"
+    where = f"{row['dtype']} head_dim {row['head_dim']:>3} {row['seq_len']:>6} tokens"
+    if row["status"] != "ok":
+        return f"{where} {what} {row['status']}: {row.get('note', '')}"
+    spread = f"{row['median_ms']:>10.4g} ms [{row['p20_ms']:.4g}, {row['p80_ms']:.4g}]"
+    return f"{where} {what} {spread} {row['tflops']:>8.4g} TFLOP/s {row['peak_mib']:>9.1f} MiB"
