@@ -99,17 +99,17 @@ def _build(arch: str, small_shared_memory: bool) -> ctypes.CDLL:
 
     flags = nvcc_flags(arch, small_shared_memory)
     key = hashlib.sha256(SOURCE.read_bytes() + " ".join(flags).encode()).hexdigest()[:12]
+    name = f"lmsys_flash_attention_{arch}_{key}"
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
-    folder = root / f"lmsys_flash_attention_{arch}_{key}"
+    folder = root / name
     folder.mkdir(parents=True, exist_ok=True)
-    library_path = folder / "lmsys_flash_attention.so"
-    if not library_path.exists():
+    if not (folder / f"{name}.so").exists():
         print(f"{NAME}: building {SOURCE.name} for {arch} in {folder}; less than a minute, once", file=sys.stderr)
     # A lock file in the folder lets one process build and the others wait.
-    cpp_extension.load(
-        library_path.stem, [str(SOURCE)], extra_cuda_cflags=flags, build_directory=str(folder), is_python_module=False
+    path = cpp_extension.load(
+        name, [str(SOURCE)], extra_cuda_cflags=flags, build_directory=str(folder), is_python_module=False
     )
-    library = ctypes.CDLL(str(library_path))
+    library = ctypes.CDLL(path)
     library.lmsys_error.restype = ctypes.c_char_p
     for backward, params in enumerate((_ForwardParams, _BackwardParams)):
         assert library.lmsys_params_bytes(backward) == ctypes.sizeof(params), "a struct here differs from the kernels'"
@@ -275,24 +275,28 @@ def _heads(t: Tensor) -> Tensor:
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
-    def refuse(given: str, allowed: str) -> ValueError:
-        return ValueError(f"attention kernel '{NAME}': got {given}; it takes {allowed}")
-
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.ndim not in (3, 4) or k.ndim != q.ndim or k.shape != v.shape or q.shape[0] != k.shape[0]:
-        raise refuse(shapes, "q (B, H, T, D) and k, v (B, H_kv, S, D), or q (B, T, D) and k, v (B, S, D)")
+        raise _refuse(_shapes(q, k, v), "q (B, H, T, D) and k, v (B, H_kv, S, D), or q (B, T, D) and k, v (B, S, D)")
     if q.shape[-1] != k.shape[-1] or q.shape[-1] not in HEAD_DIMS:
-        raise refuse(shapes, f"head_dim {' or '.join(map(str, HEAD_DIMS))}, the same for all")
+        raise _refuse(_shapes(q, k, v), f"head_dim {' or '.join(map(str, HEAD_DIMS))}, the same for all")
     if q.numel() == 0 or k.numel() == 0:
-        raise refuse(shapes, "no empty dimension")
+        raise _refuse(_shapes(q, k, v), "no empty dimension")
     if q.ndim == 4 and q.shape[1] % k.shape[1] != 0:
-        raise refuse(shapes, "a number of query heads that is a multiple of the key heads")
+        raise _refuse(_shapes(q, k, v), "a number of query heads that is a multiple of the key heads")
     if not (q.dtype == k.dtype == v.dtype and q.dtype in DTYPES):
-        raise refuse(f"q {q.dtype}, k {k.dtype}, v {v.dtype}", "float16 or bfloat16, the same for all")
+        raise _refuse(f"q {q.dtype}, k {k.dtype}, v {v.dtype}", "float16 or bfloat16, the same for all")
     if not (q.is_cuda and q.device == k.device == v.device):
-        raise refuse(f"q on {q.device}, k on {k.device}, v on {v.device}", "tensors on one CUDA GPU")
+        raise _refuse(f"q on {q.device}, k on {k.device}, v on {v.device}", "tensors on one CUDA GPU")
     if scale is not None and not (scale > 0 and math.isfinite(scale)):
-        raise refuse(f"scale {scale}", "a positive, finite one")
+        raise _refuse(f"scale {scale}", "a positive, finite one")
+
+
+def _refuse(given: str, allowed: str) -> ValueError:
+    return ValueError(f"attention kernel '{NAME}': got {given}; it takes {allowed}")
+
+
+def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
+    return f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
 
 
 def flash_attention_cuda(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, scale: float | None = None) -> Tensor:
