@@ -159,6 +159,25 @@ def attention_accuracy(arguments: argparse.Namespace) -> None:
     _print_written([folder / f"{accuracy.NAME}.csv", accuracy.write_report(frame, folder)])
 
 
+def leaderboard(arguments: argparse.Namespace) -> None:
+    from lmsys.bench import leaderboard as boards
+    from lmsys.records import artifacts_dir
+
+    board = boards.settings(
+        scale=arguments.scale,
+        implementations=arguments.implementations,
+        warmup_ms=arguments.warmup_ms,
+        rep_ms=arguments.rep_ms,
+        device=arguments.device,
+        seed=arguments.seed,
+    )
+    folder = artifacts_dir(arguments.machine)
+    frame = boards.run(board, folder, on_row=lambda row: print(boards.row_line(row), flush=True))
+    for sentence in boards.conclusions(frame):
+        print(sentence.replace("**", ""))
+    _print_written([folder / f"{boards.NAME}.csv", boards.write_report(frame, folder)])
+
+
 def bench_tokenizer(arguments: argparse.Namespace) -> None:
     from lmsys.bench import tokenizer
     from lmsys.records import artifacts_dir
@@ -349,6 +368,23 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--longest", type=int, help="most queries or keys (default: the scale's)")
     added.add_argument("--workers", type=int, help="processes; 0: this one only (default: the scale's)")
     added.add_argument("--seed", type=int, default=0, help="of cases and inputs (default: 0)")
+    added.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add_machine(added)
+
+    added = command(
+        "leaderboard",
+        leaderboard,
+        "Time attention as the course's 2025 board does",
+        "Forward and backward under torch.compile at 16,384 tokens, every implementation; a smaller shape without a GPU.",
+        "leaderboard --implementations flash_attention_triton torch_sdpa_cudnn",
+    )
+    add_scale(added, "auto")
+    added.add_argument(
+        "--implementations", nargs="+", metavar="K", help="attention kernels by name (default: all fast ones)"
+    )
+    added.add_argument("--warmup_ms", type=int, default=200, help="do_bench's warm-up, ms (default: 200)")
+    added.add_argument("--rep_ms", type=int, default=1000, help="do_bench's sampling time, ms (default: 1000)")
+    added.add_argument("--seed", type=int, default=0, help="of the inputs (default: 0)")
     added.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add_machine(added)
 

@@ -240,14 +240,14 @@ def test_compiling_ahead_covers_each_compilation_once(monkeypatch, capsys):
         "smoke", kernels=["flash_attention_triton"], groups=["throughput"], compile_ahead=2, device="cpu"
     )
     ran = []
-    monkeypatch.setattr(attention._Point, "outputs", lambda point, runner, backward: ran.append(runner.kernel))
+    monkeypatch.setattr(attention.Point, "outputs", lambda point, runner, backward: ran.append(runner.kernel))
     attention._compile_share(small, 0, 1)
     assert ran == ["flash_attention_triton"]
 
     def fails(point, runner, backward):
         raise RuntimeError("does not compile")
 
-    monkeypatch.setattr(attention._Point, "outputs", fails)
+    monkeypatch.setattr(attention.Point, "outputs", fails)
     attention._compile_share(small, 0, 1)
     assert "flash_attention_triton: RuntimeError: does not compile" in capsys.readouterr().out
 

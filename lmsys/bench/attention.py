@@ -463,7 +463,7 @@ def _compile_share(sweep: SweepSettings, share: int, shares: int) -> None:
     inductor.compile_threads = 1  # the processes are the parallelism
     device = resolve_device(sweep.device)
     for kernel, case in _compilations(sweep)[share::shares]:
-        point = _Point(sweep, case, device)
+        point = Point(sweep, case, device)
         for runner in point.runners(kernel):
             try:
                 point.outputs(runner, point.backward and device.type in KERNELS[kernel].backward)
@@ -489,7 +489,7 @@ def rows(sweep: SweepSettings, device: torch.device) -> Iterator[dict[str, Any]]
     """Measure each point of a sweep and yield it as a row of the schema."""
     try:
         for case in cases(sweep):
-            point = _Point(sweep, case, device)
+            point = Point(sweep, case, device)
             runners = [runner for kernel in kernels_of(sweep, case) for runner in point.runners(kernel)]
             checks = [point.check(runner) for runner in runners]
             gc.collect()
@@ -505,7 +505,7 @@ def rows(sweep: SweepSettings, device: torch.device) -> Iterator[dict[str, Any]]
         gc.unfreeze()
 
 
-class _Point:
+class Point:
     """The inputs of one case, and the float64 answer for its first key head and the query heads that read it."""
 
     def __init__(self, sweep: SweepSettings, case: Case, device: torch.device):
@@ -558,13 +558,13 @@ class _Point:
         try:
             errors = self._errors(runner, backward) if open_passes else {}
         except Exception as reason:  # one kernel's failure is a row, not the end of the others' measurements
-            failed = self._failure(reason)
+            failed = self.failure(reason)
             errors = dict.fromkeys(open_passes, failed)
             if backward and "forward" in open_passes:  # which may be fine where only the backward pass is not
                 try:
                     errors |= self._errors(runner, backward=False)
                 except Exception as again:
-                    errors["forward"] = self._failure(again)
+                    errors["forward"] = self.failure(again)
         return {which: found.get(which) or errors[which] for which in self.sweep.passes}
 
     def row(self, runner: Runner, which: str, checked: dict[str, Any]) -> dict[str, Any]:
@@ -574,7 +574,7 @@ class _Point:
         try:
             result = self._measure(runner, which)
         except Exception as reason:
-            return checked | self._failure(reason)
+            return checked | self.failure(reason)
         interpreted = self.device.type == "cpu" and "triton" in runner.kernel
         note = result.note or ("in Triton's CPU interpreter" if interpreted else "")
         row: dict[str, Any] = checked | {"status": result.status, "note": note}
@@ -618,7 +618,8 @@ class _Point:
             backward=which != "forward",
         )
 
-    def _failure(self, reason: Exception) -> dict[str, Any]:
+    def failure(self, reason: Exception) -> dict[str, Any]:
+        """Status and note of what a kernel raised."""
         release(self.device)
         if isinstance(reason, ValueError):
             return {"status": "unsupported", "note": str(reason)}
