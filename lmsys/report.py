@@ -198,24 +198,26 @@ def attention_headline() -> str:
     name = "attention_sweep_results"
     if not _artifact(f"{name}.csv").exists():
         return _missing(name)
-    frame = records.read_results(_artifact(f"{name}.csv"))
+    frame = _tiers(name)
     frame = frame[frame.causal & (frame.q_len == frame.k_len)]
+    if frame.empty:
+        return _missing(name)
     frame = frame[frame.q_len == frame.q_len.max()]
-    forward = frame[frame["pass"] == "forward"].set_index("kernel")
-    backward = frame[frame["pass"] == "backward"].set_index("kernel")
+    forward = frame[frame["pass"] == "forward"].set_index("series")
+    backward = frame[frame["pass"] == "backward"].set_index("series")
     first = frame.iloc[0]
     lines = []
-    for kernel, row in forward.sort_values("median_ms").iterrows():
+    for series, row in forward.sort_values("median_ms").iterrows():
         line = {
-            "kernel": f"`{kernel}`",
+            "kernel": _series(series),
             "forward": _time(row),
             "tflops": _number(row.tflops, row),
             "peak": _number(row.peak_mib, row),
         }
-        if kernel in backward.index:
+        if series in backward.index:
             line |= {
-                "backward": _time(backward.loc[kernel]),
-                "btflops": _number(backward.loc[kernel].tflops, backward.loc[kernel]),
+                "backward": _time(backward.loc[series]),
+                "btflops": _number(backward.loc[series].tflops, backward.loc[series]),
             }
         lines.append(line)
     columns = {"kernel": "kernel", "forward": "forward, ms", "tflops": "TFLOP/s", "peak": "peak MiB"}
@@ -226,6 +228,78 @@ def attention_headline() -> str:
         f"{first.q_len:,} tokens, {first['dtype']}; medians of up to {int(forward.samples.max())} runs with the 20th and 80th percentile."
     )
     return f"{caption}\n\n{records.markdown_table(lines, columns)}".rstrip()
+
+
+def _tiers(name: str):
+    """The rows of the sweep's tiers, with the column series."""
+    from lmsys.bench import standings
+
+    return standings.with_series(standings.of_group(records.read_results(_artifact(f"{name}.csv")), "tiers"))
+
+
+def _series(series: str) -> str:
+    kernel, _, path = series.partition(" ")
+    return f"`{kernel}` {path}".rstrip()
+
+
+def attention_standings() -> str:
+    """Our kernels against each peer: ratios over the grid, and the bars they are held to."""
+    from lmsys.bench import standings
+
+    name = "attention_sweep_results"
+    if not _artifact(f"{name}.csv").exists():
+        return _missing(name)
+    rows = standings.standings(records.read_results(_artifact(f"{name}.csv")))
+    if not rows:
+        return _missing(name)
+    caption = f"The peer's time over ours on {_gpu(name)}: above 1, ours is faster."
+    return f"{caption}\n\n{standings.table(rows)}".rstrip()
+
+
+def attention_throughput() -> str:
+    """TFLOP/s forward / backward of each kernel at 1,024, 4,096 and 16,384 tokens."""
+    from lmsys.bench import standings
+
+    name = "attention_sweep_results"
+    if not _artifact(f"{name}.csv").exists():
+        return _missing(name)
+    frame = standings.of_group(records.read_results(_artifact(f"{name}.csv")), "throughput")
+    frame = standings.with_series(frame[frame.q_len.isin((1024, 4096, 16384))])
+    if frame.empty:
+        return _missing(name)
+    lines = []
+    for (head_dim, causal, length), points in frame.groupby(["head_dim", "causal", "q_len"]):
+        line = {"head_dim": head_dim, "causal": "yes" if causal else "no", "tokens": f"{length:,}"}
+        for series, rows in points.groupby("series", sort=False):
+            passes = rows.set_index("pass")
+            shown = [_number(passes.loc[which].tflops, passes.loc[which]) or "-" for which in passes.index]
+            line[_series(series)] = " / ".join(shown)
+        lines.append(line)
+    caption = f"TFLOP/s, {' / '.join(dict.fromkeys(frame['pass']))}, on {_gpu(name)}."
+    return f"{caption}\n\n{records.markdown_table(lines)}".rstrip()
+
+
+def attention_accuracy() -> str:
+    """The accuracy sweep: what it shows, and its summary."""
+    from lmsys.bench import accuracy
+
+    name = accuracy.NAME
+    if not _artifact(f"{name}.csv").exists():
+        return _missing(name)
+    frame = records.read_results(_artifact(f"{name}.csv"))
+    return "\n\n".join([" ".join(accuracy.conclusions(frame)), accuracy.table(frame)]).rstrip()
+
+
+def attention_leaderboard() -> str:
+    """The course's 2025 board."""
+    from lmsys.bench import leaderboard
+
+    name = leaderboard.NAME
+    if not _artifact(f"{name}.csv").exists():
+        return _missing(name)
+    frame = records.read_results(_artifact(f"{name}.csv"))
+    frame = frame[frame.board.astype(str) == leaderboard.BOARD]
+    return "\n\n".join([" ".join(leaderboard.conclusions(frame)), leaderboard.table(frame)]).rstrip()
 
 
 def _time(row) -> str:
@@ -246,7 +320,7 @@ def tiled_torch() -> str:
     name = "attention_sweep_results"
     if not _artifact(f"{name}.csv").exists():
         return _missing(name)
-    frame = records.read_results(_artifact(f"{name}.csv"))
+    frame = _tiers(name)
     frame = frame[frame.causal & (frame.q_len == frame.k_len) & (frame["pass"] == "forward") & (frame.status == "ok")]
     kernels = {
         "scaled_dot_prod_attention": "naive",
@@ -255,9 +329,10 @@ def tiled_torch() -> str:
     }
     lines = []
     for length, group in frame.groupby("q_len"):
-        rows = group.set_index("kernel")
-        times = {f"{short}, ms": records.significant(rows.median_ms[name]) for name, short in kernels.items()}
-        peaks = {f"{short}, MiB": f"{rows.peak_mib[name]:,.0f}" for name, short in kernels.items()}
+        rows = group.set_index("series")
+        there = {name: short for name, short in kernels.items() if name in rows.index}
+        times = {f"{short}, ms": records.significant(rows.median_ms[name]) for name, short in there.items()}
+        peaks = {f"{short}, MiB": f"{rows.peak_mib[name]:,.0f}" for name, short in there.items()}
         lines.append({"tokens": f"{length:,}"} | times | peaks)
     return records.markdown_table(lines).rstrip()
 
@@ -332,6 +407,10 @@ def environment() -> str:
 
 FILLS: dict[str, Callable[[], str]] = {
     "attention_headline": attention_headline,
+    "attention_standings": attention_standings,
+    "attention_throughput": attention_throughput,
+    "attention_accuracy": attention_accuracy,
+    "attention_leaderboard": attention_leaderboard,
     "pipeline_headline": pipeline_headline,
     "tiled_torch": tiled_torch,
     "tokenizer_headline": tokenizer_headline,
