@@ -240,7 +240,7 @@ def test_the_log_sum_exp_alone_is_saved(causal):
     q, k, v = (torch.randn(3, n, 64, device="cuda", dtype=torch.float16, requires_grad=True) for n in (37, 50, 50))
     o = FlashAttentionCUDA.apply(q, k, v, causal)
     (lse,) = (t for t in o.grad_fn.saved_tensors if t.shape == (3, 37))
-    expected, expected_lse = reference_attention(q[:, None].double(), k[:, None], v[:, None].double(), causal=causal)
+    expected, expected_lse = reference_attention(*(t[:, None].double() for t in (q, k, v)), causal=causal)
     torch.testing.assert_close(lse.double(), expected_lse[:, 0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(o.double(), expected[:, 0], rtol=1e-3, atol=2e-3)
     first = torch.autograd.grad(o.sum(), (q, k, v), retain_graph=True)
