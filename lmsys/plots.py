@@ -381,7 +381,7 @@ def flash_steps(frame) -> Figure:
         axis.set_xscale("log")
         axis.margins(x=0.12)
         axis.set_yticks(y, steps)
-        axis.invert_yaxis()
+        axis.set_ylim(len(steps) - 0.5, -0.5)
         axis.grid(True, axis="x", color="#dddddd", linewidth=0.8)
         axis.grid(False, axis="y")
         axis.set_xlabel("TFLOP/s (log)")

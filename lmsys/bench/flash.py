@@ -15,6 +15,7 @@ second length on; a graph for each length alone could be a little faster and wou
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 import multiprocessing
 import os
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor
 
 from lmsys import cost, records
-from lmsys.attention import attention
+from lmsys.attention import attention, get_kernel
 from lmsys.attention.reference import own_code, scaled_dot_prod_attention
 from lmsys.bench import measure as clock
 from lmsys.bench.attention import DTYPES, PASSES
@@ -216,6 +217,7 @@ class FlashSettings:
     bench_seq_lens: tuple[int, ...]
     bench_head_dims: tuple[int, ...]
     bench_dtypes: tuple[str, ...]
+    board_kernels: tuple[str, ...] | None  # on the 2025 board; None: all that it knows
     iterations: int
     budget_s: float
     device: str
@@ -234,12 +236,13 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "implementations": ("naive", "flash"),
         "course_batch": 2,
         "course_dtype": "fp32",
-        "course_seq_lens": (32, 64),
+        "course_seq_lens": (16, 32),
         "course_head_dims": (16,),
         "past_seq_lens": (),
-        "bench_seq_lens": (32, 64),
+        "bench_seq_lens": (16, 32),
         "bench_head_dims": (16,),
         "bench_dtypes": ("fp32",),
+        "board_kernels": ("torch_sdpa_flash",),
         "iterations": 3,
         "budget_s": 0.05,
     },
@@ -254,11 +257,12 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "course_batch": 2,
         "course_dtype": "fp32",
         "course_seq_lens": (64, 128),
-        "course_head_dims": (16, 64),
+        "course_head_dims": (64,),
         "past_seq_lens": (),
-        "bench_seq_lens": (64, 128, 256),
+        "bench_seq_lens": (64, 128),
         "bench_head_dims": (64,),
         "bench_dtypes": ("fp32",),
+        "board_kernels": ("flash_attention_triton", "torch_sdpa_flash"),
         "iterations": 20,
         "budget_s": 0.05,
     },
@@ -278,10 +282,14 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "bench_seq_lens": tuple(2**i for i in range(7, 17)),
         "bench_head_dims": (16, 32, 64, 128),
         "bench_dtypes": ("bf16", "fp32"),
+        "board_kernels": None,
         "iterations": 100,
         "budget_s": 0.15,
     },
 }
+
+
+_LENGTHS = ("course_seq_lens", "course_head_dims", "bench_seq_lens")
 
 
 def settings(
@@ -297,6 +305,7 @@ def settings(
     bench_seq_lens: Sequence[int] | None = None,
     bench_head_dims: Sequence[int] | None = None,
     bench_dtypes: Sequence[str] | None = None,
+    board_kernels: Sequence[str] | None = None,
     iterations: int | None = None,
     budget_s: float | None = None,
     device: str = "auto",
@@ -305,10 +314,11 @@ def settings(
     """The settings of a run: the scale's, with what is given in their place.
 
     Args:
-        past_seq_lens: lengths of pytorch_attention past the course's, at its largest
-        head dim only. iterations: most samples of a point. budget_s: about how long the samples of a point may take.
+        steps: names in STEPS. implementations: names in IMPLEMENTATIONS. board_kernels: names in KERNELS, for the 2025 board.
+        past_seq_lens: lengths of pytorch_attention past the course's, at its largest head dim only.
+        iterations: most samples of a point. budget_s: about how long the samples of a point may take.
     Raises:
-        ValueError: an unknown scale, step, implementation or dtype, or a number out of range.
+        ValueError: an unknown scale, step, implementation, kernel or dtype, or a number out of range.
     """
     given = {name: value for name, value in locals().items() if value is not None}
     scale = resolve_scale(scale)
@@ -318,20 +328,17 @@ def settings(
         for name in values[what]:
             if name not in known:
                 raise unknown_name(what.rstrip("s"), name, known)
+    for name in values["board_kernels"] or ():
+        get_kernel(name)
     for name in (values["step_dtype"], values["course_dtype"], *values["bench_dtypes"]):
         if name not in DTYPES:
             raise unknown_name("dtype", name, DTYPES)
-    for name, value in values.items():
-        if name in ("scale", "device", "seed", "budget_s") or name.endswith(("dtype", "dtypes")):
-            continue
-        numbers = value if isinstance(value, tuple) else (value,)
-        require(
-            name in ("past_seq_lens", "steps") or len(numbers) > 0, f"{name} is empty; give at least one of its values"
-        )
-        require(
-            all(isinstance(n, str) or (type(n) is int and n >= 1) for n in numbers),
-            f"{name} is {value!r}; it takes whole numbers of 1 or more",
-        )
+    for name in ("steps", "implementations", "step_head_dims", *_LENGTHS, "bench_head_dims", "bench_dtypes"):
+        require(len(values[name]) > 0, f"{name} is empty; give at least one")
+    for name in ("step_seq_len", "step_head_dims", *_LENGTHS, "past_seq_lens", "bench_head_dims", "iterations"):
+        numbers = values[name] if isinstance(values[name], tuple) else (values[name],)
+        fine = all(type(n) is int and n >= 1 for n in numbers)
+        require(fine, f"{name} is {values[name]!r}; it takes whole numbers of 1 or more")
     require(
         all(values["step_width"] % d == 0 for d in values["step_head_dims"]),
         f"step_width {values['step_width']} is not a multiple of every one of step_head_dims {values['step_head_dims']}",
@@ -422,18 +429,14 @@ def measure_passes(
 ) -> Passes:
     """Time forward() and backward(its output), each alone and both together, all from the same samples.
 
-    As in measure(): samples start with a cold L2 on a GPU and the host ahead of it; memory comes from calls of their own, before.
-    Where memory runs out in the backward pass only, forward is still measured.
+    As in measure(): samples start with a cold L2 on a GPU and the host ahead of it; memory comes from a call of its own, before.
+    Both are called once before this, to compile and to tune. Where memory runs out in the backward pass only, forward is measured.
     """
-    whole_s = before = None
+    before = None
     failure = ""
     try:
-        backward(forward())  # compiles and tunes
-        before, peaks = _memory(forward, backward, device, resident)
         start = time.perf_counter()
-        backward(forward())
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        before, peaks = _memory(forward, backward, device, resident)
         whole_s = time.perf_counter() - start
         samples = min(iterations, max(3, int(min(budget_s / whole_s, iterations))))
         times = (_times_cuda if device.type == "cuda" else _times_cpu)(forward, backward, samples, device)
@@ -487,6 +490,7 @@ def _traced(function: Callable, device: torch.device) -> tuple[Any, int, int]:
         result = function()
         torch.cuda.synchronize(device)
         return result, torch.cuda.memory_allocated(device) - before, torch.cuda.max_memory_allocated(device) - before
+    gc.collect()  # what is freed during the call must have been made during the call
     with clock._without_native_stderr(), torch.autograd.profiler.profile(profile_memory=True) as profile:
         result = function()
     now = peak = 0
@@ -750,8 +754,7 @@ def _table_rows(
             }
             for which, row in _three(functions[name], name, point, flash).items():
                 yield base | {"pass": which} | row
-        del point
-        release(device)
+    release(device)
 
 
 def _typical(lengths: Sequence[int]) -> int:
