@@ -435,8 +435,11 @@ def measure_passes(
     before = None
     failure = ""
     try:
-        start = time.perf_counter()
         before, peaks = _memory(forward, backward, device, resident)
+        start = time.perf_counter()
+        backward(forward())
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         whole_s = time.perf_counter() - start
         samples = min(iterations, max(3, int(min(budget_s / whole_s, iterations))))
         times = (_times_cuda if device.type == "cuda" else _times_cpu)(forward, backward, samples, device)
