@@ -24,7 +24,8 @@ def no_variable(monkeypatch):
 
 @pytest.fixture
 def hopper_machine(monkeypatch):
-    """The rule of the machine agrees, so that the others can be seen at work."""
+    """The rule of the machine agrees and auto takes what it may, so that the other rules can be seen at work."""
+    monkeypatch.setattr(paths, "AUTO_TAKES_HOPPER", True)
     monkeypatch.setitem(paths.RULES, "machine", lambda call: None)
 
 
@@ -37,6 +38,13 @@ def chosen(q, k, v, backward=False, **options):
 
 
 # --- The rules ------------------------------------------------------------------------------------
+
+
+def test_auto_leaves_the_hopper_path_alone_until_it_is_measured(hopper_machine, monkeypatch):
+    monkeypatch.setattr(paths, "AUTO_TAKES_HOPPER", False)
+    name, reasons = chosen(*half())
+    assert name == "portable" and "until it has been measured" in reasons[0]
+    assert chosen(*half(), path="hopper").name == "hopper"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -190,7 +198,7 @@ def test_explain(hopper_machine):
 
 @pytest.fixture
 def hopper_calls(hopper_machine, monkeypatch):
-    """A stand-in for flash_hopper, which needs a Hopper GPU: it counts its calls and has the portable kernels do the work."""
+    """Stand-ins for the hopper path's modules, which need a Hopper GPU: they count calls, and the portable kernels do the work."""
     from lmsys.attention import flash_triton
 
     calls = []
@@ -203,10 +211,11 @@ def hopper_calls(hopper_machine, monkeypatch):
         calls.append(("backward", causal, scale))
         return flash_triton.portable_backward(q, k, v, o, lse, do, causal, scale)
 
-    module = types.ModuleType("lmsys.attention.flash_hopper")
-    module.forward, module.backward = forward, backward
-    monkeypatch.setitem(sys.modules, "lmsys.attention.flash_hopper", module)
-    monkeypatch.setattr(sys.modules["lmsys.attention"], "flash_hopper", module, raising=False)
+    for name, function in (("flash_hopper", forward), ("flash_hopper_backward", backward)):
+        module = types.ModuleType(f"lmsys.attention.{name}")
+        setattr(module, function.__name__, function)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setattr(sys.modules["lmsys.attention"], name, module, raising=False)
     return calls
 
 

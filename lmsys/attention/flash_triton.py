@@ -554,9 +554,9 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv as torch.empty_like makes them of q, k, v. o, do: (B, H, T, D), any strides; lse: (B, H, T), contiguous."""
     if choose(q, k, v, causal=causal, backward=True, deterministic=deterministic, path=path).name == "hopper":
-        from lmsys.attention import flash_hopper
+        from lmsys.attention import flash_hopper_backward
 
-        return flash_hopper.backward(q, k, v, o, lse, do, causal, scale)
+        return flash_hopper_backward.backward(q, k, v, o, lse, do, causal, scale)
     return portable_backward(q, k, v, o, lse, do, causal, scale)
 
 
