@@ -287,6 +287,36 @@ def test_a_profiler_is_called_or_its_refusal_is_a_row(tmp_path, monkeypatch, ref
     assert plots.save(plots.flash_counters(frame), tmp_path / "counters.png").exists()
 
 
+@pytest.mark.parametrize("case", ["no such program", "too long"])
+def test_a_profiler_that_does_not_answer(tmp_path, monkeypatch, case):
+    if case == "too long":
+        (tmp_path / "ncu").write_text("#!/bin/sh\nsleep 30 & wait\n")
+        (tmp_path / "ncu").chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    else:
+        monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(counters, "_LIMIT_S", 0.3)
+    monkeypatch.setattr(counters, "_LIST_LIMIT_S", 0.3)
+    monkeypatch.setattr(counters, "_missing", lambda device: None)
+    (row,) = counters.rows(flash.settings("smoke", steps=["naive"], device="cpu"))
+    assert row["status"] == "unsupported"
+    assert ("longer than 0.3 s" if case == "too long" else "did not start") in row["note"]
+
+
+def test_compiling_ahead_covers_what_compiles_and_a_failure_ends_nothing(capsys):
+    full = flash.settings("full", device="cpu")
+    tasks = flash._compilations(full)
+    assert len(tasks) == len(set(tasks)) == 5 * 2 + 2 * 4 * 2 + 4
+    assert ("overlap", (4, 16, 4096, 128), "bf16") in tasks and ("compiled", (8, 4096, 16), "fp32") in tasks
+    small = flash.settings(
+        "smoke", steps=["naive", "warp specialization", "TMA"], implementations=["naive"], device="cpu"
+    )
+    assert flash.compile_ahead(small) == 0.0  # nothing to gain without a GPU
+    flash._compile_share(small, 0, 1)
+    said = capsys.readouterr().out
+    assert "compile ahead: warp specialization" in said and "TMA" not in said
+
+
 def test_steps_that_are_left_out_of_counting_say_so(monkeypatch):
     monkeypatch.setattr(counters, "_missing", lambda device: None)
     monkeypatch.setattr(counters, "_profile", lambda settings: {})

@@ -34,7 +34,7 @@ from lmsys.bench.attention import DTYPES
 from lmsys.bench.flash import STEPS, FlashSettings, OnRow, Point
 from lmsys.device import device_name, resolve_device
 
-_LIMIT_S = 75  # ncu is stopped after this long
+_LIMIT_S, _LIST_LIMIT_S = 75, 20  # ncu is stopped after this long; listing metrics after this long
 _MARK = "spin_kernel"  # the kernel of torch.cuda._sleep
 
 # Column -> metrics. All are in ncu's base units: ns, bytes, percent of the peak.
@@ -134,7 +134,7 @@ def _profile(flash: FlashSettings) -> dict[tuple[int, str], dict[str, Any]]:
             *("--clock-control", "none", "--profile-from-start", "off", "--target-processes", "application-only"),
             *("--metrics", ",".join(metrics.values())),
         ]
-        output = _call([*command, *driver])
+        output = _call([*command, *driver], _LIMIT_S)
         steps = json.loads(done.read_text()) if done.exists() else []
         text = log.read_text(errors="replace") if log.exists() else ""
         if not steps or _MARK not in text:
@@ -154,8 +154,12 @@ def _arguments(flash: FlashSettings) -> list[str]:
 
 
 def _available() -> dict[str, str]:
-    """Column -> the first of its metrics that this GPU has; launch__ metrics are always there."""
-    listed = {line.split()[0] for line in _call(["ncu", "--query-metrics"]).splitlines() if line.strip()}
+    """Column -> the first of its metrics that this GPU has; launch__ metrics are always there. Just the first where ncu lists none in time."""
+    try:
+        output = _call(["ncu", "--query-metrics"], _LIST_LIMIT_S)
+    except _Refused:
+        return {column: names[0] for column, names in METRICS.items()}
+    listed = {line.split()[0] for line in output.splitlines() if line.strip()}
     chosen = {}
     for column, names in METRICS.items():
         for name in names:
@@ -163,11 +167,11 @@ def _available() -> dict[str, str]:
                 chosen[column] = name
                 break
     if "time_ms" not in chosen:
-        raise _Refused("ncu lists no metrics for this GPU")
+        raise _Refused(_reason(output))
     return chosen
 
 
-def _call(command: Sequence[str]) -> str:
+def _call(command: Sequence[str], limit_s: float) -> str:
     """Output and errors of a command, as text. It and what it started are ended where it takes too long."""
     path = os.pathsep.join(filter(None, [str(records.REPOSITORY), os.environ.get("PYTHONPATH")]))
     try:
@@ -182,11 +186,11 @@ def _call(command: Sequence[str]) -> str:
     except OSError as error:
         raise _Refused(f"{command[0]} did not start: {error}") from None
     try:
-        return process.communicate(timeout=_LIMIT_S)[0]
+        return process.communicate(timeout=limit_s)[0]
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        raise _Refused(f"{command[0]} took longer than {_LIMIT_S} s") from None
+        raise _Refused(f"{command[0]} took longer than {limit_s} s") from None
 
 
 def _reason(text: str) -> str:
@@ -258,8 +262,8 @@ def main(arguments: Iterable[str] | None = None) -> None:
             try:
                 for _ in range(2):  # compile and tune
                     STEPS[name](*point.inputs)
-            except ValueError as reason:  # a kernel does not take this, and says so
-                print(f"{name}: {reason}", file=sys.stderr)
+            except Exception as reason:  # one step's failure leaves the counters of the others
+                print(f"{name}: {type(reason).__name__}: {reason}", file=sys.stderr)
                 continue
             torch.cuda.synchronize(device)
             torch.cuda.cudart().cudaProfilerStart()

@@ -215,11 +215,14 @@ def course_conclusions(frame) -> list[str]:
         if lost.empty:
             said.append(f"Memory: {name} did not run out of it, up to {rows.seq_len.max():,} tokens.")
             continue
-        for which, group in lost[lost["pass"].isin(["forward", "backward"])].groupby("pass", sort=False):
-            least = group.loc[group.seq_len.idxmin()]
+        least = {which: group.seq_len.min() for which, group in lost.groupby("pass")}
+        for which in ("forward", "backward"):
+            if which not in least or (which == "backward" and least.get("forward") == least["backward"]):
+                continue
+            row = lost[(lost["pass"] == which) & (lost.seq_len == least[which])].iloc[0]
             said.append(
-                f"Memory: {name} runs out of it in the {which} pass from {least.seq_len:,} tokens (head_dim {least.head_dim}), where "
-                f"the formula asks for {least.computed_mib / 1024:,.1f} GiB before the backward pass."
+                f"Memory: {name} runs out of it in the {which} pass from {row.seq_len:,} tokens (head_dim {row.head_dim}), where "
+                f"the formula asks for {row.computed_mib / 1024:,.1f} GiB before the backward pass."
             )
     ahead = frame[(frame["pass"] == "forward") & frame.before_backward_mib.notna()]
     for name, rows in ahead.groupby("implementation", sort=False):
