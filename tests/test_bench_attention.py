@@ -1,6 +1,5 @@
 import json
 import math
-import multiprocessing
 
 import pandas as pd
 import pytest
@@ -252,18 +251,18 @@ def test_compiling_ahead_covers_each_compilation_once(monkeypatch, capsys):
     assert "flash_attention_triton: RuntimeError: does not compile" in capsys.readouterr().out
 
 
-def test_compiling_ahead_ends_in_time(monkeypatch, capsys):
+def test_compiling_ahead_ends_in_time(monkeypatch, capfd):
     """In a process of its own, which is ended when its time is over."""
     small = attention.settings(
         "smoke", kernels=["flash_attention_triton"], groups=["throughput"], compile_ahead=1, device="cpu"
     )
     monkeypatch.setattr(attention, "_COMPILE_LIMIT_S", 60.0)
     attention.compile_ahead(small)
-    assert "not done" not in capsys.readouterr().out
+    said = capfd.readouterr()
+    assert "not done" not in said.out and "Traceback" not in said.err
     monkeypatch.setattr(attention, "_COMPILE_LIMIT_S", 0.01)
     attention.compile_ahead(small)
-    assert "1 of 1 processes are not done after 0.01 s" in capsys.readouterr().out
-    assert not multiprocessing.active_children()
+    assert "1 of 1 processes were not done after 0.01 s" in capfd.readouterr().out
 
 
 def test_out_of_memory_is_a_row_and_the_sweep_goes_on(monkeypatch):
@@ -454,7 +453,5 @@ def test_the_books_numbers_come_from_the_sweep(tmp_path, monkeypatch):
     assert f"| `flash_attention_triton` | {fastest:.2f} " in headline
     throughput = report.fill("attention_throughput")
     assert throughput.count("\n") == 2 + 1 + 12 and "| 128 | yes | 16,384 | 525 / 525 | 410 / 410 |" in throughput
-    assert "| `flash_attention_triton` | `torch_flex` | forward | all | 40 | 1.31" in report.fill(
-        "attention_standings"
-    )
+    assert "| `flash_attention_triton` | `torch_flex` | forward | all | 40 | 1.31" in report.fill("attention_standings")
     assert "naive, ms" in report.fill("tiled_torch")

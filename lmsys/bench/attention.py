@@ -20,8 +20,10 @@ import csv
 import dataclasses
 import gc
 import json
-import multiprocessing
 import os
+import pickle
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -428,21 +430,24 @@ def compile_ahead(sweep: SweepSettings) -> None:
     shares = min(sweep.compile_ahead, os.cpu_count() or 1, len(_compilations(sweep)))
     if shares < 1:
         return
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_compile_share, args=(sweep, i, shares), daemon=True) for i in range(shares)]
+    # Fresh interpreters: in a process that multiprocessing spawns, inductor's cache keys are others than in this one.
+    code = "import pickle, sys; from lmsys.bench import attention; attention._compile_share(*pickle.loads(bytes.fromhex(sys.argv[1])))"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     end = time.monotonic() + _COMPILE_LIMIT_S
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, pickle.dumps((sweep, share, shares)).hex()], env=environment)
+        for share in range(shares)
+    ]
+    late = 0
     for process in processes:
-        process.start()
-    for process in processes:
-        process.join(max(0.0, end - time.monotonic()))
-    late = [process for process in processes if process.is_alive()]
+        try:
+            process.wait(max(0.0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            late += 1
     if late:
-        print(
-            f"compile ahead: {len(late)} of {shares} processes are not done after {_COMPILE_LIMIT_S:g} s and end here"
-        )
-    for process in late:
-        process.kill()
-        process.join()
+        print(f"compile ahead: {late} of {shares} processes were not done after {_COMPILE_LIMIT_S:g} s and were ended")
 
 
 def _compilations(sweep: SweepSettings) -> list[tuple[str, Case]]:
