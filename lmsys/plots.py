@@ -359,7 +359,7 @@ def flash_steps(frame) -> Figure:
     steps = list(dict.fromkeys(frame.step))
     head_dims = sorted(set(frame.head_dim))
     figure, axes = _figure(5.4 * len(head_dims) + 1.6, 0.5 * len(steps) + 1.6, 1, len(head_dims))
-    y = np.arange(len(steps))
+    y, speeds = np.arange(len(steps)), frame[frame.status == "ok"].tflops
     for axis, head_dim in zip(axes[0], head_dims, strict=True):
         group = frame[frame.head_dim == head_dim]
         for which, offset, colour in (("forward", -0.2, "#D55E00"), ("backward", 0.2, "#56B4E9")):
@@ -379,7 +379,7 @@ def flash_steps(frame) -> Figure:
                         fontsize=8,
                     )
         axis.set_xscale("log")
-        axis.margins(x=0.12)
+        axis.set_xlim(speeds.min() / 2, speeds.max() * 2)
         axis.set_yticks(y, steps)
         axis.set_ylim(len(steps) - 0.5, -0.5)
         axis.grid(True, axis="x", color="#dddddd", linewidth=0.8)
