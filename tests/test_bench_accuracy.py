@@ -102,6 +102,21 @@ def test_a_right_kernel_passes(fake):
     assert set(row) <= {*SCHEMAS[accuracy.NAME], *accuracy.EXTRA_COLUMNS}
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_the_floor_is_what_rounding_does_and_no_more(dtype):
+    """With a single key PyTorch's dq and dk are exactly 0 and FlashAttention's are not; where there are many, the floor is small."""
+    single = accuracy.Case(1, 1, 12, 3, 28, 1, 128, dtype, False, "heads first", 0.497, 1.0)
+    (row,) = rows_of(single, "flash_attention_torch")
+    assert row["status"] == "ok" and 0 < row["dk_ratio"] < accuracy.LIMIT
+    usual = accuracy.Case(2, 1, 2, 2, 200, 150, 64, dtype, False, "heads first", None, 1.0)
+    tensors = accuracy.inputs(usual, torch.device("cpu"), seed=0)
+    exact = accuracy._reference(usual, tensors, torch.float64)
+    floors = accuracy._floors(usual, tensors, exact)
+    eps = torch.finfo(accuracy.DTYPES[dtype]).eps * (16 if dtype == "fp32" else 1)
+    for name, t in zip(("o", "dq", "dk", "dv"), (exact[0], *exact[2:]), strict=True):
+        assert floors[name] < 2 * eps * t.abs().max().item(), name
+
+
 @pytest.mark.parametrize(
     ("wrong", "note"),
     [
