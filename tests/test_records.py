@@ -99,3 +99,16 @@ def test_markdown_table():
 def test_significant_digits():
     shown = [records.significant(value) for value in (0.0081234, 3.5, 12.345, 1083.0, 999.9, 0, -0.5)]
     assert shown == ["0.00812", "3.50", "12.3", "1,080", "1,000", "0", "-0.500"]
+
+
+def test_schemas_keep_the_columns_that_readers_rely_on():
+    leaderboard = "board,implementation,gpus,status,median_ms,samples,mfu,peak_mib"
+    assert ",".join(records.SCHEMAS["leaderboard_results"]) == leaderboard
+    sweep = "kernel,batch,heads,q_len,k_len,head_dim,dtype,causal,pass,status,median_ms,p20_ms,p80_ms,samples,tflops,peak_mib"
+    assert ",".join(records.SCHEMAS["attention_sweep_results"]) == sweep
+    accuracy = records.SCHEMAS["attention_accuracy_results"]
+    assert {"kernel", "path", "status", "deterministic"} | {
+        f"{name}_ratio" for name in ("o", "lse", "dq", "dk", "dv")
+    } <= set(accuracy)
+    for name, columns in records.SCHEMAS.items():
+        assert len(set(columns)) == len(columns), name
