@@ -159,13 +159,18 @@ def test_both_paths_are_checked_where_there_are_two(fake, monkeypatch):
         return fake_attention(q, k, v, causal=causal, kernel=kernel, scale=options["scale"])
 
     monkeypatch.setattr(accuracy, "attention", recorded)
-    monkeypatch.setattr(accuracy, "explain", lambda *_: kernels.Explanation("hopper", "hopper", ()))
+    default = ["hopper", "hopper"]
+
+    def explain(q, k, v, causal, *, path="auto"):
+        return kernels.Explanation(*(default if path == "auto" else (path, path)), ())
+
+    monkeypatch.setattr(kernels, "explain", explain)
     assert [(row["path"], row["status"]) for row in rows_of(CASE, "flash_attention_triton")] == [
         ("hopper", "ok"),
         ("portable", "ok"),
     ]
     assert asked == ["auto"] * 3 + ["portable"] * 3
-    monkeypatch.setattr(accuracy, "explain", lambda *_: kernels.Explanation("hopper", "portable", ()))
+    default[1] = "portable"
     assert [row["path"] for row in rows_of(CASE, "flash_attention_triton")] == ["hopper+portable", "portable"]
 
 

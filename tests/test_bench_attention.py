@@ -205,6 +205,14 @@ def test_the_portable_path_is_measured_beside_another_default(monkeypatch):
     assert [row["path"] for row in attention.rows(sweep, CPU)] == ["portable", "portable"]
 
 
+def test_a_path_that_the_environment_forces_and_that_refuses_is_a_row(monkeypatch):
+    monkeypatch.setenv("LMSYS_FLASH_PATH", "hopper")
+    sweep = attention.settings("smoke", groups=["throughput"], kernels=["flash_attention_triton"], device="cpu")
+    forced, portable = attention.rows(sweep, CPU)
+    assert forced["status"] == "unsupported" and "hopper" in forced["note"]
+    assert portable["status"] == "ok" and portable["path"] == "portable"
+
+
 def test_keep_leaves_the_rows_of_other_groups(tmp_path):
     def run(keep, **other):
         sweep = attention.settings("smoke", kernels=["torch_sdpa_flash"], keep=keep, device="cpu", **other)

@@ -33,9 +33,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lmsys import records
-from lmsys.attention import KERNELS, attention, check_support, explain, get_kernel
+from lmsys.attention import KERNELS, attention, check_support, get_kernel
 from lmsys.attention.reference import causal_mask, reference_attention, repeat_heads
-from lmsys.bench.attention import DTYPES, Runner
+from lmsys.bench.attention import DTYPES, Runner, runners
 from lmsys.bench.measure import is_out_of_memory, release
 from lmsys.config import require, resolve_scale
 from lmsys.device import device_name, resolve_device
@@ -215,17 +215,6 @@ class Poisoned(TorchDispatchMode):
         return result
 
 
-def runners(kernel: str, tensors: Sequence[torch.Tensor], causal: bool) -> list[Runner]:
-    """The kernel as it comes, and flash_attention_triton's portable path beside its default where that is another."""
-    if kernel != "flash_attention_triton":
-        return [Runner(kernel)]
-    default = explain(*tensors[:3], causal)
-    if default.forward == default.backward == "portable":
-        return [Runner(kernel, {}, {"path": "portable"})]
-    name = default.forward if default.forward == default.backward else f"{default.forward}+{default.backward}"
-    return [Runner(kernel, {}, {"path": name}), Runner(kernel, {"path": "portable"}, {"path": "portable"})]
-
-
 def case_rows(sweep: AccuracySettings, case: Case) -> Iterator[dict[str, Any]]:
     """A row for each kernel, and path of it, that takes the case."""
     device = resolve_device(sweep.device)
@@ -235,13 +224,13 @@ def case_rows(sweep: AccuracySettings, case: Case) -> Iterator[dict[str, Any]]:
         tensors = inputs(case, device, sweep.seed)
         exact, plain = (_reference(case, tensors, dtype) for dtype in (torch.float64, DTYPES[case.dtype]))
         floors = _floors(case, tensors, exact)
-        found = [runner for kernel in taking for runner in runners(kernel, tensors, case.causal)]
+        found = [runner for kernel in taking for runner in runners(kernel, *tensors[:3], case.causal)]
     except Exception as reason:  # no reference, as for want of memory: every kernel's row says so
         failure = _failure(reason, device)
         yield from (base | {"kernel": kernel, "path": ""} | failure for kernel in taking)
         return
     for runner in found:
-        named = {"kernel": runner.kernel, "path": runner.paths.get("path", "")}
+        named = {"kernel": runner.kernel, "path": runner.paths.get("forward_backward", "")}
         try:
             measured = _compare(case, runner, tensors, exact, plain, floors)
         except Exception as reason:  # one kernel's failure is a row, not the end of the sweep

@@ -491,6 +491,26 @@ class Runner:
     paths: Mapping[str, str] = field(default_factory=dict)
 
 
+def runners(kernel: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> list[Runner]:
+    """The kernel as it comes, and flash_attention_triton's portable path beside its default where that is another."""
+    if kernel != standings.TRITON:
+        return [Runner(kernel)]
+    from lmsys.attention import explain
+
+    found: list[Runner] = []
+    for options in ({}, {"path": "portable"}):
+        try:
+            chosen = explain(q, k, v, causal, **options)
+        except ValueError:  # the environment asks for a path that refuses this; so does the call, and that is its row
+            found.append(Runner(kernel, options))
+            continue
+        both = chosen.forward if chosen.forward == chosen.backward else f"{chosen.forward}+{chosen.backward}"
+        paths = {"forward": chosen.forward, "backward": chosen.backward, "forward_backward": both}
+        if not found or paths != found[0].paths:
+            found.append(Runner(kernel, options, paths))
+    return found
+
+
 def rows(sweep: SweepSettings, device: torch.device) -> Iterator[dict[str, Any]]:
     """Measure each point of a sweep and yield it as a row of the schema."""
     try:
@@ -534,19 +554,8 @@ class Point:
         self._expected: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None
 
     def runners(self, kernel: str) -> list[Runner]:
-        """The kernel as it comes, and flash_attention_triton's portable path beside its default where that is another."""
-        if kernel != standings.TRITON:
-            return [Runner(kernel)]
-        from lmsys.attention import explain
-
-        found = []
-        for options in ({}, {"path": "portable"}):
-            chosen = explain(self.q, self.k, self.v, self.causal, **options)
-            both = chosen.forward if chosen.forward == chosen.backward else f"{chosen.forward}+{chosen.backward}"
-            paths = {"forward": chosen.forward, "backward": chosen.backward, "forward_backward": both}
-            if not found or paths != found[0].paths:
-                found.append(Runner(kernel, options, paths))
-        return found
+        """The ways in which a kernel is measured here."""
+        return runners(kernel, self.q, self.k, self.v, self.causal)
 
     def check(self, runner: Runner) -> dict[str, dict[str, Any]]:
         """For each pass, what a row says of it before it is timed: its errors, or a status with its reason. Compiles, too."""
