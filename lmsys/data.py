@@ -417,13 +417,15 @@ def _windows(tokens: np.ndarray, starts: Iterable[int], length: int) -> tuple[np
 
 
 class BatchSampler:
-    """Seeded random windows of a token array, the same whatever the number of processes.
+    """Seeded random windows of a token array, the same whatever the number of processes and micro-batches.
 
-    Draw number n takes world_size * batch_size window starts from a generator seeded with (seed, n), and rank r keeps
-    rows r * batch_size onward: together the ranks see what one process with the whole batch would. The state is n.
+    Draw number n takes micro_batches * world_size * batch_size window starts from a generator seeded with (seed, n). They
+    are cut into blocks of batch_size, and micro-batch m of rank r is block m * world_size + r: together, the ranks and
+    micro-batches of a draw see what one process with the whole batch would. The state is n.
 
     Args:
-        tokens: shape (tokens,), any integer dtype. batch_size: B, windows a draw and rank. context_length: T.
+        tokens: shape (tokens,), any integer dtype. batch_size: B, windows a micro-batch and rank. context_length: T.
+        micro_batches: calls of next() that share a draw, for gradient accumulation.
     Raises:
         ValueError: fewer than T + 1 tokens, a negative seed, a rank outside world_size.
     """
@@ -434,41 +436,53 @@ class BatchSampler:
         batch_size: int,
         context_length: int,
         *,
+        micro_batches: int = 1,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
     ):
         require(batch_size >= 1, f"batch_size is {batch_size}; it must be at least 1")
         require(context_length >= 1, f"context_length is {context_length}; it must be at least 1")
+        require(micro_batches >= 1, f"micro_batches is {micro_batches}; it must be at least 1")
         require(seed >= 0, f"the sampler's seed is {seed}; it must be 0 or more")
         _check_rank(rank, world_size)
         _check_length(tokens, context_length, getattr(tokens, "filename", None) or "the token array")
         self.tokens = tokens
         self.batch_size = batch_size
         self.context_length = context_length
+        self.micro_batches = micro_batches
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
         self.draws = 0
+        self._blocks: list[
+            np.ndarray
+        ] = []  # this rank's of the current draw that next() has still to give, the last first
 
     def next(self) -> tuple[np.ndarray, np.ndarray]:
         """(inputs, targets), int64, shape (B, T) each; targets are inputs one token later."""
-        generator = np.random.default_rng((self.seed, self.draws))
-        starts = generator.integers(len(self.tokens) - self.context_length, size=self.world_size * self.batch_size)
-        self.draws += 1
-        mine = starts[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
-        return _windows(self.tokens, mine, self.context_length)
+        if not self._blocks:
+            generator = np.random.default_rng((self.seed, self.draws))
+            starts = generator.integers(len(self.tokens) - self.context_length, size=self._global_batch_size())
+            blocks = starts.reshape(self.micro_batches, self.world_size, self.batch_size)
+            self._blocks = list(blocks[::-1, self.rank])
+            self.draws += 1
+        return _windows(self.tokens, self._blocks.pop(), self.context_length)
+
+    def _global_batch_size(self) -> int:
+        return self.micro_batches * self.world_size * self.batch_size
 
     def _identity(self) -> dict[str, int]:
         return {
             "seed": self.seed,
-            "global_batch_size": self.world_size * self.batch_size,
+            "global_batch_size": self._global_batch_size(),
             "context_length": self.context_length,
             "num_tokens": len(self.tokens),
         }
 
     def state_dict(self) -> dict[str, int]:
-        """Everything that the next draws depend on, JSON-ready; the same on every rank."""
+        """Everything that the next draws depend on, JSON-ready; the same on every rank. Between draws only."""
+        assert not self._blocks, "a state is taken after the last micro-batch of a draw"
         return {**self._identity(), "draws": self.draws}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -481,7 +495,7 @@ class BatchSampler:
             )
         draws = state.get("draws")
         require(isinstance(draws, int) and draws >= 0, f"the sampler's state has draws {draws!r}; expected 0 or more")
-        self.draws = draws
+        self.draws, self._blocks = draws, []
 
 
 def sequential_batches(

@@ -435,6 +435,21 @@ def test_ranks_together_draw_what_one_process_does(world_size):
         assert np.array_equal(np.concatenate([rank[i][1] for rank in ranks]), targets)
 
 
+@pytest.mark.parametrize(("world_size", "micro_batches"), [(1, 6), (2, 3), (3, 2)])
+def test_micro_batches_together_are_one_draw(world_size, micro_batches):
+    """However 12 sequences a step are shared among ranks and micro-batches, the steps are the same."""
+    whole = draw(data.BatchSampler(TOKENS, 12, 8, seed=5), 2)
+    sizes = {"micro_batches": micro_batches, "world_size": world_size}
+    ranks = [
+        draw(data.BatchSampler(TOKENS, 2, 8, seed=5, rank=rank, **sizes), 2 * micro_batches)
+        for rank in range(world_size)
+    ]
+    parts = [rank[i] for i in range(2 * micro_batches) for rank in ranks]
+    for which in (0, 1):
+        together = np.concatenate([part[which] for part in parts])
+        assert np.array_equal(together, np.concatenate([batch[which] for batch in whole]))
+
+
 def test_sampler_continues_exactly_from_its_state():
     sampler = data.BatchSampler(TOKENS, 4, 8, seed=7)
     draw(sampler, 3)
@@ -446,6 +461,10 @@ def test_sampler_continues_exactly_from_its_state():
     half = data.BatchSampler(TOKENS, 2, 8, seed=7, rank=1, world_size=2)  # the same batch over other ranks
     half.load_state_dict(state)
     assert np.array_equal(half.next()[0], rest[0][0][2:])
+    split = data.BatchSampler(TOKENS, 2, 8, seed=7, micro_batches=2)  # and over micro-batches
+    split.load_state_dict(state)
+    assert np.array_equal(np.concatenate([split.next()[0], split.next()[0]]), rest[0][0])
+    assert split.state_dict()["draws"] == state["draws"] + 1
 
 
 @pytest.mark.parametrize(
@@ -475,7 +494,14 @@ def test_sampler_refuses_bad_arguments(tmp_path):
     np.save(tmp_path / "t.npy", TOKENS[:8])
     with pytest.raises(ValueError, match=r"t\.npy holds 8 tokens"):
         data.BatchSampler(data.load_tokens(tmp_path / "t.npy"), 1, 8)
-    for wrong in ({"batch_size": 0}, {"context_length": 0}, {"seed": -1}, {"rank": 2, "world_size": 2}, {"rank": -1}):
+    for wrong in (
+        {"batch_size": 0},
+        {"context_length": 0},
+        {"micro_batches": 0},
+        {"seed": -1},
+        {"rank": 2, "world_size": 2},
+        {"rank": -1},
+    ):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             data.BatchSampler(**{"tokens": TOKENS, "batch_size": 1, "context_length": 8, **wrong})
 
