@@ -85,7 +85,8 @@ class Task:
         self.name, self.program, self.threads = name, program, threads
         self.clock = {**clock, self: 1}
         self.ready: Callable[[], bool] | None = None
-        self.waits_for, self.site = "", ""
+        self.waits_for: Any = ""
+        self.site = ""
         self.done = False
         self.wgmmas: list[Wgmma] = []  # in flight
         self.wgmmas_issued = 0
@@ -119,8 +120,8 @@ class Task:
         self.clock[self] += 1
         return known
 
-    def pause(self, ready: Callable[[], bool] | None = None, waits_for: str = "") -> None:
-        """Let others run, and go on once `ready`."""
+    def pause(self, ready: Callable[[], bool] | None = None, waits_for: Any = "") -> None:
+        """Let others run, and go on once `ready`. waits_for: for the message, printed when nobody can go on."""
         scheduler = self.program.scheduler
         self.ready, self.waits_for, self.site = ready, waits_for, _site()
         scheduler.baton.release()
@@ -154,7 +155,7 @@ class Scheduler:
                 able.append(None)
                 weights.append(self.load_weight)
             if not able:
-                states = "\n".join(f"  {task.name} at {task.site}: {task.waits_for}" for task in self.tasks)
+                states = "\n".join(f"  {task.name} at {task.site}: waits for {task.waits_for}" for task in self.tasks)
                 self.error = Deadlock(f"nobody can go on:\n{states}")
                 break
             task = self.random.choices(able, weights)[0]
@@ -192,10 +193,12 @@ def _task() -> Task:
     return _scheduler.now
 
 
-def _site() -> str:
-    """File and line of the kernel that called us."""
+def _site(outermost: bool = False) -> str:
+    """File and line of the kernel's code that called us, or of the kernel itself."""
     frame = sys._getframe(1)
-    while frame.f_code.co_filename in (__file__, threading.__file__) and frame.f_back is not None:
+    while frame.f_code.co_filename == __file__:
+        frame = frame.f_back
+    while outermost and frame.f_back.f_code.co_filename != __file__:
         frame = frame.f_back
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
 
@@ -258,8 +261,8 @@ def _binary(function, swapped=False):
 
 for _name in ("add", "sub", "mul", "truediv", "lt", "le", "gt", "ge"):
     setattr(Tile, f"__{_name}__", _binary(getattr(operator, _name)))
-for _name in ("add", "sub", "mul", "truediv"):
-    setattr(Tile, f"__r{_name}__", _binary(getattr(operator, _name), swapped=True))
+    if f"__r{_name}__" in dir(int):
+        setattr(Tile, f"__r{_name}__", _binary(getattr(operator, _name), swapped=True))
 
 
 class Pointer:
@@ -287,9 +290,10 @@ class Mbarrier:
             f"{self.name}, phase {self.phase}, {self.pending} of {self.count} arrivals and {self.bytes} bytes to come"
         )
 
-    def init(self, count: int):
+    def init(self, count: int, task: Task):
         self.count = self.pending = count
         self.bytes = 0
+        self.made = task, task.clock[task]
 
     def arrive(self, count: int, clock: Clock):
         _join(self.clock, clock)
@@ -330,7 +334,7 @@ class _MbarrierModule:
 
     @staticmethod
     def init(barrier: Mbarrier, count: int):
-        barrier.init(count)
+        barrier.init(count, _task())
 
     @staticmethod
     def arrive(barrier: Mbarrier, *, count: int = 1):
@@ -354,7 +358,7 @@ class _MbarrierModule:
             return barrier.phase & 1 != phase
 
         if not ready() or _scheduler.chance():
-            task.pause(ready, f"waits for parity {phase} of {barrier}")
+            task.pause(ready, barrier)
         _join(task.clock, barrier.ended)
 
 
@@ -389,7 +393,7 @@ def _named_barrier(kind: str, number: int, threads: int):
     barrier.arrive(task, threads)
     if kind == "sync":
         task.clock[task, "store"] = task.stores_waited
-        task.pause(lambda: barrier.rounds > before, f"waits at named barrier {number}")
+        task.pause(lambda: barrier.rounds > before, f"the others at named barrier {number}")
         _join(task.clock, barrier.ended)
     elif _scheduler.chance():
         task.pause()
@@ -431,9 +435,9 @@ class Allocation:
                 )
                 if known.get(other_unit, 0) < other_epoch:
                     raise Hazard(f"{text}: not ordered")
-                if asynchronous and other_write and not other_asynchronous:
-                    if known.get((other_unit, "fence"), 0) < other_epoch:
-                        raise Hazard(f"{text}: no fence_async_shared by the writer")
+                unfenced = known.get((other_unit, "fence"), 0) < other_epoch
+                if asynchronous and other_write and not other_asynchronous and unfenced:
+                    raise Hazard(f"{text}: no fence_async_shared by the writer")
             covered = start <= other_start and other_end <= end
             if not (covered and (write or (not other_write and other_unit == unit))):
                 kept.append(other)
@@ -534,6 +538,11 @@ class Load:
         task = _task()
         self.descriptor, self.coordinates, self.barrier, self.target = descriptor, list(coordinates), barrier, target
         self.bytes, self.epoch, self.site = descriptor.block_type.nbytes, barrier.phase + 1, _site()
+        maker, epoch = barrier.made
+        if task.clock.get((maker, "fence"), 0) < epoch:
+            raise Hazard(
+                f"{self.site}: no fence_async_shared between the making of {barrier.name} and its first TMA load"
+            )
         target.allocation.access(target.view, True, barrier, self.epoch, task.clock)
         target.view.fill_(math.nan)
 
@@ -642,6 +651,14 @@ class Accumulator:
     @property
     def type(self):
         return types.SimpleNamespace(layout=self.layout)
+
+    def __getattr__(self, name):
+        return getattr(_raw(self), name)  # which raises
+
+    def __mul__(self, other):
+        return _raw(self)
+
+    __add__ = __sub__ = __truediv__ = __getitem__ = __mul__
 
 
 def _warpgroup_mma(a, b, accumulator, *, use_acc=True, is_async=False):
@@ -792,7 +809,7 @@ class _Language:
     @staticmethod
     def allocate_shared_memory(dtype, shape, layout):
         program = _task().program
-        name = f"{program.allocations} (of {_site()})"
+        name = f"{program.allocations} (made at {_site(outermost=True)})"
         program.allocations += 1
         if isinstance(layout, _MbarrierModule.MBarrierLayout):
             return MbarrierArray(name, shape[0])
@@ -835,7 +852,7 @@ class _Language:
             name = f"program {task.program.index} partition {i} ({function.__name__})"
             partitions.append(Task(name, task.program, function, arguments, known, 32 * count))
         _scheduler.tasks += partitions
-        task.pause(lambda: all(partition.done for partition in partitions), "waits for its partitions")
+        task.pause(lambda: all(partition.done for partition in partitions), "its partitions")
 
 
 def _extremum(with_number, of_tensors, of_numbers, x, y):

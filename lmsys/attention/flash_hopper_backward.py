@@ -332,9 +332,9 @@ def _consumer_64(
         first_query = _first_query(first_key, S, G, CAUSAL, LAYOUT)
         dk = zeros
         dv = zeros
-        tma.store_wait(0)  # dK and dV of the item before have left the buffers of dS
+        tma.store_wait(0)  # dK and dV of the item before have left the buffers of dS, for both consumers
         mbarrier.wait(k_full.index(0), n & 1)
-        group_barrier()
+        _consumers_barrier()
         k = k_s.index(G).reshape([_ROWS, 64]).load(gl.DotOperandLayout(0, LAYOUT, 2))
         mbarrier.wait(v_full.index(0), n & 1)
         v = v_s.index(G).reshape([_ROWS, 64]).load(gl.DotOperandLayout(0, LAYOUT, 2))
@@ -441,8 +441,8 @@ def _consumer_128(
         dv = gl.zeros([_ROWS, 128], gl.float32, WIDE)
         mbarrier.wait(k_full.index(0), n & 1)
         mbarrier.wait(v_full.index(0), n & 1)
-        tma.store_wait(0)  # dK and dV of the item before have left the buffers of dS and dQ
-        group_barrier()
+        tma.store_wait(0)  # dK and dV of the item before have left the buffers of dS and dQ, for both consumers
+        _consumers_barrier()
         for i in range(total):
             dk, dv = _step_128(
                 i, done + i, tiles, masked, first, dk, dv, dq_desc, buffers, q_full, do_full, q_empty, zeros, first_query,
