@@ -1,0 +1,522 @@
+"""Processes: the group that trains together, how it is started, and how it ends when one of its processes fails.
+
+process_group() is for a program under torchrun, on one node or several; spawn() starts processes on this machine and returns
+what they computed; launch() runs torchrun itself and streams what it prints. Each process has one device: GPU LOCAL_RANK with
+NCCL, or the CPU with Gloo. A process that fails tells its error once, before it leaves the group: the others then lose a peer,
+which is a consequence and is not reported beside the cause. Nobody waits for a peer that is gone: Gloo's sockets close, NCCL's
+communicators are aborted, and spawn() and torchrun end what is left. Only a process that hangs without failing is found by
+timeout_s alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import multiprocessing
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TIMEOUT_S = 600.0  # of one collective operation; torch's own for NCCL
+_GRACE_S = 1.0  # how long spawn collects the errors of other ranks after the first, to report the one that came first
+_EXIT_S = 20.0  # a process that failed is gone after this, whatever its threads and its GPU do
+_LAST_LINES = 20  # of a failed run's output, in the error where nothing better is known
+_DEVICES = ("auto", "cpu", "cuda")
+# What launch reads in the output of a run that failed: our line; where torchrun's own report begins, and its root cause.
+_FAILED = re.compile(r"rank (\d+) of \d+ failed: ")
+_REPORT = re.compile(r"[WE]\d+ .*torch/distributed/elastic/.*(closing signal|failed \(exitcode)")
+_ROOT_CAUSE = re.compile(r"Root Cause.*?rank +: (\d+).*?exitcode +: -(\d+)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process of a group. backend is nccl, gloo, or empty where there is no group because there is one process."""
+
+    rank: int
+    local_rank: int  # on this machine
+    world_size: int
+    local_world_size: int
+    device: torch.device
+    backend: str
+
+
+class RankError(RuntimeError):
+    """A process failed: its rank, what happened, and its traceback where there is one.
+
+    Attributes:
+        rank: the process that failed first.
+        signal: the number of the signal that ended it, or None.
+    """
+
+    def __init__(self, message: str, rank: int | None = None, signal: int | None = None):
+        super().__init__(message)
+        self.rank = rank
+        self.signal = signal
+
+
+def current() -> tuple[int, int]:
+    """Rank and number of processes: those of the initialized group, else 0 and 1."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+# --- Under torchrun -------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def process_group(device: str = "auto", timeout_s: float = TIMEOUT_S) -> Iterator[Process]:
+    """The group of a program under torchrun; without torchrun, and for one process, no group and world size 1.
+
+    If the body raises, the rank and the error are printed once for the whole group, and this process ends with exit code 1
+    (SystemExit), the GPU's communicators aborted, so that torchrun ends the others. Without a group, errors pass through.
+
+    Args:
+        device: auto (GPUs if there are any), cpu or cuda.
+        timeout_s: after which a collective operation that not every process has joined fails.
+    Raises:
+        ValueError: an environment or a device that cannot work.
+    """
+    process = _from_environment(device)
+    if process.world_size == 1:
+        yield process
+        return
+    limit = timedelta(seconds=timeout_s)
+    store, _, _ = next(dist.rendezvous("env://", process.rank, process.world_size, timeout=limit))
+    try:
+        _join(process, store, timeout_s)
+        yield process
+        dist.destroy_process_group()
+    except BaseException as error:
+        _leave_by_force(process, store, error)
+        if isinstance(error, Exception):
+            raise SystemExit(1) from None
+        raise
+
+
+def _from_environment(device: str) -> Process:
+    """The process that torchrun's variables describe.
+
+    Raises:
+        ValueError: some are missing or do not go together, or the device is not here.
+    """
+    if dist.is_initialized():
+        raise ValueError(
+            "this process already has a process group; call process_group once, or destroy the other first"
+        )
+    if "RANK" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":
+        return Process(0, 0, 1, 1, _device(device, 0, 1), "")
+    needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in os.environ]
+    if missing:
+        present = ", ".join(name for name in needed if name in os.environ)
+        raise ValueError(
+            f"the environment has {present} but not {', '.join(missing)}; start the program with torchrun, which sets all of "
+            "them, or unset them for one process"
+        )
+    try:
+        rank, world_size, local_rank, local_world_size = (int(os.environ[name]) for name in needed[:4])
+    except ValueError:
+        given = ", ".join(f"{name}={os.environ[name]!r}" for name in needed[:4])
+        raise ValueError(f"{given}: these must be integers; start the program with torchrun, which sets them") from None
+    if not (0 <= rank < world_size and 0 <= local_rank < local_world_size <= world_size):
+        raise ValueError(
+            f"RANK={rank} of WORLD_SIZE={world_size} and LOCAL_RANK={local_rank} of LOCAL_WORLD_SIZE={local_world_size} do not "
+            "go together; start the program with torchrun, which sets them"
+        )
+    try:
+        where = _device(device, local_rank, local_world_size)
+    except ValueError:
+        if local_rank == 0:
+            raise
+        raise SystemExit(1) from None  # rank 0 of this machine says it
+    backend = "" if world_size == 1 else _backend(where)
+    return Process(rank, local_rank, world_size, local_world_size, where, backend)
+
+
+def _device(device: str, local_rank: int, local_world_size: int) -> torch.device:
+    """The device of a local rank.
+
+    Raises:
+        ValueError: no such device, or fewer GPUs than processes.
+    """
+    if device not in _DEVICES:
+        raise ValueError(
+            f"device '{device}' cannot be given to {local_world_size} process(es), each of which takes the GPU of its local "
+            f"rank; give {', '.join(_DEVICES)}"
+        )
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "cuda" and count == 0:
+        raise ValueError("device 'cuda' is not here: this machine has no CUDA GPU; give auto or cpu")
+    if device == "cpu" or count == 0:
+        return torch.device("cpu")
+    if local_world_size > count:
+        raise ValueError(
+            f"{local_world_size} processes on this machine, which has {count} CUDA GPU(s): each process needs its own; start "
+            f"at most {count}, or give device=cpu"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def _backend(device: torch.device) -> str:
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def _join(process: Process, store: dist.Store, timeout_s: float) -> None:
+    """Initialize the default group; on a GPU, its communicator too, so that a bad link fails here and not in the first step."""
+    if process.device.type == "cuda":
+        torch.cuda.set_device(process.device)
+    dist.init_process_group(
+        process.backend,
+        store=dist.PrefixStore("lmsys", store),
+        rank=process.rank,
+        world_size=process.world_size,
+        timeout=timedelta(seconds=timeout_s),
+        device_id=process.device if process.device.type == "cuda" else None,
+    )
+
+
+def _leave_by_force(process: Process, store: dist.Store, error: BaseException) -> None:
+    """Print the error unless another rank has printed one, and make sure that this process ends."""
+    if isinstance(error, Exception):
+        try:
+            first = store.add("lmsys/failed", 1) == 1
+        except Exception:  # the store went with the process that held it
+            first = True
+        if first:
+            told = isinstance(error, (ValueError, OSError, FloatingPointError)) and not os.environ.get(
+                "LMSYS_TRACEBACK"
+            )
+            print(_describe(process, error, with_traceback=not told), file=sys.stderr, flush=True)
+    last = threading.Timer(_EXIT_S, os._exit, (1,))
+    last.daemon = True
+    last.start()
+    if process.backend == "nccl" and dist.is_initialized():
+        dist.distributed_c10d._abort_process_group()  # a plain destroy waits for collectives that never end
+
+
+def _describe(process: Process, error: BaseException) -> str:
+    """One line: who failed and how, or who lost a peer."""
+    what = "lost another rank, which ended first" if _is_lost_peer(error) else "failed"
+    return f"rank {process.rank} of {process.world_size} {what}: {type(error).__name__}: {error}"
+
+
+def _is_lost_peer(error: BaseException) -> bool:
+    """Whether an error says that another process went away, rather than what went wrong."""
+    if isinstance(error, (dist.DistBackendError, dist.DistNetworkError)):
+        return True
+    return isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+
+
+# --- On this machine, without torchrun ------------------------------------------------------------
+
+
+def spawn(
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    device: str = "auto",
+    timeout_s: float | None = None,
+) -> list[Any]:
+    """Run function(process, *args) in world_size new processes of one group; return the results by rank.
+
+    The processes are new interpreters, so function must be importable by name (not a lambda, not defined in a notebook), and
+    arguments and results must pickle. Processes on the CPU share its threads.
+
+    Args:
+        device: auto (GPUs if there are any), cpu or cuda.
+        timeout_s: of the whole call and, if it is shorter than TIMEOUT_S, of a collective operation; None: no limit.
+    Raises:
+        ValueError: more processes than GPUs, or a function that another process cannot import.
+        RankError: a process failed or was killed: the first that did. The others have been stopped.
+        TimeoutError: timeout_s passed. All have been stopped.
+    """
+    if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
+        raise ValueError(f"world_size is {world_size!r}; it must be a positive integer")
+    _device(device, 0, world_size)
+    try:
+        payload = pickle.dumps((function, args))
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"spawn cannot send {function!r} and its arguments to other processes ({error}); give a function defined at the "
+            "top of a module, and arguments that pickle"
+        ) from None
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    collective_s = TIMEOUT_S if timeout_s is None else min(timeout_s, TIMEOUT_S)
+    threads = max(1, torch.get_num_threads() // world_size)
+    context = multiprocessing.get_context("spawn")
+    processes, connections = [], {}
+    try:
+        for rank in range(world_size):
+            ours, theirs = context.Pipe(duplex=False)
+            where = (rank, world_size, device, store.port, collective_s, threads)
+            processes.append(context.Process(target=_rank_main, args=(payload, theirs, *where), name=f"rank {rank}"))
+            processes[-1].start()
+            theirs.close()
+            connections[ours] = rank
+        results = _collect(processes, connections, deadline, timeout_s)
+        for process in processes:
+            process.join(_EXIT_S)
+        return results
+    finally:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join()
+
+
+@dataclass(frozen=True)
+class _Failure:
+    rank: int
+    at: float  # time.monotonic(), which all processes of a machine share
+    text: str
+    lost_peer: bool = False
+    signal: int | None = None
+
+
+def _collect(
+    processes: Sequence[Any], connections: dict[Connection, int], deadline: float | None, timeout_s: float | None
+) -> list[Any]:
+    """The results by rank, or the first failure as a RankError."""
+    world_size = len(processes)
+    results: dict[int, Any] = {}
+    failures: list[_Failure] = []
+    while connections:
+        left = None if deadline is None else deadline - time.monotonic()
+        ready = wait(list(connections), left)
+        if not ready:
+            if failures:
+                break
+            running = ", ".join(str(rank) for rank in connections.values())
+            raise TimeoutError(
+                f"rank(s) {running} of {world_size} were still running after {timeout_s:g} s; all are stopped"
+            )
+        for connection in ready:
+            rank = connections.pop(connection)
+            try:
+                message = pickle.loads(connection.recv_bytes())
+            except EOFError:
+                message = _ended(rank, world_size, processes[rank])
+            if isinstance(message, _Failure):
+                failures.append(message)
+            else:
+                (results[rank],) = message
+        if len(failures) == 1:
+            grace = time.monotonic() + _GRACE_S
+            deadline = grace if deadline is None else min(deadline, grace)
+    if failures:
+        first = min(failures, key=lambda failure: (failure.lost_peer, failure.at))
+        raise RankError(first.text, first.rank, first.signal)
+    return [results[rank] for rank in range(world_size)]
+
+
+def _ended(rank: int, world_size: int, process: Any) -> _Failure:
+    """What to say of a process that ended without a word."""
+    at = time.monotonic()
+    process.join()
+    if process.exitcode < 0:
+        return _Failure(rank, at, _killed(rank, world_size, -process.exitcode), signal=-process.exitcode)
+    return _Failure(rank, at, f"rank {rank} of {world_size} exited with code {process.exitcode} and no result")
+
+
+def _killed(rank: int, world_size: int, number: int) -> str:
+    name = signal.Signals(number).name
+    hint = "; was this machine out of memory?" if number == signal.SIGKILL else ""
+    return f"rank {rank} of {world_size} was killed by {name}{hint}"
+
+
+def _rank_main(
+    payload: bytes,
+    connection: Connection,
+    rank: int,
+    world_size: int,
+    device: str,
+    port: int,
+    timeout_s: float,
+    threads: int,
+) -> None:
+    """A spawned process: join the group, run the function, send its result or its error, in this order of importance."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    where = _device(device, rank, world_size)
+    process = Process(rank, rank, world_size, world_size, where, _backend(where))
+    try:
+        function, args = pickle.loads(payload)
+        if where.type == "cpu":
+            torch.set_num_threads(threads)
+        _join(process, dist.TCPStore("127.0.0.1", port, is_master=False), timeout_s)
+        message = pickle.dumps((function(process, *args),))
+        dist.destroy_process_group()
+    except BaseException as error:
+        at = time.monotonic()
+        text = _describe(process, error) + "\n\n" + "".join(traceback.format_exception(error))
+        connection.send_bytes(pickle.dumps(_Failure(rank, at, text, _is_lost_peer(error))))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # a plain exit may wait for a GPU whose collectives never end
+    connection.send_bytes(message)
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+# --- torchrun as a subprocess ---------------------------------------------------------------------
+
+
+def launch(
+    arguments: Sequence[str],
+    processes: int,
+    *,
+    module: str = "lmsys",
+    on_line: Callable[[str], None] = print,
+    nodes: int = 1,
+    node_rank: int = 0,
+    rendezvous: str | None = None,
+    environment: dict[str, str] | None = None,
+) -> None:
+    """Run `python -m MODULE ARGUMENTS` in so many processes under torchrun, passing on each line that they print.
+
+    Args:
+        processes: on this node.
+        on_line: gets each line of stdout and stderr, without its end, as it comes.
+        nodes, node_rank, rendezvous: several nodes: call this on each, with the same HOST:PORT of the first as rendezvous.
+        environment: variables beside those of this process.
+    Raises:
+        ValueError: numbers that do not go together.
+        RankError: the run failed; says the first error, or the last lines where none was recognized.
+    """
+    if processes < 1 or nodes < 1 or not 0 <= node_rank < nodes:
+        raise ValueError(
+            f"{processes} processes on node {node_rank} of {nodes}: each must be 1 or more, ranks count from 0"
+        )
+    if (nodes > 1) != (rendezvous is not None):
+        raise ValueError(
+            f"{nodes} node(s) with rendezvous {rendezvous}: several nodes need the HOST:PORT where they meet, one needs none"
+        )
+    where = ["--standalone"]
+    if rendezvous is not None:
+        where = [
+            f"--nnodes={nodes}",
+            f"--node_rank={node_rank}",
+            "--rdzv_backend=c10d",
+            f"--rdzv_endpoint={rendezvous}",
+        ]
+    command = [sys.executable, "-m", "torch.distributed.run", *where, f"--nproc_per_node={processes}", "-m", module]
+    threads = max(1, torch.get_num_threads() // processes)  # torchrun's own choice is 1
+    run = subprocess.Popen(
+        [*command, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env={"OMP_NUM_THREADS": str(threads)} | os.environ | {"PYTHONUNBUFFERED": "1"} | (environment or {}),
+    )
+    lines: deque[str] = deque(maxlen=100)
+    failure: str | None = None
+    reporting = False  # torchrun's own report of a failure, which becomes the error
+    try:
+        for line in run.stdout:
+            line = line.rstrip("\n")
+            lines.append(line)
+            if failure is None and _FAILED.match(line):
+                failure = line
+            reporting = reporting or _REPORT.match(line) is not None
+            if not reporting:
+                on_line(line)
+        code = run.wait()
+    finally:
+        if run.poll() is None:
+            run.terminate()  # torchrun passes it on
+            try:
+                run.wait(30)
+            except subprocess.TimeoutExpired:
+                run.kill()
+                run.wait()
+        run.stdout.close()
+    if code == 0:
+        return
+    if failure is not None:
+        raise RankError(failure, int(_FAILED.match(failure)[1]))
+    killed = _ROOT_CAUSE.search("\n".join(lines))
+    if killed:
+        rank, number = int(killed[1]), int(killed[2])
+        raise RankError(_killed(rank, processes * nodes, number), rank, number)
+    raise RankError(f"torchrun ended with code {code}; the last lines:\n" + "\n".join(list(lines)[-_LAST_LINES:]))
+
+
+# --- Small collectives ----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def broadcast_from_rank0(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Overwrite the tensors, of the same shapes and dtypes in every process, with rank 0's."""
+    if current()[1] == 1:
+        return
+    works = []
+    copies = []
+    for tensor in tensors:
+        contiguous = tensor.contiguous()
+        works.append(dist.broadcast(contiguous, group=group, group_src=0, async_op=True))
+        if contiguous.data_ptr() != tensor.data_ptr():
+            copies.append((tensor, contiguous))
+    for work in works:
+        work.wait()
+    for tensor, contiguous in copies:
+        tensor.copy_(contiguous)
+
+
+@torch.no_grad()
+def mean_over_ranks(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The mean of a floating-point tensor over all processes, as a new tensor on its device. Does not wait for a GPU."""
+    mean = tensor.detach().clone()
+    if current()[1] > 1:
+        mean /= dist.get_world_size(group)
+        dist.all_reduce(mean, group=group)
+    return mean
+
+
+def check_same_everywhere(description: str, what: str, group: dist.ProcessGroup | None = None) -> None:
+    """Raise the same ValueError in every process unless all give the same description, one line an item.
+
+    To be called before collectives that would hang or mix up values where processes differ.
+    """
+    if current()[1] == 1:
+        return
+    digests = _gather(hashlib.sha256(description.encode()).hexdigest(), group)
+    differing = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if not differing:
+        return
+    descriptions = [text.splitlines() for text in _gather(description, group)]
+    first, other = descriptions[0], descriptions[differing[0]]
+    lines = max(len(first), len(other))
+    padded = [text + ["(nothing)"] * (lines - len(text)) for text in (first, other)]
+    ours, theirs = next(((a, b) for a, b in zip(*padded, strict=True) if a != b), ("", ""))
+    raise ValueError(
+        f"{what} differs between processes: rank(s) {', '.join(map(str, differing))} from rank 0; first where rank 0 has "
+        f"'{ours}', rank {differing[0]} has '{theirs}'. Start every process with the same settings"
+    )
+
+
+def _gather(value: str, group: dist.ProcessGroup | None) -> list[str]:
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
