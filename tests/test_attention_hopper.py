@@ -386,9 +386,11 @@ def compiled_for_hopper(point):
 def test_kernels_compile_for_hopper():
     """They fit shared memory, keep their accumulators in registers, and ptxas does not serialize their products."""
     points = [
-        (which, d, "bf16", causal) for which in ("forward", "backward") for d in (64, 128) for causal in (True, False)
+        ("forward", 64, "bf16", True),
+        ("forward", 128, "fp16", False),
+        ("backward", 64, "fp16", False),
+        ("backward", 128, "bf16", True),
     ]
-    points += [("forward", 128, "fp16", False), ("backward", 64, "fp16", True)]
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(compiled_for_hopper, points))
     for point, result in zip(points, results, strict=True):
