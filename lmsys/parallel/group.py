@@ -200,10 +200,10 @@ def _leave_by_force(process: Process, store: dist.Store, error: BaseException) -
         except Exception:  # the store went with the process that held it
             first = True
         if first:
-            told = isinstance(error, (ValueError, OSError, FloatingPointError)) and not os.environ.get(
-                "LMSYS_TRACEBACK"
-            )
-            print(_describe(process, error, with_traceback=not told), file=sys.stderr, flush=True)
+            clear = isinstance(error, (ValueError, OSError, FloatingPointError)) or _is_lost_peer(error)
+            if os.environ.get("LMSYS_TRACEBACK") or not clear:
+                traceback.print_exception(error)
+            print(_describe(process, error), file=sys.stderr, flush=True)
     last = threading.Timer(_EXIT_S, os._exit, (1,))
     last.daemon = True
     last.start()
@@ -219,9 +219,10 @@ def _describe(process: Process, error: BaseException) -> str:
 
 def _is_lost_peer(error: BaseException) -> bool:
     """Whether an error says that another process went away, rather than what went wrong."""
-    if isinstance(error, (dist.DistBackendError, dist.DistNetworkError)):
+    if isinstance(error, dist.DistNetworkError):
         return True
-    return isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    signs = ("gloo/transport", "ncclRemoteError", "remote process exited")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 # --- On this machine, without torchrun ------------------------------------------------------------
