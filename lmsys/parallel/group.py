@@ -39,7 +39,7 @@ _EXIT_S = 20.0  # a process that failed is gone after this, whatever its threads
 _LAST_LINES = 20  # of a failed run's output, in the error where nothing better is known
 _DEVICES = ("auto", "cpu", "cuda")
 # What launch reads in the output of a run that failed: our line; where torchrun's own report begins, and its root cause.
-_FAILED = re.compile(r"rank (\d+) of \d+ failed: ")
+_FAILED = re.compile(r"rank (\d+) of \d+ failed: .*")
 _REPORT = re.compile(r"[WE]\d+ .*torch/distributed/elastic/.*(closing signal|failed \(exitcode)")
 _ROOT_CAUSE = re.compile(r"Root Cause.*?rank +: (\d+).*?exitcode +: -(\d+)", re.DOTALL)
 
@@ -203,7 +203,8 @@ def _leave_by_force(process: Process, store: dist.Store, error: BaseException) -
             clear = isinstance(error, (ValueError, OSError, FloatingPointError)) or _is_lost_peer(error)
             if os.environ.get("LMSYS_TRACEBACK") or not clear:
                 traceback.print_exception(error)
-            print(_describe(process, error), file=sys.stderr, flush=True)
+            sys.stderr.write(_describe(process, error) + "\n")  # in one piece: others write to the same place
+            sys.stderr.flush()
     last = threading.Timer(_EXIT_S, os._exit, (1,))
     last.daemon = True
     last.start()
@@ -432,14 +433,13 @@ def launch(
         env={"OMP_NUM_THREADS": str(threads)} | os.environ | {"PYTHONUNBUFFERED": "1"} | (environment or {}),
     )
     lines: deque[str] = deque(maxlen=100)
-    failure: str | None = None
+    failure: re.Match[str] | None = None
     reporting = False  # torchrun's own report of a failure, which becomes the error
     try:
         for line in run.stdout:
             line = line.rstrip("\n")
             lines.append(line)
-            if failure is None and _FAILED.match(line):
-                failure = line
+            failure = failure or _FAILED.search(line)
             reporting = reporting or _REPORT.match(line) is not None
             if not reporting:
                 on_line(line)
@@ -456,7 +456,7 @@ def launch(
     if code == 0:
         return
     if failure is not None:
-        raise RankError(failure, int(_FAILED.match(failure)[1]))
+        raise RankError(failure[0], int(failure[1]))
     killed = _ROOT_CAUSE.search("\n".join(lines))
     if killed:
         rank, number = int(killed[1]), int(killed[2])
