@@ -49,24 +49,34 @@ class Machine:
         self.forward, self.backward, self.patch = forward, backward, monkeypatch.setattr
         self.kernels = forward._forward_kernel, backward._backward_kernel
         self.counter = torch.zeros(2, dtype=torch.int32)
+        self.combined = []  # splits of each launch of the kernel that adds them up
         self.patch(torch.cuda, "device", lambda device: contextlib.nullcontext())
-        for module, names in ((forward, ["_combine_kernel"]), (backward, ["_prepare_kernel", "_finish_kernel"])):
+        for module in (forward, backward):
             self.patch(module, "list_counter", lambda device: self.counter)
-            for name in names:
-                self.patch(module, name, InterpretedFunction(getattr(module, name).fn))
+        combine = InterpretedFunction(forward._combine_kernel.fn)
+        self.patch(forward._launch_combine, "kernel", {(n,): self._combine(combine[(n,)]) for n in range(1, 10)})
+        for launcher in (backward._launch_prepare, backward._launch_finish):
+            self.patch(launcher, "kernel", InterpretedFunction(launcher.kernel.fn))
         for name in (
             "sum",
             "zeros",
         ):  # Triton functions themselves, compiled unless Triton was imported for its interpreter
             self.patch(tl, name, InterpretedFunction(getattr(tl, name).fn))
 
+    def _combine(self, kernel):
+        def launch(*arguments, **options):
+            self.combined.append(arguments[7])
+            kernel(*arguments, **options)
+
+        return launch
+
     def run(self, q, k, v, do=None, causal=False, scale=0.125, seed=0, processors=3, cache=2**20):
         """o, lse, and where there is a gradient do: dq, dk, dv. What the kernels do not write is NaN."""
         for module in (self.forward, self.backward):
             self.patch(module, "device_sizes", lambda index: (processors, cache))
-        self.patch(self.forward, "_forward_kernel", Interpreted(self.kernels[0], seed))
         builtins = {self.backward._reduce_add: reduce_add}
-        self.patch(self.backward, "_backward_kernel", Interpreted(self.kernels[1], seed, builtins))
+        self.patch(self.forward._launch_forward, "kernel", Interpreted(self.kernels[0], seed))
+        self.patch(self.backward._launch_backward, "kernel", Interpreted(self.kernels[1], seed, builtins))
         torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
         try:
             o, lse = self.forward.forward(q, k, v, causal, scale)
@@ -137,15 +147,10 @@ def test_interpreted_whatever_the_timing(machine, head_dim, causal):
 def test_interpreted_key_splits(machine, head_dim):
     """Few queries and many keys: programs share a tile's keys, and a second kernel adds their results."""
     q, k, v, do = inputs(40, 1700, head_dim, 2, 1, torch.float16)
-    combined = []
-    combine = machine.forward._combine_kernel
-    machine.patch(
-        machine.forward, "_combine_kernel", {(3,): lambda *a, **kw: (combined.append(a[7]), combine[(3,)](*a, **kw))}
-    )
     for seed in range(3):
         results = machine.run(q, k, v, seed=seed, processors=7)
         assert_right(results, q, k, v, do, False)
-    assert combined == [3, 3, 3]
+    assert machine.combined == [3, 3, 3]
 
 
 def test_interpreted_sections_of_heads(machine):
@@ -162,6 +167,46 @@ def test_interpreted_strides_and_scale(machine, head_dim):
     q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
     do = torch.ones((), dtype=torch.float16).expand(q.shape)
     assert_right(machine.run(q, k, v, do, causal=True, scale=0.3), q, k, v, do, True, 0.3)
+
+
+def test_a_known_kind_of_launch_goes_past_triton():
+    launches = []
+
+    class Kernel:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            def launch(*arguments, **options):
+                launches.append((self.name, grid, arguments, options))
+                return Kernel(f"compiled for {arguments[1:]}")
+
+            return launch
+
+    launcher = flash_hopper.Launcher(Kernel("jit"))
+    for grid, constant in ((5, 64), (6, 64), (5, 128), (7, 64)):
+        launcher(grid, (0, torch.float16), ("q",), (constant,))
+    assert launches == [
+        ("jit", (5,), ("q", 64), {"num_warps": 4}),
+        ("compiled for (64,)", (6, 1, 1), ("q", 64), {}),
+        ("jit", (5,), ("q", 128), {"num_warps": 4}),
+        ("compiled for (64,)", (7, 1, 1), ("q", 64), {}),
+    ]
+    launcher(1, (1, torch.float16), ("q",), (64,))
+    assert launches[-1][0] == "jit"
+
+
+def test_descriptors_of_known_layouts():
+    """The same as those made anew, each of its own tensor; a dimension of length 1 may have any stride."""
+    first, second = (torch.zeros(2, 5, 3, 64, dtype=torch.float16).transpose(1, 2) for _ in range(2))
+    descriptors = [flash_hopper.tiles_of(tensor, 64, 64) for tensor in (first, second)]
+    assert [each.base.data_ptr() for each in descriptors] == [first.data_ptr(), second.data_ptr()]
+    for each in descriptors:
+        assert (each.shape, each.strides, each.block_shape) == ([2, 3, 5, 64], [960, 64, 192, 1], [1, 1, 64, 64])
+    single = torch.zeros(64, dtype=torch.float16).as_strided((1, 1, 1, 64), (7, 0, 3, 1))
+    assert flash_hopper.tiles_of(single, 64, 64).strides == [64, 64, 64, 1]
+    with pytest.raises(AssertionError, match="16-byte aligned"):
+        flash_hopper.tiles_of(torch.zeros(2, 2, 5, 65, dtype=torch.float16)[..., :64], 64, 64)
 
 
 # --- That the interpreter finds errors ------------------------------------------------------------

@@ -43,11 +43,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lmsys.attention.flash_hopper import (
+    Launcher,
     barriers,
     device_sizes,
     finish_list,
     get_item,
     group_barrier,
+    in_eights,
     list_counter,
     next_item,
     put_item,
@@ -81,10 +83,17 @@ def _consumers_barrier():
 # --- Before and after -----------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["H", "T", "T_PAD"])
+_STRIDES = [
+    "stride_b",
+    "stride_h",
+    "stride_t",
+]  # in units of eight elements, of which Triton then knows that addresses are aligned
+
+
+@triton.jit(do_not_specialize=["H", "T", "T_PAD", "stride_gb", "stride_gh", "stride_gt", *_STRIDES])
 def _prepare_kernel(
     o_ptr, do_ptr, lse_ptr, dq_sum_ptr, lse_log2_ptr, delta_ptr, H, T, T_PAD,
-    stride_ob, stride_oh, stride_ot, stride_gb, stride_gh, stride_gt, D: tl.constexpr, ROWS: tl.constexpr,
+    stride_b, stride_h, stride_t, stride_gb, stride_gh, stride_gt, D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """delta and lse_log2 (B * H, T_PAD), the latter +inf past T so that P is 0 there; dq_sum (B, H, T, D) = 0."""
     tiles = T_PAD // ROWS
@@ -93,10 +102,10 @@ def _prepare_kernel(
     column = tl.arange(0, D)
     inside = row < T
     tile = row[:, None].to(tl.int64)
-    o_base = o_ptr + head // H * stride_ob + head % H * stride_oh
-    do_base = do_ptr + head // H * stride_gb + head % H * stride_gh
-    o = tl.load(o_base + tile * stride_ot + column[None, :], mask=inside[:, None], other=0.0)
-    do = tl.load(do_base + tile * stride_gt + column[None, :], mask=inside[:, None], other=0.0)
+    o_row = (head // H * stride_b + head % H * stride_h + tile * stride_t) * 8
+    do_row = (head // H * stride_gb + head % H * stride_gh + tile * stride_gt) * 8
+    o = tl.load(o_ptr + o_row + column[None, :], mask=inside[:, None], other=0.0)
+    do = tl.load(do_ptr + do_row + column[None, :], mask=inside[:, None], other=0.0)
     lse = tl.load(lse_ptr + head * T + row, mask=inside, other=0.0)
     tl.store(delta_ptr + head * T_PAD + row, tl.sum(o.to(tl.float32) * do.to(tl.float32), 1))
     tl.store(lse_log2_ptr + head * T_PAD + row, tl.where(inside, lse * _LOG2_E, float("inf")))
@@ -105,7 +114,7 @@ def _prepare_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["H", "T", "rows"])
+@triton.jit(do_not_specialize=["H", "T", "rows", *_STRIDES])
 def _finish_kernel(
     dq_sum_ptr, dq_ptr, scale, H, T, rows, stride_b, stride_h, stride_t, D: tl.constexpr, ROWS: tl.constexpr
 ):
@@ -115,8 +124,8 @@ def _finish_kernel(
     inside = (row < rows)[:, None]
     x = tl.load(dq_sum_ptr + row[:, None] * D + column[None, :], mask=inside, other=0.0)
     head = row // T
-    base = dq_ptr + head // H * stride_b + head % H * stride_h + row % T * stride_t
-    tl.store(base[:, None] + column[None, :], (x * scale).to(dq_ptr.dtype.element_ty), mask=inside)
+    dq_row = (head // H * stride_b + head % H * stride_h + row % T * stride_t) * 8
+    tl.store(dq_ptr + dq_row[:, None] + column[None, :], (x * scale).to(dq_ptr.dtype.element_ty), mask=inside)
 
 
 # --- Work -----------------------------------------------------------------------------------------
@@ -522,6 +531,7 @@ _STAGES = {64: 4, 128: 2}  # by head dim: what shared memory holds
 # Up to this many queries programs are persistent, one a multiprocessor; with more, one an item. H200, 16k tokens, heads x head_dim
 # 2048, causal, TFLOP/s: head_dim 64 at 512 207 and 188, at 1024 299 and 283; at 4096 410 and 423, at 16384 475 and 491.
 _PERSISTENT_QUERIES = 2048
+_launch_prepare, _launch_backward, _launch_finish = map(Launcher, (_prepare_kernel, _backward_kernel, _finish_kernel))
 
 
 def backward(
@@ -535,8 +545,7 @@ def backward(
     """
     batch, heads, q_len, head_dim = q.shape
     kv_heads, k_len = k.shape[1:3]
-    if do.stride(-1) != 1 or any(step % 8 or step <= 0 for step in do.stride()[:-1]) or do.data_ptr() % 16:
-        do = do.contiguous()  # a sum's gradient is one number in many places, which the copy unit does not read
+    o, do = _readable(o), _readable(do)
     padded = triton.cdiv(q_len, 128) * 128
     rows = batch * heads * q_len
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -545,40 +554,37 @@ def backward(
     items = batch * kv_heads * triton.cdiv(k_len, _KEYS.value)
     processors, _ = device_sizes(q.device.index)
     tile = _ROWS.value
+    kind = q.device.index, q.dtype
     with torch.cuda.device(q.device):
-        _prepare_kernel[(batch * heads * padded // tile,)](
-            o, do, lse, dq_sum, lse_log2, delta, heads, q_len, padded, *o.stride()[:3], *do.stride()[:3],
-            D=head_dim, ROWS=tile,
+        _launch_prepare(
+            batch * heads * padded // tile, kind,
+            (o, do, lse, dq_sum, lse_log2, delta, heads, q_len, padded, *in_eights(o), *in_eights(do)),
+            (head_dim, tile),
         )  # fmt: skip
-        _backward_kernel[(min(items, processors) if q_len <= _PERSISTENT_QUERIES else items,)](
-            tiles_of(q, tile, head_dim),
-            tiles_of(do, tile, head_dim),
-            tiles_of(k, tile, head_dim),
-            tiles_of(v, tile, head_dim),
-            tiles_of(dq_sum, tile, 64),
-            tiles_of(dk, tile, head_dim),
-            tiles_of(dv, tile, head_dim),
-            _vector(lse_log2),
-            _vector(delta),
-            list_counter(q.device),
-            scale,
-            heads,
-            kv_heads,
-            items,
-            q_len,
-            k_len,
-            padded,
-            D=head_dim,
-            STAGES=_STAGES[head_dim],
-            CAUSAL=causal,
-            MASK=causal or k_len % _KEYS.value != 0,
-            GROUPED=heads != kv_heads,
-            num_warps=4,
-        )
-        _finish_kernel[(triton.cdiv(rows, tile),)](
-            dq_sum, dq, scale, heads, q_len, rows, *dq.stride()[:3], D=head_dim, ROWS=tile
+        _launch_backward(
+            min(items, processors) if q_len <= _PERSISTENT_QUERIES else items, kind,
+            (
+                tiles_of(q, tile, head_dim), tiles_of(do, tile, head_dim), tiles_of(k, tile, head_dim), tiles_of(v, tile, head_dim),
+                tiles_of(dq_sum, tile, 64), tiles_of(dk, tile, head_dim), tiles_of(dv, tile, head_dim),
+                _vector(lse_log2), _vector(delta), list_counter(q.device), scale, heads, kv_heads, items, q_len, k_len, padded,
+            ),
+            (head_dim, _STAGES[head_dim], causal, causal or k_len % _KEYS.value != 0, heads != kv_heads),
+        )  # fmt: skip
+        _launch_finish(
+            triton.cdiv(rows, tile), kind, (dq_sum, dq, scale, heads, q_len, rows, *in_eights(dq)), (head_dim, tile)
         )
     return dq, dk, dv
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """With strides and an address that the copy unit takes: a sum's gradient is one number in many places."""
+    if (
+        tensor.stride(-1) == 1
+        and tensor.data_ptr() % 16 == 0
+        and all(s > 0 and s % 8 == 0 for s in tensor.stride()[:-1])
+    ):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _vector(values: Tensor) -> TensorDescriptor:
