@@ -7,7 +7,8 @@
         checksums.json          SHA-256 of the three
 
 A folder is written under a temporary name beside its place, flushed to the disk, and renamed. Loading reads safetensors
-and JSON, never pickle, and verifies the checksums first. Weights are those of one process; sharded ones are not handled.
+and JSON, never pickle, and verifies the checksums first. Weights and optimizer state are whole, in the format of one process,
+however many processes trained: what is sharded is gathered before it is saved, so that any number of processes can go on.
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ def save(
     folder: str | Path,
     step: int,
     *,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    weights: Mapping[str, Tensor],
+    optimizer: Mapping[str, Any],
     sampler_state: Mapping[str, Any],
     rng: Mapping[str, Any],
     config: Any,
@@ -76,6 +77,7 @@ def save(
     """Write folder/step-<8 digits> and return its path. One of the same step is replaced.
 
     Args:
+        weights: as model_weights() gives them. optimizer: an optimizer's state_dict.
         sampler_state, rng, extra: JSON-ready; rng as rng_state() gives it.
         config: a dataclass with a `model` section.
         keep_last: then remove all but the newest keep_last checkpoints up to this step.
@@ -88,7 +90,7 @@ def save(
         shutil.rmtree(leftover, ignore_errors=True)
     target = folder / f"step-{step:08d}"
     config = to_dict(config)
-    optimizer_tensors, optimizer_rest = _split_optimizer(optimizer.state_dict())
+    optimizer_tensors, optimizer_rest = _split_optimizer(optimizer)
     state = {
         "step": step,
         "optimizer": optimizer_rest,
@@ -99,7 +101,7 @@ def save(
     }
     temporary = Path(tempfile.mkdtemp(dir=folder, prefix=f".{target.name}-"))
     try:
-        _save_tensors(_weights(model), temporary / MODEL_FILE, {"model_config": json.dumps(config["model"])})
+        _save_tensors(weights, temporary / MODEL_FILE, {"model_config": json.dumps(config["model"])})
         _save_tensors(optimizer_tensors, temporary / OPTIMIZER_FILE, {})
         (temporary / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
         sums = {name: _sha256(temporary / name) for name in (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE)}
@@ -142,7 +144,7 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all([_decode(one) for one in cuda])
 
 
-def _weights(model: nn.Module) -> dict[str, Tensor]:
+def model_weights(model: nn.Module) -> dict[str, Tensor]:
     """The state dict, each tensor once: a file of tensors cannot hold one under two names."""
     seen: set[int] = set()
     weights = {}
@@ -219,13 +221,15 @@ def latest(folder: str | Path) -> Path | None:
     return None
 
 
-def load(path: str | Path) -> Checkpoint:
-    """Read a checkpoint, its checksums verified.
+def load(path: str | Path, *, verify: bool = True) -> Checkpoint:
+    """Read a checkpoint.
 
+    Args:
+        verify: check its checksums; False where another process of the run has just done so.
     Raises:
         ValueError: there is none, or it is damaged: names the file and the newest good checkpoint beside it.
     """
-    path = _verified(path)
+    path = _verified(path) if verify else Path(path)
     state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
     return Checkpoint(
         path=path,
@@ -241,7 +245,7 @@ def load(path: str | Path) -> Checkpoint:
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Copy a checkpoint's weights into a model. ValueError where their names or shapes are not the model's."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in _weights(model).items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in model_weights(model).items()}
     given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     for name in sorted(wanted.keys() | given.keys()):
         if wanted.get(name) != given.get(name):

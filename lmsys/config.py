@@ -21,6 +21,11 @@ from typing import Any
 SCALES = ("auto", "smoke", "cpu", "full")
 DATASET_MODES = ("auto", "tinystories", "local_text", "local_npy", "stories")
 DTYPES = ("fp32", "bf16")
+FULLY_SHARDED = ("fsdp", "torch_fsdp2")  # wrappers that shard parameters, gradients and optimizer state
+WRAPPER_OPTIONS = {  # settings of train that only some wrappers take
+    "bucket_size_mb": ("flashddp", "torch_ddp"),
+    "communication_dtype": ("flashddp",),
+}
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -179,6 +184,9 @@ class TrainConfig:
     device: str = "auto"
     attention_kernel: str = "vectorized_torch"
     ddp_wrapper: str = "none"
+    sharded_optimizer: bool = False  # ZeRO-1: each process keeps its share of the optimizer's state
+    bucket_size_mb: float | None = None  # gradients that travel together; 0: one a parameter; None: the wrapper's own
+    communication_dtype: str | None = None  # of gradients between processes; None: the wrapper's own
     eval_interval: int = 200  # steps between evaluations; 0 or less: only at the end
     eval_batches: int = 20
     sample_interval: int = 500  # steps between samples; 0 or less: only at the end
@@ -199,6 +207,32 @@ class TrainConfig:
             require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; it must be at least 1")
         if self.dtype not in DTYPES:
             raise unknown_name("train.dtype", self.dtype, DTYPES)
+        self._check_parallel()
+
+    def _check_parallel(self) -> None:
+        """ValueError where settings of data parallelism cannot go together; the wrapper's name is checked when it is used."""
+        wrapper = f"train.ddp_wrapper '{self.ddp_wrapper}'"
+        if self.sharded_optimizer:
+            require(
+                self.ddp_wrapper not in FULLY_SHARDED,
+                f"train.sharded_optimizer shards what {wrapper} has sharded already; set train.sharded_optimizer=false",
+            )
+            require(
+                self.ddp_wrapper != "none",
+                "train.sharded_optimizer shares the optimizer's state among processes and train.ddp_wrapper 'none' is for "
+                "one; set train.ddp_wrapper=flashddp, or train.sharded_optimizer=false",
+            )
+        for name, takers in WRAPPER_OPTIONS.items():
+            require(
+                getattr(self, name) is None or self.ddp_wrapper in takers,
+                f"train.{name} is an option of {', '.join(takers)}, and {wrapper} does not take it; leave it out",
+            )
+        require(
+            self.bucket_size_mb is None or self.bucket_size_mb >= 0,
+            f"train.bucket_size_mb is {self.bucket_size_mb}; it must be positive, or 0 for one bucket a parameter",
+        )
+        if self.communication_dtype is not None and self.communication_dtype not in DTYPES:
+            raise unknown_name("train.communication_dtype", self.communication_dtype, DTYPES)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Training a TransformerLM: one function for one device, for a notebook, and for each process under torchrun.
+"""Training a TransformerLM: one function for one device, for a notebook, and for each process of a group.
 
 A run folder holds metrics.csv (records.SCHEMAS["pipeline_metrics"]), samples.jsonl (step, prompt, text), checkpoints/, and
 wandb's files. A step reads gradient_accumulation_steps batches a process, clips the global gradient norm, and takes one
@@ -6,7 +6,14 @@ AdamW step at the learning rate of the cosine schedule. The device is waited for
 
 Resuming is exact: on the CPU, with as many threads, an interrupted run gives the losses of an uninterrupted one bit for bit.
 fp32 on a CUDA GPU uses TF32 in matrix products (torch's precision "high"), as is the practice; MFU is then against the TF32
-peak. The loss that is reported under torchrun is that of rank 0's share of the batch.
+peak.
+
+In several processes, each trains on its rows of the batches that one process with the whole batch would read, and rank 0
+evaluates, samples, logs and saves. Losses are means over the ranks, taken where a row is written. A checkpoint is that of one
+process: a run can go on with another number of processes or another wrapper, to the same losses to rounding, if processes x
+batch_size x gradient_accumulation_steps stays what it was. Nothing that is computed draws from torch's random generators once
+the weights are there (no dropout; batches and samples have generators of their own), so that rank 0's state stands for all.
+The run folder must be one that all processes see.
 """
 
 from __future__ import annotations
@@ -21,23 +28,25 @@ import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from lmsys import checkpoint, cost, parallel
 from lmsys import device as devices
 from lmsys.attention import check_support
-from lmsys.config import PipelineConfig, TrainConfig, to_dict
+from lmsys.config import FULLY_SHARDED, WRAPPER_OPTIONS, PipelineConfig, TrainConfig, to_dict
 from lmsys.data import BatchSampler, sequential_batches
 from lmsys.generate import generate_text
 from lmsys.model import TransformerLM, cross_entropy
 from lmsys.optim import AdamW, clip_grad_norm, cosine_schedule, parameter_groups
+from lmsys.parallel import group
 from lmsys.records import SCHEMAS, atomic_path, writable_dir
 
 if TYPE_CHECKING:
@@ -46,12 +55,16 @@ if TYPE_CHECKING:
     from lmsys.tokenizer import Tokenizer
 
 COLUMNS = SCHEMAS["pipeline_metrics"]
+Result = TypeVar("Result")
 METRICS_FILE, SAMPLES_FILE, CHECKPOINTS = "metrics.csv", "samples.jsonl", "checkpoints"
 
 
 @dataclass(frozen=True)
 class History:
-    """What a run did: the rows of metrics.csv and samples.jsonl, those before a resume included."""
+    """What a run did: the rows of metrics.csv and samples.jsonl, those before a resume included.
+
+    In several processes, rank 0's is whole; the others' lacks validation losses and samples.
+    """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -100,28 +113,20 @@ def train(
         FloatingPointError: the loss or the gradient norm is not finite; names the step. The last checkpoint is good.
     """
     settings = config.train
-    rank, world_size = _process()
+    rank, world_size = group.current()
     run_dir = None if run_dir is None else Path(run_dir)
-    device, steps = check(config, train_tokens, valid_tokens, tokenizer, run_dir, world_size)
+    device, steps = check(config, train_tokens, valid_tokens, tokenizer, run_dir)
     tokens_per_step = _tokens_per_step(config, world_size)
     is_main = rank == 0
     say = print if is_main else _quiet
 
-    saved = _resume_point(config, train_tokens, run_dir, is_main, say)
+    saved = _resume_point(config, train_tokens, run_dir, say)
     rows, samples = _logged(run_dir, saved.step if saved else 0)
     if saved and saved.step >= steps:
         say(f"the run in {run_dir} is finished: step {saved.step} of {steps}; nothing to do")
         return History(rows, samples, saved.path, saved.step)
 
-    torch.manual_seed(settings.seed)
-    with device:  # initialized where it will be: a large model takes minutes on the CPU
-        model = TransformerLM(config.model, attention_kernel=settings.attention_kernel)
-    optimizer = AdamW(
-        parameter_groups(model, config.optim.weight_decay),
-        lr=config.optim.learning_rate,
-        betas=(config.optim.beta1, config.optim.beta2),
-        eps=config.optim.eps,
-    )
+    replica = _Replica(config, device, saved)
     rate_at = functools.partial(
         cosine_schedule,
         learning_rate=config.optim.learning_rate,
@@ -133,22 +138,15 @@ def train(
         train_tokens,
         settings.batch_size,
         config.model.context_length,
+        micro_batches=settings.gradient_accumulation_steps,
         seed=settings.seed,
         rank=rank,
         world_size=world_size,
     )
     if saved:
-        checkpoint.load_weights(model, saved.weights)
-        optimizer.load_state_dict(saved.optimizer)
         sampler.load_state_dict(saved.sampler)
         checkpoint.set_rng_state(saved.rng)
         say(f"resuming from step {saved.step} of {steps}: {saved.path}")
-    loss_function = cross_entropy
-    if settings.compile:
-        model.compile_blocks()
-        loss_function = torch.compile(cross_entropy)
-    trained = parallel.wrap(model, settings.ddp_wrapper)
-    parameters = list(model.parameters())
 
     flops_per_token = cost.train_flops_per_token(config.model) / world_size
     tensor_cores = "tf32" if settings.dtype == "fp32" and device.type == "cuda" else settings.dtype
@@ -156,99 +154,103 @@ def train(
     last_checkpoint, resumed_from = (saved.path, saved.step) if saved else (None, None)
     del saved  # its tensors are in the model and the optimizer now
     first_step = 1 if resumed_from is None else resumed_from + 1
+    step = first_step
     started = time.perf_counter() - (rows[-1]["elapsed_s"] if rows else 0.0)
     losses: list[Tensor] = []  # of the steps since the last row, on the device
     norms: list[Tensor] = []
 
-    with (
-        _matmul_precision(device),
-        _Log(run_dir if is_main else None, rows, samples, wandb_run if is_main else None) as log,
-        _bar(steps, first_step - 1, progress and is_main) as bar,
-    ):
-        window_started = time.perf_counter()
-        for step in range(first_step, steps + 1):
-            learning_rate = rate_at(step)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
+    def save(step: int) -> Path:
+        """Write a checkpoint on rank 0. The others wait for it, so that none goes on from what is not on the disk."""
+        weights, optimizer = replica.whole_state()
+        return _from_rank0(
+            lambda: checkpoint.save(
+                run_dir / CHECKPOINTS,
+                step,
+                weights=weights,
+                optimizer=optimizer,
+                sampler_state=sampler.state_dict(),
+                rng=checkpoint.rng_state(),
+                config=config,
+                extra={"steps": steps, "train_tokens": fingerprint(train_tokens), "world_size": world_size},
+                keep_last=settings.keep_checkpoints,
+            )
+        )
 
-            step_loss = torch.zeros((), device=device)
-            for _ in range(settings.gradient_accumulation_steps):
-                inputs, targets = (_to_device(array, device) for array in sampler.next())
-                with autocast(device, settings.dtype):
-                    loss = loss_function(trained(inputs), targets) / settings.gradient_accumulation_steps
-                loss.backward()
-                step_loss += loss.detach()
-            if world_size > 1:
-                trained.finish_gradient_synchronization()
-            norms.append(clip_grad_norm(parameters, config.optim.max_grad_norm))
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses.append(step_loss)
-            bar.update()
+    try:
+        with (
+            _matmul_precision(device),
+            _Log(run_dir if is_main else None, rows, samples, wandb_run if is_main else None) as log,
+            _bar(steps, first_step - 1, progress and is_main, world_size) as bar,
+        ):
+            window_started = time.perf_counter()
+            for step in range(first_step, steps + 1):
+                step_loss = replica.accumulate(sampler)
+                learning_rate = rate_at(step)
+                losses.append(step_loss)
+                norms.append(replica.update(learning_rate))
+                bar.update()
 
-            evaluating = _due(step, settings.eval_interval, steps)
-            sampling = tokenizer is not None and _due(step, settings.sample_interval, steps)
-            saving = run_dir is not None and _due(step, settings.checkpointing_interval, steps)
-            if evaluating or sampling or saving or step % settings.log_interval == 0:
-                window = _finite(step, losses, norms, last_checkpoint)  # waits for the device
-                seconds = time.perf_counter() - window_started
-                rate = len(losses) * tokens_per_step / seconds
-                row = dict.fromkeys(COLUMNS) | {
-                    "step": step,
-                    "tokens": step * tokens_per_step,
-                    "train_loss": sum(window) / len(window),
-                    "learning_rate": learning_rate,
-                    "grad_norm": norms[-1].item(),
-                    "tokens_per_s": rate,
-                    "mfu": cost.mfu(rate, flops_per_token, peak),
-                }
-                losses.clear()
-                norms.clear()
-                if evaluating:
-                    row["valid_loss"] = evaluate(
-                        model,
-                        valid_tokens,
-                        batch_size=settings.batch_size,
-                        max_batches=settings.eval_batches,
-                        dtype=settings.dtype,
-                    )
-                row["elapsed_s"] = time.perf_counter() - started
-                log.add_row(row)
-                bar.set_postfix_str(f"loss {row['train_loss']:.3f}, {rate:,.0f} tokens/s")
-            if sampling and is_main:
-                for prompt in config.generate.prompts:
-                    with autocast(device, settings.dtype):
-                        text = generate_text(model, tokenizer, prompt, config.generate)
-                    log.add_sample({"step": step, "prompt": prompt, "text": text})
-            if saving and is_main:
-                last_checkpoint = checkpoint.save(
-                    run_dir / CHECKPOINTS,
-                    step,
-                    model=model,
-                    optimizer=optimizer,
-                    sampler_state=sampler.state_dict(),
-                    rng=checkpoint.rng_state(),
-                    config=config,
-                    extra={"steps": steps, "train_tokens": fingerprint(train_tokens)},
-                    keep_last=settings.keep_checkpoints,
-                )
-            if on_step is not None:
-                on_step(step, step_loss)
-            if not losses:
-                window_started = time.perf_counter()  # evaluation, samples and checkpoints do not count as training
+                evaluating = _due(step, settings.eval_interval, steps)
+                sampling = tokenizer is not None and _due(step, settings.sample_interval, steps)
+                saving = run_dir is not None and _due(step, settings.checkpointing_interval, steps)
+                if evaluating or sampling or saving or step % settings.log_interval == 0:
+                    window, norm = _finite(step, losses, norms, last_checkpoint)  # waits for the device
+                    seconds = time.perf_counter() - window_started
+                    rate = len(losses) * tokens_per_step / seconds
+                    row = dict.fromkeys(COLUMNS) | {
+                        "step": step,
+                        "tokens": step * tokens_per_step,
+                        "train_loss": sum(window) / len(window),
+                        "learning_rate": learning_rate,
+                        "grad_norm": norm,
+                        "tokens_per_s": rate,
+                        "mfu": cost.mfu(rate, flops_per_token, peak),
+                    }
+                    losses.clear()
+                    norms.clear()
+                    if evaluating:
+                        row["valid_loss"] = replica.evaluate(valid_tokens)
+                    row["elapsed_s"] = time.perf_counter() - started
+                    log.add_row(row)
+                    bar.set_postfix_str(f"loss {row['train_loss']:.3f}, {rate:,.0f} tokens/s")
+                if sampling:
+                    for sample in replica.samples(tokenizer):
+                        log.add_sample({"step": step} | sample)
+                if saving:
+                    last_checkpoint = save(step)
+                if on_step is not None:
+                    on_step(step, step_loss)
+                if not losses:
+                    window_started = time.perf_counter()  # evaluation, samples and checkpoints do not count as training
+    except torch.OutOfMemoryError as error:
+        raise OSError(
+            errno.ENOMEM,
+            f"out of memory at step {step}: {_first_line(error)} Lower train.batch_size (and raise "
+            f"train.gradient_accumulation_steps), or shard the model with train.ddp_wrapper=fsdp ({_kept(last_checkpoint)})",
+        ) from error
     return History(log.rows, log.samples, last_checkpoint, resumed_from)
 
 
 @torch.no_grad()
 def evaluate(
-    model: TransformerLM, tokens: np.ndarray, *, batch_size: int, max_batches: int, dtype: str = "fp32"
+    model: TransformerLM,
+    tokens: np.ndarray,
+    *,
+    batch_size: int,
+    max_batches: int,
+    dtype: str = "fp32",
+    forward: nn.Module | None = None,
 ) -> float:
-    """Mean next-token loss in nats over the first max_batches batches of the tokens, the same ones at every call."""
+    """Mean next-token loss in nats over the first max_batches batches of the tokens, the same ones at every call.
+
+    forward: what computes the logits where it is not the model itself, as a wrapper that gathers its parameters.
+    """
+    forward = model if forward is None else forward
     device = model.token_embeddings.weight.device
     total, count = torch.zeros((), dtype=torch.float64, device=device), 0
     for inputs, targets in sequential_batches(tokens, batch_size, model.config.context_length, max_batches):
         with autocast(device, dtype):
-            loss = cross_entropy(model(_to_device(inputs, device)), _to_device(targets, device))
+            loss = cross_entropy(forward(_to_device(inputs, device)), _to_device(targets, device))
         total += loss.double() * targets.size
         count += targets.size
     return total.item() / count
@@ -292,18 +294,174 @@ def init_wandb(config: PipelineConfig, run_dir: str | Path) -> Any:
         raise ValueError(f"wandb cannot start in mode '{mode}': {_first_line(error)}; set wandb.mode=offline") from None
 
 
+# --- One process of several -----------------------------------------------------------------------
+
+
+class _Replica:
+    """One process's part of the training: the model under its wrapper, the optimizer, and what they do in a step.
+
+    All processes call each method at the same point of the run; what it returns is whole on rank 0.
+    """
+
+    def __init__(self, config: PipelineConfig, device: torch.device, saved: checkpoint.Checkpoint | None):
+        settings = config.train
+        self.config, self.device = config, device
+        self.rank, self.world_size = group.current()
+        self.fully_sharded = settings.ddp_wrapper in FULLY_SHARDED
+        torch.manual_seed(settings.seed)
+        with device:  # initialized where it will be: a large model takes minutes on the CPU
+            self.model = TransformerLM(config.model, attention_kernel=settings.attention_kernel)
+        if saved:
+            checkpoint.load_weights(self.model, saved.weights)
+        self.loss_function = cross_entropy
+        if settings.compile:
+            self.model.compile_blocks()
+            self.loss_function = torch.compile(cross_entropy)
+        self.module = parallel.wrap(self.model, settings.ddp_wrapper, **_wrapper_options(settings))
+        self.parameters = list(self.module.parameters())
+        self.optimizer = self._make_optimizer()
+        if saved:
+            self._load_optimizer(saved.optimizer)
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        optim = self.config.optim
+        groups = parameter_groups(self.module, optim.weight_decay)
+        options = {"lr": optim.learning_rate, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
+        if self.config.train.sharded_optimizer:
+            from lmsys.parallel.zero1 import ShardedOptimizer
+
+            return ShardedOptimizer(groups, AdamW, **options)
+        return AdamW(groups, **options)
+
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        if self.config.train.sharded_optimizer:
+            self.optimizer.load_full_state_dict(state)
+        else:
+            self.optimizer.load_state_dict(state)
+
+    def whole_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Weights and optimizer state in the format of one process."""
+        weights = checkpoint.model_weights(self.model)
+        if self.config.train.sharded_optimizer:
+            return weights, self.optimizer.full_state_dict()
+        return weights, self.optimizer.state_dict()
+
+    def accumulate(self, sampler: BatchSampler) -> Tensor:
+        """Forward and backward over this process's batches of a step, gradients synchronized. Returns its mean loss."""
+        count = self.config.train.gradient_accumulation_steps
+        step_loss = torch.zeros((), device=self.device)
+        for index in range(count):
+            inputs, targets = (_to_device(array, self.device) for array in sampler.next())
+            with self._synchronized_if(index == count - 1):
+                with autocast(self.device, self.config.train.dtype):
+                    loss = self.loss_function(self.module(inputs), targets) / count
+                loss.backward()
+            step_loss += loss.detach()
+        if self.world_size > 1:
+            self.module.finish_gradient_synchronization()
+        return step_loss
+
+    def _synchronized_if(self, synchronized: bool) -> AbstractContextManager[Any]:
+        """Where a backward pass communicates its gradients, or adds them up in this process alone."""
+        return nullcontext() if synchronized or self.world_size == 1 else self.module.no_sync()
+
+    def update(self, learning_rate: float) -> Tensor:
+        """Clip the gradients and take the optimizer's step. Returns the global gradient norm before clipping."""
+        max_norm = self.config.optim.max_grad_norm
+        if self.fully_sharded:
+            norm = self.module.clip_grad_norm_(max_norm)
+        else:
+            norm = clip_grad_norm(self.parameters, max_norm)
+        for group_ in self.optimizer.param_groups:
+            group_["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def evaluate(self, tokens: np.ndarray) -> float | None:
+        """The validation loss, computed by rank 0 alone unless the parameters are spread over all processes."""
+        if self.rank != 0 and not self.fully_sharded:
+            return None
+        settings = self.config.train
+        loss = evaluate(
+            self.model,
+            tokens,
+            batch_size=settings.batch_size,
+            max_batches=settings.eval_batches,
+            dtype=settings.dtype,
+            forward=self.module if self.fully_sharded else None,
+        )
+        return loss if self.rank == 0 else None
+
+    def samples(self, tokenizer: Tokenizer) -> list[dict[str, str]]:
+        """Each prompt with the text that the model writes after it, on rank 0; empty elsewhere."""
+        settings = self.config.generate
+        with self.module.gather_full_params() if self.fully_sharded else nullcontext():
+            if self.rank != 0:
+                return []
+            with autocast(self.device, self.config.train.dtype):
+                return [
+                    {"prompt": prompt, "text": generate_text(self.model, tokenizer, prompt, settings)}
+                    for prompt in settings.prompts
+                ]
+
+
+def _wrapper_options(settings: TrainConfig) -> dict[str, Any]:
+    """The wrapper's own arguments, of those that the config sets."""
+    options = {name: getattr(settings, name) for name in WRAPPER_OPTIONS if getattr(settings, name) is not None}
+    if "communication_dtype" in options:
+        options["communication_dtype"] = _dtype(settings.communication_dtype)
+    if settings.ddp_wrapper in FULLY_SHARDED and settings.dtype != "fp32":
+        options["compute_dtype"] = _dtype(settings.dtype)
+    return options
+
+
+def _by_rank(function: Callable[[], Result]) -> list[Result]:
+    """What the function returns in each process, by rank, in every process.
+
+    Raises:
+        ValueError, OSError: in every process, that of the lowest rank where the function raised one.
+    """
+    if group.current()[1] == 1:
+        return [function()]
+    outcome: tuple[Any, Exception | None]
+    try:
+        outcome = function(), None
+    except (ValueError, OSError) as error:
+        outcome = None, error
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, outcome)
+    for _, error in outcomes:
+        if error is not None:
+            raise error
+    return [result for result, _ in outcomes]
+
+
+def _from_rank0(function: Callable[[], Result]) -> Result:
+    """What the function returns, or the error that it raises, on rank 0: in every process, which wait for it."""
+    return _by_rank(function if group.current()[0] == 0 else _nothing)[0]
+
+
 # --- Checks ---------------------------------------------------------------------------------------
 
 
-def check_setup(config: PipelineConfig) -> torch.device:
+def check_setup(config: PipelineConfig, world_size: int | None = None) -> torch.device:
     """The device of a run, after checking that this process can train on it with the kernel and the wrapper of the config.
 
+    Args:
+        world_size: processes that will train; None: those of this process's group.
     Raises:
         ValueError: no such device, kernel or wrapper, or one that does not take this model.
     """
     settings, model = config.train, config.model
     device = devices.resolve_device(settings.device)
-    parallel.check_wrapper(settings.ddp_wrapper, _process()[1])
+    world_size = group.current()[1] if world_size is None else world_size
+    parallel.check_wrapper(settings.ddp_wrapper, world_size)
+    if world_size > 1 and device.type == "cuda" and ":" in settings.device:
+        raise ValueError(
+            f"train.device is '{settings.device}', one GPU for {world_size} processes, each of which needs its own; give auto "
+            "or cuda"
+        )
     check_support(
         settings.attention_kernel,
         device=device,
@@ -327,15 +485,37 @@ def check(
     valid_tokens: np.ndarray,
     tokenizer: Tokenizer | None = None,
     run_dir: Path | None = None,
-    world_size: int = 1,
 ) -> tuple[torch.device, int]:
     """Everything that can be known to fail before a run starts. Returns the device and the number of steps.
 
+    In several processes, what they were given is compared; then each checks its device, and rank 0 the data and the folder.
+
     Raises:
-        ValueError, OSError: as train().
+        ValueError, OSError: as train(); the same in every process.
     """
+    rank, world_size = group.current()
+    if world_size > 1:
+        given = to_dict(config) | {"run_dir": str(run_dir), "tokenizer": tokenizer is not None}
+        given |= {"training tokens": fingerprint(train_tokens), "validation tokens": fingerprint(valid_tokens)}
+        group.check_same_everywhere(json.dumps(given, indent=1), "what train() was given")
+
+    def check_here() -> torch.device:
+        device = check_setup(config)
+        if rank == 0:
+            _check_data(config, train_tokens, valid_tokens, tokenizer)
+            _check_length(config, len(train_tokens), world_size)
+            if run_dir is not None:
+                _check_folder(config, run_dir)
+        return device
+
+    device = _by_rank(check_here)[rank]
+    return device, total_steps(config, len(train_tokens), world_size)
+
+
+def _check_data(
+    config: PipelineConfig, train_tokens: np.ndarray, valid_tokens: np.ndarray, tokenizer: Tokenizer | None
+) -> None:
     model = config.model
-    device = check_setup(config)
     if model.vocab_size is None:
         raise ValueError("model.vocab_size is not set: give it the tokenizer's vocabulary size")
     if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
@@ -354,21 +534,25 @@ def check(
                 f"the {name} data hold token id {low if low < 0 else high}, outside the model's vocabulary of "
                 f"{model.vocab_size}; raise model.vocab_size or use the tokenizer of these tokens"
             )
-    steps = total_steps(config, len(train_tokens), world_size)
+
+
+def _check_length(config: PipelineConfig, train_length: int, world_size: int) -> None:
+    steps = total_steps(config, train_length, world_size)
     if config.optim.warmup_steps > steps:
         raise ValueError(
             f"optim.warmup_steps {config.optim.warmup_steps} is more than the run's {steps} steps; lower it, or train longer"
         )
-    if run_dir is not None:
-        free = shutil.disk_usage(writable_dir(run_dir)).free
-        needed = 12 * cost.model_parameters(model)  # weights and two moments in fp32
-        if free < needed:
-            raise OSError(
-                errno.ENOSPC,
-                f"a checkpoint needs {needed / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free",
-                str(run_dir),
-            )
-    return device, steps
+
+
+def _check_folder(config: PipelineConfig, run_dir: Path) -> None:
+    free = shutil.disk_usage(writable_dir(run_dir)).free
+    needed = 12 * cost.model_parameters(config.model)  # weights and two moments in fp32
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"a checkpoint needs {needed / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free",
+            str(run_dir),
+        )
 
 
 def fingerprint(tokens: np.ndarray) -> dict[str, int]:
@@ -385,57 +569,90 @@ def _extremes(tokens: np.ndarray, block: int = 1 << 24) -> tuple[int, int]:
     return min(int(part.min()) for part in blocks), max(int(part.max()) for part in blocks)
 
 
-def _finite(step: int, losses: list[Tensor], norms: list[Tensor], last_checkpoint: Path | None) -> list[float]:
-    """The losses of the steps up to `step` as numbers; FloatingPointError where one of them or of the norms is not finite."""
-    pairs = torch.stack([torch.stack(losses), torch.stack(norms)], -1).tolist()
+def _finite(
+    step: int, losses: list[Tensor], norms: list[Tensor], last_checkpoint: Path | None
+) -> tuple[list[float], float]:
+    """The losses of the steps up to `step`, means over the ranks, and the last of their gradient norms, as numbers.
+
+    Raises:
+        FloatingPointError: one is not finite; in every process, as each has the same means.
+    """
+    pairs = group.mean_over_ranks(torch.stack([torch.stack(losses), torch.stack(norms)], -1)).tolist()
     for at, (loss, norm) in enumerate(pairs, start=step - len(pairs) + 1):
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm}"
-            kept = f"the last checkpoint is {last_checkpoint}" if last_checkpoint else "no checkpoint was saved"
-            raise FloatingPointError(f"{what} at step {at}; lower optim.learning_rate or warm up longer ({kept})")
-    return [loss for loss, _ in pairs]
+            raise FloatingPointError(
+                f"{what} at step {at}; lower optim.learning_rate or warm up longer ({_kept(last_checkpoint)})"
+            )
+    return [loss for loss, _ in pairs], pairs[-1][1]
+
+
+def _kept(last_checkpoint: Path | None) -> str:
+    return f"the last checkpoint is {last_checkpoint}" if last_checkpoint else "no checkpoint was saved"
 
 
 # --- Resuming -------------------------------------------------------------------------------------
 
 
 def _resume_point(
-    config: PipelineConfig, train_tokens: np.ndarray, run_dir: Path | None, is_main: bool, say: Callable[[str], None]
+    config: PipelineConfig, train_tokens: np.ndarray, run_dir: Path | None, say: Callable[[str], None]
 ) -> checkpoint.Checkpoint | None:
     """The newest good checkpoint of the run folder, checked to fit; None to start anew.
 
-    Starting anew (train.resume false) moves the earlier run's files to previous/, in place of what was put there before.
+    Rank 0 finds and verifies it; the others read the same one. Starting anew (train.resume false) moves the earlier run's
+    files to previous/, in place of what was put there before.
     """
     if run_dir is None:
         return None
     if not config.train.resume:
-        if is_main:
-            _put_aside(run_dir, say)
+        _from_rank0(lambda: _put_aside(run_dir, say))
         return None
-    path = checkpoint.latest(run_dir / CHECKPOINTS)
+    rank, world_size = group.current()
+    path = _from_rank0(lambda: checkpoint.latest(run_dir / CHECKPOINTS))
     if path is None:
         return None
-    saved = checkpoint.load(path)
-    differing = _differences(saved.config, to_dict(config))
-    if saved.extra["train_tokens"] != fingerprint(train_tokens):
-        differing.append("the training tokens are other ones")
-    if differing:
-        raise ValueError(
-            f"cannot resume from {path}: {'; '.join(differing)}. Restore that, choose another run_dir, or set "
-            "train.resume=false to start anew"
-        )
+
+    def read() -> None:
+        nonlocal saved
+        if rank != 0 and not path.is_dir():
+            raise ValueError(f"rank {rank} sees no {path}: give a run_dir on a file system that all processes share")
+        saved = checkpoint.load(path, verify=rank == 0)
+        differing = _differences(saved, config, world_size)
+        if saved.extra["train_tokens"] != fingerprint(train_tokens):
+            differing.append("the training tokens are other ones")
+        if differing:
+            raise ValueError(
+                f"cannot resume from {path}: {'; '.join(differing)}. Restore that, choose another run_dir, or set "
+                "train.resume=false to start anew"
+            )
+
+    saved: checkpoint.Checkpoint | None = None
+    _by_rank(read)
     return saved
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What two configs give differently of the settings that decide what a run computes. The length may change."""
-    keys = [(section, key) for section in ("model", "optim") for key in new[section]]
-    keys += [("train", key) for key in ("batch_size", "gradient_accumulation_steps", "seed")]
-    return [
+def _differences(saved: checkpoint.Checkpoint, config: PipelineConfig, world_size: int) -> list[str]:
+    """What a checkpoint's run and this one give differently of what decides the computation. The length may change, and how
+    a step's sequences are shared among processes and micro-batches."""
+    old, new = saved.config, to_dict(config)
+    keys = [(section, key) for section in ("model", "optim") for key in new[section]] + [("train", "seed")]
+    differing = [
         f"{section}.{key} is {new[section][key]} and was {old[section].get(key)}"
         for section, key in keys
         if old[section].get(key) != new[section][key]
     ]
+    names = ("batch_size", "gradient_accumulation_steps")
+    was, now = (
+        {"the number of processes": processes} | {f"train.{name}": train[name] for name in names}
+        for processes, train in ((saved.extra.get("world_size", 1), old["train"]), (world_size, new["train"]))
+    )
+    if math.prod(was.values()) != math.prod(now.values()):
+        changed = ", ".join(f"{name} is {now[name]} and was {was[name]}" for name in was if was[name] != now[name])
+        differing.append(
+            f"a step has {math.prod(now.values())} sequences and had {math.prod(was.values())} ({changed}; their product must "
+            "stay)"
+        )
+    return differing
 
 
 def _put_aside(run_dir: Path, say: Callable[[str], None]) -> None:
@@ -547,12 +764,8 @@ def autocast(device: torch.device, dtype: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
 
 
-def _process() -> tuple[int, int]:
-    """Rank and number of processes: torch.distributed's where it is initialized, else 0 and 1."""
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
+def _dtype(name: str) -> torch.dtype:
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
 @contextmanager
@@ -566,10 +779,33 @@ def _matmul_precision(device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _bar(total: int, initial: int, shown: bool) -> Any:
+def _bar(total: int, initial: int, shown: bool, world_size: int) -> Any:
+    """tqdm's bar in one process; lines in several, whose output another program reads and passes on."""
+    if shown and world_size > 1:
+        return _Lines(total, initial)
     from tqdm.auto import tqdm
 
     return tqdm(total=total, initial=initial, desc="training", unit="step", disable=not shown)
+
+
+class _Lines:
+    """Progress as lines, at most one a second, and one at the end. What train() uses of tqdm's interface."""
+
+    def __init__(self, total: int, initial: int):
+        self.total, self.step, self.printed = total, initial, -math.inf
+
+    def __enter__(self) -> _Lines:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def update(self) -> None:
+        self.step += 1
+
+    def set_postfix_str(self, text: str) -> None:
+        if time.monotonic() - self.printed >= 1 or self.step == self.total:
+            print(f"step {self.step} of {self.total}: {text}", flush=True)
+            self.printed = time.monotonic()
 
 
 def _first_line(error: BaseException) -> str:
@@ -578,3 +814,7 @@ def _first_line(error: BaseException) -> str:
 
 def _quiet(_message: str) -> None:
     """Say nothing: for all ranks but 0."""
+
+
+def _nothing() -> None:
+    """For a process that has no part in what rank 0 does."""

@@ -35,7 +35,8 @@ def trained(tied: bool = False):
 def save(folder, step, parts=None, **options):
     model, optimizer, config = parts or trained()
     state = {"sampler_state": SAMPLER, "rng": checkpoint.rng_state(), "config": config, "extra": {"steps": 9}}
-    return checkpoint.save(folder, step, model=model, optimizer=optimizer, **(state | options))
+    state |= {"weights": checkpoint.model_weights(model), "optimizer": optimizer.state_dict()}
+    return checkpoint.save(folder, step, **(state | options))
 
 
 @pytest.mark.parametrize("tied", [False, True])
