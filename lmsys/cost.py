@@ -6,7 +6,12 @@ A product of (m, k) and (k, n) matrices counts 2 m k n FLOPs.
 
 from __future__ import annotations
 
-from lmsys.config import ModelConfig
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lmsys.config import ModelConfig, unknown_name
 
 
 def model_parameters(config: ModelConfig) -> int:
@@ -74,3 +79,249 @@ def matmul_parameters_in_products(config: ModelConfig) -> int:
 def mfu(tokens_per_s: float, flops_per_token: float, peak_flops: float | None) -> float | None:
     """Model FLOPs utilization: FLOPs a second over the device's dense peak in that dtype; None where the peak is unknown."""
     return None if peak_flops is None else tokens_per_s * flops_per_token / peak_flops
+
+
+# --- Collectives ----------------------------------------------------------------------------------
+
+# What each device sends (and receives) in a ring, as a share of the data's size, for (n - 1) / n of a pass around it. The size is each
+# rank's tensor for an all-reduce, the whole tensor for the others, as nccl-tests counts it (its doc/PERFORMANCE.md).
+_RING_PASSES = {"all_reduce": 2, "reduce_scatter": 1, "all_gather": 1}
+COLLECTIVES = tuple(_RING_PASSES)
+
+
+def bus_factor(op: str, gpus: int) -> float:
+    """Bytes that each device sends for a byte of the collective: 2 (n - 1) / n for an all-reduce, (n - 1) / n for the others."""
+    if op not in _RING_PASSES:
+        raise unknown_name("collective", op, COLLECTIVES)
+    return _RING_PASSES[op] * (gpus - 1) / gpus
+
+
+@dataclass(frozen=True)
+class Link:
+    """How long a collective takes: latency_s + bus_factor x bytes / bandwidth, bandwidth in bus bytes a second and device."""
+
+    latency_s: float
+    bandwidth: float
+
+    def seconds(self, op: str, size_bytes: float, gpus: int) -> float:
+        return self.latency_s + bus_factor(op, gpus) * size_bytes / self.bandwidth
+
+    @classmethod
+    def fit(cls, op: str, gpus: int, sizes_bytes: Sequence[float], seconds: Sequence[float]) -> Link:
+        """The least squares of the relative error over measured times, so that small messages count as much as large ones.
+
+        Raises:
+            ValueError: fewer than two sizes, or times that do not grow with the size.
+        """
+        if len(set(sizes_bytes)) < 2:
+            raise ValueError(
+                f"a latency and a bandwidth need times at two sizes or more, not {sorted(set(sizes_bytes))}"
+            )
+        factor = bus_factor(op, gpus)
+        rows = [(1 / t, factor * size / t) for size, t in zip(sizes_bytes, seconds, strict=True)]
+        aa, ab, bb = (sum(x[i] * x[j] for x in rows) for i, j in ((0, 0), (0, 1), (1, 1)))
+        a, b = (sum(x[i] for x in rows) for i in (0, 1))
+        determinant = aa * bb - ab * ab
+        latency, slope = (a * bb - b * ab) / determinant, (b * aa - a * ab) / determinant
+        if latency < 0:  # noise at the small sizes: the line through the origin
+            latency, slope = 0.0, b / bb
+        if slope <= 0:
+            raise ValueError(
+                "the times do not grow with the size, so that they show no bandwidth; measure larger sizes"
+            )
+        return cls(latency, 1 / slope)
+
+
+# --- Data parallel --------------------------------------------------------------------------------
+
+
+def parameter_sizes(config: ModelConfig) -> list[int]:
+    """Elements of each parameter of TransformerLM in the order in which the backward pass finishes their gradients.
+
+    The head, the last norm, the layers from the last to the first, the embedding; a tied one comes last.
+    """
+    d, f, head = config.d_model, config.d_ff, _vocab(config) * config.d_model
+    layer = [d * f, d * f, d * f, d, d * d, 3 * d * d, d]  # w2, w1 and w3, ln2; output, qkv, ln1
+    return [*([] if config.tie_embeddings else [head]), d, *layer * config.num_layers, head]
+
+
+def buckets(sizes: Sequence[int], element_bytes: int, bucket_bytes: float) -> list[int]:
+    """Bytes of each bucket when gradients fill them in this order: one is closed by the gradient that reaches bucket_bytes."""
+    made, filled = [], 0
+    for size in sizes:
+        filled += size * element_bytes
+        if filled >= bucket_bytes:
+            made.append(filled)
+            filled = 0
+    return [*made, filled] if filled else made
+
+
+def exposed_communication(messages: Sequence[float], link: Link, gpus: int, backward_s: float = 0.0) -> float:
+    """Seconds that the all-reduces of messages (bytes each) take past the end of the backward pass.
+
+    A message can start when its gradients are there, which is after its share by bytes of backward_s, and when the one before it is
+    done. backward_s 0: nothing is hidden, as where communication waits for the whole backward pass. The model leaves out what
+    communication takes from the computation beside it: memory bandwidth and multiprocessors.
+    """
+    total, done, ready = sum(messages), 0.0, 0.0
+    for message in messages:
+        ready += backward_s * message / total
+        done = max(done, ready) + link.seconds("all_reduce", message, gpus)
+    return done - backward_s
+
+
+def ddp_overhead(
+    gradient_bytes: float, algorithm_bandwidth: float, call_overhead_s: float, num_buckets: float
+) -> float:
+    """Seconds after the backward pass where computing a bucket takes as long as sending it: s / (n w) + n o.
+
+    The last bucket has nothing to hide behind, and each call puts communication its overhead o further behind computation.
+    s: gradient_bytes. w: algorithm_bandwidth, a rank's bytes over the time of their all-reduce. n: num_buckets.
+    """
+    return gradient_bytes / (num_buckets * algorithm_bandwidth) + num_buckets * call_overhead_s
+
+
+def best_bucket_bytes(gradient_bytes: float, algorithm_bandwidth: float, call_overhead_s: float) -> float:
+    """The bucket size s / n at the minimum of ddp_overhead, where n = sqrt(s / (w o)): sqrt(s w o)."""
+    return math.sqrt(gradient_bytes * algorithm_bandwidth * call_overhead_s)
+
+
+# --- Memory of training ---------------------------------------------------------------------------
+
+SHARDINGS = ("replicated", "zero1", "fsdp")
+MEMORY_POINTS = ("after init", "before optimizer step", "after optimizer step")
+
+
+def training_state(config: ModelConfig, sharding: str, gpus: int) -> dict[str, float]:
+    """Bytes on a device of fp32 parameters, gradients and Adam's two moments, after ZeRO (arXiv 1910.02054, section 3).
+
+    zero1: the moments are divided by the number of devices. fsdp: so are matrices and their gradients; the norms' gains are not. Padding,
+    and what is gathered for the moment, are not counted.
+    """
+    if sharding not in SHARDINGS:
+        raise unknown_name("sharding", sharding, SHARDINGS)
+    parameters = model_parameters(config)
+    gains = (2 * config.num_layers + 1) * config.d_model
+    held = gains + (parameters - gains) / gpus if sharding == "fsdp" else parameters
+    moments = 2 * (parameters / gpus if sharding == "zero1" else held)
+    return {"parameters": 4.0 * held, "gradients": 4.0 * held, "optimizer": 4.0 * moments}
+
+
+def memory_at(config: ModelConfig, sharding: str, gpus: int) -> dict[str, float]:
+    """Bytes of training_state that are there at each of MEMORY_POINTS of the first step, whose end makes the moments."""
+    state = training_state(config, sharding, gpus)
+    sums = itertools.accumulate((state["parameters"], state["gradients"], state["optimizer"]))
+    return dict(zip(MEMORY_POINTS, sums, strict=True))
+
+
+# --- Parallel feed-forward layers -----------------------------------------------------------------
+#
+# The course's analysis (CS336, assignment 2: communication_accounting of 2025, section 8 of 2026), which follows "How to Scale Your
+# Model" (Austin et al., 2025). Attention, embeddings and the element-wise function are left out; weights, activations and
+# messages take 2 bytes; computation hides communication, so a layer is compute-bound where computing takes longer.
+# B tokens of the whole batch, D d_model, F d_ff, n devices; N_F of them along the FSDP axis, N_T along the tensor-parallel one.
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """flops: matrix products a second. bandwidth: bytes a second that a device sends."""
+
+    flops: float
+    bandwidth: float
+
+    @property
+    def intensity(self) -> float:
+        """FLOPs in the time in which a byte is sent."""
+        return self.flops / self.bandwidth
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """Layers of `matrices` products between D and F: 3 for SwiGLU, 2 for a plain layer."""
+
+    d_model: int
+    d_ff: int
+    num_blocks: int = 1
+    matrices: int = 3
+
+    @property
+    def parameters(self) -> int:
+        return self.matrices * self.d_model * self.d_ff * self.num_blocks
+
+    @property
+    def state_bytes(self) -> float:
+        """fp32 master weights, accumulated gradients and Adam's two moments."""
+        return 16.0 * self.parameters
+
+    def activation_bytes(self, tokens: float) -> float:
+        """What the backward pass needs of the products: their inputs, of width D and F, 2 bytes an element."""
+        return 2.0 * tokens * (self.d_model + self.d_ff) * self.num_blocks
+
+    def device_bytes(self, tokens: float, devices: float) -> float:
+        """On a device, where the state and the activations of every second layer are divided by the number of devices."""
+        half = self.activation_bytes(tokens) / 2
+        return (self.state_bytes + half) / devices + half
+
+    def devices_for(self, tokens: float, memory_bytes: float) -> int | None:
+        """The fewest devices whose memory holds device_bytes; None where the half that is not divided is too much."""
+        left = memory_bytes - self.activation_bytes(tokens) / 2
+        return math.floor((self.state_bytes + self.activation_bytes(tokens) / 2) / left) + 1 if left > 0 else None
+
+    def compute_s(self, tokens: float, devices: float, accelerator: Accelerator, which: str = "forward") -> float:
+        """Seconds of the products: 2 FLOPs a token and parameter forward, twice that backward, divided by the devices."""
+        flops = {"forward": 2.0, "backward": 4.0}[which] * self.parameters * tokens
+        return flops / devices / accelerator.flops
+
+    def weights_s(self, fsdp: float, tensor: float, accelerator: Accelerator, which: str = "forward") -> float:
+        """Seconds along the FSDP axis. Forward: an all-gather of the weights; backward: that and a reduce-scatter of gradients.
+
+        Plain data parallelism sends the same backward, as its all-reduce is those two, and nothing forward.
+        """
+        passes = {"forward": 1, "backward": 2}[which]
+        return passes * (fsdp - 1) / fsdp * 2.0 * self.parameters / tensor / accelerator.bandwidth
+
+    def activations_s(self, tokens: float, fsdp: float, tensor: float, accelerator: Accelerator) -> float:
+        """Seconds along the tensor-parallel axis of one pass, forward or backward: an all-reduce of (B / N_F, D) a layer."""
+        size = 2.0 * tokens / fsdp * self.d_model * self.num_blocks
+        return 2 * (tensor - 1) / tensor * size / accelerator.bandwidth
+
+    # The most devices at which computing still takes as long as sending, from setting the functions above equal.
+
+    def most_data_parallel(self, tokens: float, accelerator: Accelerator) -> float:
+        """Of data parallelism (backward) and FSDP (either pass): n - 1 <= B W / C, whatever the layer."""
+        return 1 + tokens / accelerator.intensity
+
+    def most_tensor(self, accelerator: Accelerator, which: str = "forward") -> float:
+        """Of tensor parallelism: n - 1 <= m F W / (2 C) forward (m matrices), twice that backward, whatever the batch."""
+        passes = {"forward": 1, "backward": 2}[which]
+        return 1 + passes * self.matrices * self.d_ff / (2 * accelerator.intensity)
+
+    def most_mixed(self, tokens: float, accelerator: Accelerator, *, overlapped: bool = True) -> float:
+        """Of N_F x N_T devices in the forward pass, at the best shape of the mesh.
+
+        overlapped: the axes send at the same time, so that each has its own bound and the product is theirs. Else the times add:
+        with a = m F and b = 2 B, a (N_F - 1) + b (N_T - 1) <= a B W / C, whose largest product has a N_F = b N_T.
+        """
+        if overlapped:
+            return self.most_data_parallel(tokens, accelerator) * self.most_tensor(accelerator)
+        a, b = self.matrices * self.d_ff, 2 * tokens
+        return (a * tokens / accelerator.intensity + a + b) ** 2 / (4 * a * b)
+
+    def tokens_per_device(self, fsdp: int, tensor: int, accelerator: Accelerator, links: int = 1) -> float | None:
+        """The least tokens a device at which a mesh's forward pass is compute-bound; None where tensor parallelism never is.
+
+        links: of a ring that the FSDP axis sends over at once (M_X of the Scaling Book, whose M_Y is 1 here). As there, (n - 1) / n
+        counts as 1, and the axes overlap: B / N_F >= C / (W M_X), and m F / 2 >= N_T C / W.
+        """
+        if self.matrices * self.d_ff / 2 < tensor * accelerator.intensity:
+            return None
+        return accelerator.intensity / links / tensor
+
+
+XXL = FeedForward(d_model=16_384, d_ff=53_248, num_blocks=126, matrices=2)  # communication_accounting
+TPU_V5P = Accelerator(flops=4.6e14, bandwidth=2 * 9e10)  # as that problem gives it, from the Scaling Book
+
+
+def odd_ring_all_reduce_s(size_bytes: float, gpus: int, bandwidth: float) -> float:
+    """The ring of alternate_ring_all_reduce, which passes whole tensors: (n - 1) S / W, n / 2 times as long as the usual one."""
+    return (gpus - 1) * size_bytes / bandwidth

@@ -20,6 +20,12 @@ from typing import Any
 
 STATUSES = ("ok", "oom", "unsupported", "error")
 
+_STEP_COLUMNS = (
+    *("kernel", "wrapper", "gpus", "size", "context_length", "local_batch", "dtype", "compiled", "status"),
+    *("step_ms", "p20_ms", "p80_ms", "samples", "tokens_per_s", "mfu", "exposed_comm_ms", "peak_mib"),
+    *("scaling_efficiency", "final_loss"),
+)
+
 SCHEMAS: dict[str, tuple[str, ...]] = {
     "attention_sweep_results": (
         *("kernel", "batch", "heads", "q_len", "k_len", "head_dim", "dtype", "causal", "pass", "status"),
@@ -80,6 +86,15 @@ SCHEMAS: dict[str, tuple[str, ...]] = {
         *("implementation", "batch", "seq_len", "head_dim", "dtype", "causal", "pass", "status"),
         *("median_ms", "p20_ms", "p80_ms", "samples", "tflops", "peak_mib"),
     ),
+    "collectives_results": (
+        *("backend", "op", "gpus", "size_mib", "status", "median_ms", "p20_ms", "p80_ms", "samples", "busbw_gb_s"),
+    ),
+    "lm_matrix_results": _STEP_COLUMNS,
+    "lm_matrix_losses": ("kernel", "wrapper", "gpus", "size", "step", "loss"),
+    "data_parallel_results": ("study", "options", *_STEP_COLUMNS),
+    "data_parallel_timeline": ("wrapper", "lane", "name", "start_ms", "duration_ms"),
+    "sharding_results": ("sharding", *_STEP_COLUMNS),
+    "sharding_memory": ("sharding", "wrapper", "gpus", "size", "point", "status", "measured_mib", "predicted_mib"),
 }
 
 
