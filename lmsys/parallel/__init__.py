@@ -7,6 +7,7 @@ the gradients' mean. `none` is one process and leaves the module as it is.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,9 +16,6 @@ from lmsys.config import unknown_name
 
 if TYPE_CHECKING:
     from torch import nn
-
-# The names of the data-parallel contract. WRAPPERS says which of them this version has.
-NAMES = ("none", "naive", "flat", "overlap", "flashddp", "torch_ddp", "fsdp", "torch_fsdp2")
 
 
 @dataclass(frozen=True)
@@ -29,26 +27,41 @@ class Wrapper:
     wrap: Callable[..., nn.Module]
 
 
+def _lazy(module: str, name: str) -> Callable[..., nn.Module]:
+    """What `name` of lmsys.parallel.MODULE makes of a module; imported, and torch.distributed with it, when it is first called."""
+
+    def wrap(wrapped: nn.Module, **options: Any) -> nn.Module:
+        return getattr(importlib.import_module(f"lmsys.parallel.{module}"), name)(wrapped, **options)
+
+    return wrap
+
+
 WRAPPERS: dict[str, Wrapper] = {
     "none": Wrapper("one process, nothing to synchronize", many_processes=False, wrap=lambda module: module),
+    "naive": Wrapper("one all-reduce a parameter, after backward", True, _lazy("ddp", "Naive")),
+    "flat": Wrapper("one all-reduce of all gradients, after backward", True, _lazy("ddp", "Flat")),
+    "overlap": Wrapper("one asynchronous all-reduce a parameter, during backward", True, _lazy("ddp", "Overlap")),
+    "flashddp": Wrapper("buckets in order of arrival, during backward", True, _lazy("ddp", "FlashDDP")),
+    "torch_ddp": Wrapper("torch's DistributedDataParallel", True, _lazy("ddp", "TorchDDP")),
+    "fsdp": Wrapper("fully sharded parameters, gradients and optimizer state", True, _lazy("fsdp", "fully_shard")),
+    "torch_fsdp2": Wrapper("torch's fully_shard", True, _lazy("fsdp", "torch_fsdp2")),
 }
 
 
 def check_wrapper(name: str, world_size: int) -> None:
     """Raise ValueError unless the wrapper exists and fits the number of processes."""
-    if name not in NAMES:
-        raise unknown_name("ddp_wrapper", name, NAMES)
-    if world_size == 1 and name != "none":
+    if name not in WRAPPERS:
+        raise unknown_name("ddp_wrapper", name, WRAPPERS)
+    many = [known for known, wrapper in WRAPPERS.items() if wrapper.many_processes]
+    if world_size == 1 and name in many:
         raise ValueError(
             f"ddp_wrapper '{name}' averages gradients between processes and needs more than one; "
             "this run has 1 (start it with torchrun, or use none)"
         )
-    if name not in WRAPPERS:
-        raise ValueError(f"ddp_wrapper '{name}' is not in this version, which has: {', '.join(WRAPPERS)}")
-    if world_size > 1 and not WRAPPERS[name].many_processes:
+    if world_size > 1 and name not in many:
         raise ValueError(
             f"ddp_wrapper '{name}' is for one process and this run has {world_size}, which would train apart; "
-            f"start it without torchrun (this version has: {', '.join(WRAPPERS)})"
+            f"start it without torchrun, or use one of {', '.join(many)}"
         )
 
 

@@ -1,0 +1,479 @@
+"""Data parallel training: replicas of a module that average their gradients, four ways, each one idea beyond the last.
+
+    naive     after backward, one blocking all-reduce a parameter
+    flat      after backward, all gradients copied into one buffer, one all-reduce
+    overlap   during backward, one asynchronous all-reduce a parameter, started when its gradient is there
+    flashddp  overlap with buckets: one launch for some 25 MB of gradients
+    torch_ddp torch's DistributedDataParallel behind the same interface: the peer
+
+Sources: Li et al., "PyTorch Distributed", arXiv 2006.15704 (buckets, overlap, unused parameters). Different here:
+- Buckets are filled in the order in which gradients arrived in the first backward pass of rank 0, not in that of registration.
+- The memory of gradients is autograd's own. A bucket of layout "grouped" is one NCCL launch over tensors that stay where they
+  are: nothing is copied, and no buffer outlives the step or is zeroed for the next. Layout "flat" copies a full bucket once,
+  into one buffer that then holds its gradients.
+- Whether a parameter was used by any rank travels with the last bucket, and only a rank that left one unused waits to read it.
+
+What all of them do. Parameters and buffers are broadcast from rank 0 at the start, after checking that all ranks have the same
+ones. finish_gradient_synchronization(), called after backward and before clipping or the optimizer step, leaves every rank with
+the mean over ranks in .grad; a rank that did not use a parameter counts as zero; where no rank used it, .grad is None, as with
+one process. All but the last backward pass of a step run under no_sync(), whose gradients add up locally. Ranks weigh alike, so
+their batches must have one shape: a rank whose batch differs in shape from the first one's raises ValueError before its forward
+pass, at no cost in communication; where all ranks change shape together, say check_batches=False.
+
+Compile by block (block.compile()): a hook then runs as each block's backward ends. A module compiled whole delivers all
+gradients at the end of backward, right but with nothing to overlap.
+
+Limits: dense gradients; buffers are not synchronized after the start; requires_grad is read once; parameters on one device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lmsys.parallel.group import broadcast_from_rank0, check_same_everywhere
+
+LAYOUTS = ("grouped", "flat")
+_ALIGNMENT = 32  # bytes, of a gradient in a buffer: vector loads of 16 bytes, and the sectors of a GPU's memory
+
+
+class DataParallel(nn.Module):
+    """A replica of a module and what the wrappers share. A wrapper defines _synchronize().
+
+    Args:
+        module: on the device of its process; every process has the same one but for values.
+        group: the processes; None: all.
+        check_batches: refuse a batch whose shape differs from the first one's.
+    """
+
+    def __init__(self, module: nn.Module, *, group: dist.ProcessGroup | None = None, check_batches: bool = True):
+        super().__init__()
+        if not dist.is_initialized():
+            raise ValueError(
+                f"{type(self).__name__} needs a process group; start the program with torchrun and open "
+                "lmsys.parallel.group.process_group"
+            )
+        self.group = dist.group.WORLD if group is None else group
+        self.world_size = dist.get_world_size(self.group)
+        self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._check(module)
+        make_replicas(module, self.group)
+        self.module = module
+        self._synchronizes = True
+        self._check_batches = check_batches
+        self._batch_shape: torch.Size | None = None  # of the first forward pass
+        self._batch_agreed = not check_batches
+        self._device = self.trained[0].device
+        # NCCL averages as it sums; Gloo only sums, and the gradients are divided before.
+        self._average_op = dist.ReduceOp.AVG if self._is_nccl else dist.ReduceOp.SUM
+
+    @property
+    def _is_nccl(self) -> bool:
+        return dist.get_backend(self.group) == "nccl"
+
+    def _check(self, module: nn.Module) -> None:
+        name = type(self).__name__
+        if not self.trained:
+            raise ValueError(f"{name}: the module has no parameter that requires a gradient")
+        devices = {parameter.device for parameter in module.parameters()}
+        if len(devices) > 1:
+            raise ValueError(f"{name}: the parameters lie on {', '.join(map(str, devices))}; move them to one device")
+        (device,) = devices
+        if self._is_nccl and device.type != "cuda":
+            raise ValueError(
+                f"{name}: the process group is NCCL's and the module is on {device}; move it to the process's GPU"
+            )
+        for path, part in module.named_modules():
+            if getattr(part, "sparse", False) is True:
+                raise ValueError(
+                    f"{name}: '{path}' has sparse gradients, which are not averaged here; build it with sparse=False"
+                )
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's."""
+        if self._check_batches and torch.is_grad_enabled():
+            self._check_batch([*args, *kwargs.values()])
+        return self.module(*args, **kwargs)
+
+    def _check_batch(self, values: list[Any]) -> None:
+        shape = next((value.shape for value in values if isinstance(value, Tensor)), None)
+        if shape is None or shape == self._batch_shape:
+            return
+        if self._batch_shape is not None:
+            raise ValueError(
+                f"this batch has shape {tuple(shape)}, the first had {tuple(self._batch_shape)}: all ranks weigh alike in the "
+                "mean of gradients, so their batches must have one shape; drop an incomplete last batch, or give "
+                "check_batches=False if every rank changes shape in the same step"
+            )
+        self._batch_shape = shape
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backward passes in here add to the local gradients and communicate nothing; the first one outside sends the sum."""
+        before, self._synchronizes = self._synchronizes, False
+        try:
+            yield
+        finally:
+            self._synchronizes = before
+
+    @torch.no_grad()
+    def finish_gradient_synchronization(self) -> None:
+        """Leave the mean over ranks in every .grad. Once a step, in every rank; does not wait for the GPU.
+
+        The exception: a rank that left a parameter unused waits, to learn whether the others did.
+        """
+        if not self._batch_agreed:
+            shape = None if self._batch_shape is None else tuple(self._batch_shape)
+            check_same_everywhere(str(shape), "the shape of the batch", self.group)
+            self._batch_agreed = True
+        self._synchronize()
+
+    def _synchronize(self) -> None:
+        raise NotImplementedError
+
+    # --- Helpers of the wrappers ---
+
+    def _average(self, tensors: list[Tensor], *, async_op: bool = False) -> dist.Work | None:
+        """Average tensors of one dtype over the ranks, in place and in one launch."""
+        if not self._is_nccl:
+            torch._foreach_div_(tensors, self.world_size)
+        if len(tensors) == 1:
+            return dist.all_reduce(tensors[0], self._average_op, group=self.group, async_op=async_op)
+        options = dist.distributed_c10d.AllreduceCoalescedOptions()
+        options.reduceOp = self._average_op
+        options.asyncOp = async_op
+        work = self.group.allreduce_coalesced(tensors, options)
+        if async_op or work is None:
+            return work
+        work.wait()
+        return None
+
+    def _use(self) -> tuple[Tensor, list[nn.Parameter]]:
+        """Which parameters this rank used: (parameters,) ones and zeros on the device, and the list of those it did not.
+
+        The latter get zeros as gradients, to take part with.
+        """
+        unused = [parameter for parameter in self.trained if parameter.grad is None]
+        if not unused:
+            return torch.ones(len(self.trained), device=self._device), unused
+        used = torch.tensor([float(parameter.grad is not None) for parameter in self.trained])
+        for parameter in unused:
+            parameter.grad = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+        return used.to(self._device), unused
+
+    def _drop_unused(self, used: Tensor, unused: list[nn.Parameter]) -> None:
+        """After averaging `used`: .grad of a parameter that no rank used becomes None. Waits for the GPU if `unused` has any."""
+        if not unused:
+            return
+        anywhere = used.tolist()
+        idle = {id(parameter) for parameter, share in zip(self.trained, anywhere, strict=True) if share == 0}
+        for parameter in unused:
+            if id(parameter) in idle:
+                parameter.grad = None
+
+
+def make_replicas(module: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+    """Give the module rank 0's parameters and buffers.
+
+    Raises:
+        ValueError: in every process, if one has a module of other names, shapes, dtypes or frozen parameters.
+    """
+    lines = [
+        f"{name} {tuple(p.shape)} {p.dtype}{'' if p.requires_grad else ' frozen'}"
+        for name, p in module.named_parameters()
+    ]
+    lines += [f"buffer {name} {tuple(b.shape)} {b.dtype}" for name, b in module.named_buffers()]
+    check_same_everywhere("\n".join(lines), "the model", group)
+    broadcast_from_rank0([*module.parameters(), *module.buffers()], group)
+
+
+class Naive(DataParallel):
+    """After backward, one blocking all-reduce a parameter."""
+
+    def _synchronize(self) -> None:
+        used, unused = self._use()
+        for parameter in self.trained:
+            self._average([_dense(parameter)])
+        self._average([used])
+        self._drop_unused(used, unused)
+
+
+class Flat(DataParallel):
+    """After backward, all gradients of a dtype in one buffer and one all-reduce; the gradients stay in the buffer."""
+
+    def _synchronize(self) -> None:
+        used, unused = self._use()
+        for dtype in dict.fromkeys(parameter.dtype for parameter in self.trained):
+            parameters = [parameter for parameter in self.trained if parameter.dtype == dtype]
+            buffer, views = _pack([parameter.grad for parameter in parameters], dtype)
+            for parameter, view in zip(parameters, views, strict=True):
+                parameter.grad = view
+            self._average([buffer])
+        self._average([used])
+        self._drop_unused(used, unused)
+
+
+class _Bucket:
+    """Parameters of one dtype whose gradients travel together."""
+
+    __slots__ = ("missing", "parameters", "sent", "views", "work")
+
+    def __init__(self, parameters: list[nn.Parameter]):
+        self.parameters = parameters
+        self.missing = len(parameters)  # gradients that this step's backward has not delivered yet
+        self.sent: list[Tensor] = []  # what the collective works on, kept until it has ended
+        self.views: list[Tensor] = []  # the gradients therein; after them, in the last bucket, the parameters used
+        self.work: dist.Work | None = None
+
+
+class FlashDDP(DataParallel):
+    """Buckets of gradients, averaged while backward goes on.
+
+    The first step reduces after backward, and only records the order in which gradients arrive; rank 0's order then fills the
+    buckets of all ranks. From the second on, a hook counts each gradient into its bucket, and a full bucket leaves at once, after
+    those before it: all ranks must start collectives in one order, so a bucket that waits for a parameter unused on this rank holds
+    back those after it until finish_gradient_synchronization().
+
+    Streams. The collective waits for what was enqueued on the stream of backward, runs on NCCL's own stream beside the rest of
+    backward, and finish makes the current stream, not the host, wait for it. Until then the Work and the bucket hold the tensors, so
+    the allocator cannot hand their memory to anyone; after it, the stream orders reuse.
+
+    Args:
+        bucket_size_mb: in 10^6 bytes of gradients as they travel; 0: a bucket a parameter.
+        layout: "grouped" or "flat", see the module.
+        communication_dtype: gradients travel in it (bf16: half the bytes, rounded to 8 bits before the sum); None: their own.
+        min_ctas, max_ctas: bounds on the blocks of a NCCL kernel, each of which takes an SM from backward; None: NCCL's choice.
+        high_priority: NCCL's kernels go before backward's when both wait for an SM.
+        group, check_batches: as DataParallel.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        bucket_size_mb: float = 25.0,
+        layout: str = "grouped",
+        communication_dtype: torch.dtype | None = None,
+        min_ctas: int | None = None,
+        max_ctas: int | None = None,
+        high_priority: bool = False,
+        group: dist.ProcessGroup | None = None,
+        check_batches: bool = True,
+    ):
+        if not bucket_size_mb >= 0:
+            raise ValueError(f"bucket_size_mb is {bucket_size_mb}; it must be 0 (a bucket a parameter) or more")
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout is '{layout}'; it must be {' or '.join(LAYOUTS)}")
+        if communication_dtype is not None and not communication_dtype.is_floating_point:
+            raise ValueError(
+                f"communication_dtype is {communication_dtype}; it must be a floating-point dtype, or None"
+            )
+        super().__init__(module, group=group, check_batches=check_batches)
+        self.group = _tuned_group(self.group, min_ctas, max_ctas, high_priority)
+        self._bucket_bytes = bucket_size_mb * 1e6
+        self._in_place = layout == "grouped"
+        self._communication_dtype = communication_dtype
+        self._arrivals: list[int] = []  # of the first backward pass
+        self._arrived = bytearray(len(self.trained))
+        self._bucket_of: list[_Bucket] = []  # by a parameter's index; empty until the first step's end
+        self._buckets: list[_Bucket] = []  # in the order in which they leave
+        self._next = 0  # the bucket to leave next
+        for index, parameter in enumerate(self.trained):
+            parameter.register_post_accumulate_grad_hook(functools.partial(self._on_gradient, index))
+
+    @property
+    def buckets(self) -> list[list[nn.Parameter]]:
+        """The parameters of each bucket, in the order in which buckets leave; empty before the first step's end."""
+        return [list(bucket.parameters) for bucket in self._buckets]
+
+    def _on_gradient(self, index: int, parameter: nn.Parameter) -> None:
+        """The hook: runs when backward has added to parameter.grad."""
+        if not self._synchronizes:
+            return
+        if self._arrived[index]:
+            raise RuntimeError(
+                "a second backward pass reached a gradient that may be on its way: call finish_gradient_synchronization() after "
+                "each, or put all but the last backward pass of a step under no_sync()"
+            )
+        self._arrived[index] = 1
+        if not self._bucket_of:
+            self._arrivals.append(index)
+            return
+        bucket = self._bucket_of[index]
+        bucket.missing -= 1
+        if bucket.missing == 0:
+            self._send_full()
+
+    def _send_full(self) -> None:
+        """Send the full buckets whose turn it is. If the last one is among them, every parameter of this rank was used."""
+        while self._next < len(self._buckets) and self._buckets[self._next].missing == 0:
+            bucket = self._buckets[self._next]
+            self._next += 1
+            self._send(bucket, self._use()[0] if bucket is self._buckets[-1] else None)
+
+    def _send(self, bucket: _Bucket, used: Tensor | None) -> None:
+        """Start averaging a bucket; the last one takes along which parameters this rank used."""
+        gradients = [_dense(parameter) for parameter in bucket.parameters]
+        own_dtype = gradients[0].dtype
+        dtype = self._communication_dtype or own_dtype
+        if used is not None:
+            gradients.append(used.to(own_dtype))
+        if self._in_place and dtype == own_dtype:
+            bucket.sent = bucket.views = gradients
+        else:
+            buffer, bucket.views = _pack(gradients, dtype)
+            bucket.sent = [buffer]
+            if dtype == own_dtype:
+                for parameter, view in zip(bucket.parameters, bucket.views, strict=used is None):
+                    parameter.grad = view
+        bucket.work = self._average(bucket.sent, async_op=True)
+
+    def _synchronize(self) -> None:
+        if not self._buckets:
+            self._make_buckets()
+        unused: list[nn.Parameter] = []
+        if self._next < len(self._buckets):
+            used, unused = self._use()
+            for bucket in self._buckets[self._next :]:
+                self._send(bucket, used if bucket is self._buckets[-1] else None)
+        for bucket in self._buckets:
+            bucket.work.wait()
+            if bucket.views[0].dtype != bucket.parameters[0].dtype:
+                gradients = [parameter.grad for parameter in bucket.parameters]
+                torch._foreach_copy_(gradients, bucket.views[: len(gradients)])
+        self._drop_unused(self._buckets[-1].views[-1], unused)
+        for bucket in self._buckets:
+            bucket.missing, bucket.work = len(bucket.parameters), None
+            bucket.sent, bucket.views = [], []
+        self._arrived = bytearray(len(self.trained))
+        self._next = 0
+
+    def _make_buckets(self) -> None:
+        """Cut rank 0's order of arrival into buckets. What did not arrive there comes last, later registered first."""
+        arrived = set(self._arrivals)
+        order = self._arrivals + [index for index in reversed(range(len(self.trained))) if index not in arrived]
+        agreed = torch.tensor(order, device=self._device)
+        broadcast_from_rank0([agreed], self.group)
+        parts: list[list[int]] = []
+        filling: dict[torch.dtype, tuple[list[int], int]] = {}  # the bucket that a dtype fills, and its bytes
+        for index in agreed.tolist():
+            parameter = self.trained[index]
+            size = parameter.numel() * (self._communication_dtype or parameter.dtype).itemsize
+            part, filled = filling.get(parameter.dtype, ([], 0))
+            if not part or filled + size > self._bucket_bytes:
+                part, filled = [], 0
+                parts.append(part)
+            part.append(index)
+            filling[parameter.dtype] = part, filled + size
+        place = {index: position for position, index in enumerate(agreed.tolist())}
+        parts.sort(key=lambda part: place[part[-1]])  # a bucket leaves when its last gradient is there
+        self._bucket_of = [None] * len(self.trained)
+        for part in parts:
+            bucket = _Bucket([self.trained[index] for index in part])
+            self._buckets.append(bucket)
+            for index in part:
+                self._bucket_of[index] = bucket
+        self._arrivals = []
+
+
+class Overlap(FlashDDP):
+    """One asynchronous all-reduce a parameter, from hooks: FlashDDP with a bucket a parameter."""
+
+    def __init__(self, module: nn.Module, **options: Any):
+        super().__init__(module, bucket_size_mb=0, **options)
+
+
+class TorchDDP(nn.parallel.DistributedDataParallel):
+    """torch's DistributedDataParallel with the interface of the wrappers here; gradients are views of its buckets.
+
+    Args:
+        find_unused: search each forward pass's graph for parameters that it did not use; without it, one such is an error.
+        bucket_size_mb: in units of 2^20 bytes, as torch counts.
+        communication_dtype: torch.bfloat16 or torch.float16: gradients travel in it; None: their own.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        bucket_size_mb: float = 25.0,
+        find_unused: bool = False,
+        communication_dtype: torch.dtype | None = None,
+        group: dist.ProcessGroup | None = None,
+    ):
+        from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+        hooks = {
+            None: None,
+            torch.bfloat16: default_hooks.bf16_compress_hook,
+            torch.float16: default_hooks.fp16_compress_hook,
+        }
+        if communication_dtype not in hooks:
+            raise ValueError(
+                f"torch_ddp: communication_dtype is {communication_dtype}; it must be bfloat16, float16 or None"
+            )
+        if communication_dtype == torch.bfloat16 and dist.get_backend(group) != "nccl":
+            raise ValueError("torch_ddp communicates in bfloat16 with NCCL only, on GPUs; give float16 or None")
+        device = next(module.parameters()).device
+        super().__init__(
+            module,
+            device_ids=[device] if device.type == "cuda" else None,
+            process_group=group,
+            bucket_cap_mb=bucket_size_mb,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=find_unused,
+            broadcast_buffers=False,
+        )
+        if communication_dtype is not None:
+            self.register_comm_hook(group, hooks[communication_dtype])
+
+    def finish_gradient_synchronization(self) -> None:
+        """Nothing: torch's wrapper ends in backward."""
+
+
+def _dense(parameter: nn.Parameter) -> Tensor:
+    """The gradient, contiguous, as collectives need it."""
+    if not parameter.grad.is_contiguous():
+        parameter.grad = parameter.grad.contiguous()
+    return parameter.grad
+
+
+def _pack(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """Copies of the tensors in one new buffer, and the views of it that have their shapes. Gaps for alignment are zeroed."""
+    unit = _ALIGNMENT // dtype.itemsize
+    sizes = [-(-tensor.numel() // unit) * unit for tensor in tensors]
+    buffer = torch.empty(sum(sizes), dtype=dtype, device=tensors[0].device)
+    views = []
+    for piece, tensor in zip(buffer.split(sizes), tensors, strict=True):
+        views.append(piece[: tensor.numel()].view(tensor.shape))
+        if tensor.numel() < len(piece):
+            piece[tensor.numel() :].zero_()
+    torch._foreach_copy_(views, list(tensors))
+    return buffer, views
+
+
+def _tuned_group(
+    group: dist.ProcessGroup, min_ctas: int | None, max_ctas: int | None, high_priority: bool
+) -> dist.ProcessGroup:
+    """The group, or one of the same processes with NCCL options of its own. All processes must call this alike."""
+    if min_ctas is None and max_ctas is None and not high_priority:
+        return group
+    if dist.get_backend(group) != "nccl":
+        raise ValueError("min_ctas, max_ctas and high_priority are NCCL's; leave them out on a CPU")
+    given = [count for count in (min_ctas, max_ctas) if count is not None]
+    if given != sorted(given) or min(given, default=1) < 1:
+        raise ValueError(
+            f"min_ctas is {min_ctas} and max_ctas {max_ctas}; they must be 1 or more, the minimum not above the maximum"
+        )
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=high_priority)
+    if min_ctas is not None:
+        options.config.min_ctas = min_ctas
+    if max_ctas is not None:
+        options.config.max_ctas = max_ctas
+    return dist.new_group(dist.get_process_group_ranks(group), backend="nccl", pg_options=options)
