@@ -92,7 +92,7 @@ def twin_loss(module: nn.Module, step: int, world_size: int) -> Tensor:
 
 def sgd(parameters) -> torch.optim.Optimizer:
     """The optimizer that shows an error of the gradients as one of the parameters, of the same size."""
-    return torch.optim.SGD(parameters, lr=0.3)
+    return torch.optim.SGD(parameters, lr=0.05)
 
 
 def twin(world_size: int, steps: int = STEPS, optimizer=sgd, seed: int = 0, max_norm: float | None = None) -> Toy:

@@ -420,6 +420,7 @@ class TorchDDP(nn.parallel.DistributedDataParallel):
             )
         if communication_dtype == torch.bfloat16 and dist.get_backend(group) != "nccl":
             raise ValueError("torch_ddp communicates in bfloat16 with NCCL only, on GPUs; give float16 or None")
+        make_replicas(module, group)  # torch's leaves out the buffers where it does not broadcast them at each step
         device = next(module.parameters()).device
         super().__init__(
             module,
