@@ -20,7 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError) as error:  # bad input, or a loss that is not finite
         if os.environ.get("LMSYS_TRACEBACK"):
             raise
-        print(f"lmsys {arguments.command}: {_one_line(error)}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # the others under torchrun were given the same
+            print(f"lmsys {arguments.command}: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"lmsys {arguments.command}: interrupted; what was written so far stays", file=sys.stderr)
@@ -51,6 +52,8 @@ def pipeline(arguments: argparse.Namespace) -> None:
         attention_kernel=arguments.attention_kernel,
         ddp_wrapper=arguments.ddp_wrapper,
         run_dir=arguments.run_dir,
+        sharded_optimizer=arguments.sharded_optimizer,
+        processes=arguments.processes,
     )
     folder = artifacts_dir(arguments.machine)
     result = pipelines.run(config, skip_data=arguments.skip_data)
@@ -72,6 +75,9 @@ def train(arguments: argparse.Namespace) -> None:
         "train.device": arguments.device,
         "train.attention_kernel": arguments.attention_kernel,
         "train.ddp_wrapper": arguments.ddp_wrapper,
+        "train.sharded_optimizer": arguments.sharded_optimizer,
+        "data.train_tokens_path": arguments.train_tokens,
+        "data.valid_tokens_path": arguments.valid_tokens,
         "optim.learning_rate": arguments.learning_rate,
     }
     history = train_alone(
@@ -86,6 +92,8 @@ def train(arguments: argparse.Namespace) -> None:
         overrides=arguments.override,
         flags=flags,
     )
+    if os.environ.get("RANK", "0") != "0":
+        return  # rank 0 says it
     last = history.rows[-1]
     print(f"step {last['step']}: training loss {last['train_loss']:.4f}, validation loss {history.valid_loss:.4f}")
     print(f"checkpoint: {history.checkpoint}")
@@ -256,6 +264,12 @@ def _parser() -> argparse.ArgumentParser:
         )
         added.add_argument("--attention_kernel", metavar="K", help="attention kernel by name (train.attention_kernel)")
         added.add_argument("--ddp_wrapper", metavar="W", help="data-parallel wrapper by name (train.ddp_wrapper)")
+        added.add_argument(
+            "--sharded_optimizer",
+            action="store_true",
+            default=None,
+            help="ZeRO-1: each process keeps its share of the optimizer's state (train.sharded_optimizer)",
+        )
         added.add_argument("--run_dir", help="folder of the run; a relative one lies in the repository")
 
     added = command(
@@ -273,6 +287,9 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--text", help="your own UTF-8 text file: data.dataset_mode=local_text with this data.text_path")
     add_config(added)
     added.add_argument(
+        "--processes", type=int, help="to train in; with a --ddp_wrapper, one a GPU if not given (train.processes)"
+    )
+    added.add_argument(
         "--skip_data", action="store_true", help="take the run folder's tokenizer and token files as they are"
     )
     add_machine(added)
@@ -280,15 +297,20 @@ def _parser() -> argparse.ArgumentParser:
     added = command(
         "train",
         train,
-        "Train a model on random tokens or a text file",
-        "A model of a named size, without the pipeline's stages.",
+        "Train a model on token files, random tokens or a text file",
+        "A model of a named size or of a --config, without the pipeline's stages.\n"
+        "For several processes: torchrun --nproc_per_node=N -m lmsys train ... --ddp_wrapper flashddp.",
         "train --size small --epochs 2 --batch_size 4 --context_length 512 --dtype bf16",
     )
-    added.add_argument("--size", default="small", help=f"model size: {', '.join(MODEL_SIZES)} (default: small)")
-    added.add_argument("--context_length", type=int, default=512, help="tokens of a sequence (default: 512)")
+    added.add_argument(
+        "--size", help=f"model size: {', '.join(MODEL_SIZES)} (default: the --config's model, else small)"
+    )
+    added.add_argument("--context_length", type=int, help="tokens of a sequence (default: the --config's, else 512)")
     added.add_argument("--vocab_size", type=int, help="vocabulary (default: the size's own, or the tokenizer's)")
-    added.add_argument("--text", help="a UTF-8 file to train on (default: random tokens)")
-    added.add_argument("--tokenizer", help="tokenizer.json for --text (default: one is trained on the text)")
+    added.add_argument("--text", help="a UTF-8 file to train on (default: the token files, else random tokens)")
+    added.add_argument("--train_tokens", help=".npy token file to train on (data.train_tokens_path)")
+    added.add_argument("--valid_tokens", help=".npy token file to validate with (data.valid_tokens_path)")
+    added.add_argument("--tokenizer", help="tokenizer.json of the tokens (default, for --text: one is trained on it)")
     added.add_argument("--num_tokens", type=int, default=1_000_000, help="random tokens to train on (default: 1000000)")
     added.add_argument("--steps", type=int, help="optimizer steps (default: from --epochs)")
     added.add_argument("--epochs", type=float, help="passes over the tokens (default: 1, unless --steps)")

@@ -120,7 +120,7 @@ def save(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     if keep_last is not None:
-        for path in [path for path in steps(folder) if _step(path) <= step][:-keep_last]:
+        for path in [path for path in steps(folder) if step_of(path) <= step][:-keep_last]:
             shutil.rmtree(path)
     return target
 
@@ -208,7 +208,7 @@ def steps(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         return []
-    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=_step)
+    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=step_of)
 
 
 def latest(folder: str | Path) -> Path | None:
@@ -288,7 +288,8 @@ def export_weights(checkpoint: str | Path, target: str | Path) -> Path:
     return target
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's folder name gives."""
     return int(_NAME.fullmatch(path.name).group(1))
 
 

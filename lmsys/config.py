@@ -24,7 +24,7 @@ DTYPES = ("fp32", "bf16")
 FULLY_SHARDED = ("fsdp", "torch_fsdp2")  # wrappers that shard parameters, gradients and optimizer state
 WRAPPER_OPTIONS = {  # settings of train that only some wrappers take
     "bucket_size_mb": ("flashddp", "torch_ddp"),
-    "communication_dtype": ("flashddp",),
+    "communication_dtype": ("overlap", "flashddp", "torch_ddp"),
 }
 END_OF_TEXT = "<|endoftext|>"
 
@@ -184,6 +184,9 @@ class TrainConfig:
     device: str = "auto"
     attention_kernel: str = "vectorized_torch"
     ddp_wrapper: str = "none"
+    processes: int | None = (
+        None  # that the pipeline trains in; None: one a GPU where ddp_wrapper needs several, else one
+    )
     sharded_optimizer: bool = False  # ZeRO-1: each process keeps its share of the optimizer's state
     bucket_size_mb: float | None = None  # gradients that travel together; 0: one a parameter; None: the wrapper's own
     communication_dtype: str | None = None  # of gradients between processes; None: the wrapper's own
@@ -207,6 +210,10 @@ class TrainConfig:
             require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; it must be at least 1")
         if self.dtype not in DTYPES:
             raise unknown_name("train.dtype", self.dtype, DTYPES)
+        require(
+            self.processes is None or self.processes >= 1,
+            f"train.processes is {self.processes}; it must be at least 1, or null",
+        )
         self._check_parallel()
 
     def _check_parallel(self) -> None:

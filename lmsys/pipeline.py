@@ -1,7 +1,8 @@
 """The pipeline: text -> tokenizer -> token files -> a trained model -> evaluation -> stories.
 
 Each stage before training writes its outputs to the run folder and notes, in stages.json, the settings and inputs they came
-from. A stage whose outputs are there and match is skipped, and says so. Training resumes from its newest checkpoint.
+from. A stage whose outputs are there and match is skipped, and says so. Training resumes from its newest checkpoint; it runs in
+this process, or in several under torchrun, which this one starts and follows. All else happens here, once.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +26,8 @@ from lmsys import cost, records
 from lmsys.config import PipelineConfig, require
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from lmsys.model import TransformerLM
     from lmsys.tokenizer import Tokenizer
     from lmsys.train import History
@@ -61,6 +66,8 @@ def settings(
     attention_kernel: str | None = None,
     ddp_wrapper: str | None = None,
     run_dir: str | None = None,
+    sharded_optimizer: bool | None = None,
+    processes: int | None = None,
 ) -> PipelineConfig:
     """The config of a pipeline run: preset of the scale < config file < overrides < the other arguments.
 
@@ -71,6 +78,8 @@ def settings(
         "data.text_path": text_path,
         "train.attention_kernel": attention_kernel,
         "train.ddp_wrapper": ddp_wrapper,
+        "train.sharded_optimizer": sharded_optimizer,
+        "train.processes": processes,
         "run_dir": run_dir,
     }
     return cfg.pipeline_config(scale, DEFAULT_CONFIG if config is None else config, overrides or (), flags)
@@ -85,7 +94,12 @@ def check(config: PipelineConfig, *, skip_data: bool = False) -> None:
     from lmsys.data import choose_mode, input_file
     from lmsys.train import check_setup
 
-    check_setup(config)
+    require(
+        not _under_torchrun(),
+        "the pipeline starts its processes itself: run it without torchrun, with train.ddp_wrapper and train.processes; what "
+        "torchrun can start is `train`",
+    )
+    check_setup(config, _processes(config))
     if not skip_data:
         choose_mode(config.data)
     if config.data.dataset_mode == "local_npy":
@@ -141,18 +155,17 @@ def run(
     start = time.perf_counter()
     wandb_run = init_wandb(config, run_dir)
     try:
-        history = train(
-            config,
-            train_tokens=train_tokens,
-            valid_tokens=valid_tokens,
-            tokenizer=tokenizer,
-            run_dir=run_dir,
-            progress=progress,
-            wandb_run=wandb_run,
-        )
+        inputs = {"train_tokens": train_tokens, "valid_tokens": valid_tokens, "tokenizer": tokenizer}
+        processes = _processes(config)
+        if processes == 1:
+            history = train(config, **inputs, run_dir=run_dir, progress=progress, wandb_run=wandb_run)
+        else:
+            history = _train_in_processes(
+                config, processes, **inputs, run_dir=run_dir, say=say if progress else _quiet, wandb_run=wandb_run
+            )
         last = history.rows[-1]
         parameters = cost.model_parameters(config.model)
-        detail = f"{parameters:,} parameters, step {last['step']}, {last['tokens']:,} tokens"
+        detail = f"{parameters:,} parameters, {processes} process(es), step {last['step']}, {last['tokens']:,} tokens"
         ran = history.resumed_from is None or history.resumed_from < last["step"]
         if not ran:
             detail += "; the run was finished already"
@@ -199,6 +212,107 @@ def evaluate(config: PipelineConfig, model, valid_tokens, bytes_per_token: float
     if bytes_per_token:
         result["bits_per_byte"] = loss / math.log(2) / bytes_per_token
     return result
+
+
+# --- Training in several processes ----------------------------------------------------------------
+
+
+def _under_torchrun() -> bool:
+    """Whether this is one of several processes that torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _processes(config: PipelineConfig) -> int:
+    """How many processes the training runs in: train.processes, else one for each GPU where the wrapper is for several.
+
+    Raises:
+        ValueError: more than there are GPUs, or one with a wrapper that needs more.
+    """
+    import torch
+
+    from lmsys.device import resolve_device
+    from lmsys.parallel import WRAPPERS
+
+    settings = config.train
+    if settings.ddp_wrapper not in WRAPPERS:
+        raise cfg.unknown_name("ddp_wrapper", settings.ddp_wrapper, WRAPPERS)
+    needs_several = WRAPPERS[settings.ddp_wrapper].many_processes
+    gpus = torch.cuda.device_count() if resolve_device(settings.device).type == "cuda" else 0
+    count = settings.processes
+    if count is None:
+        count = max(1, gpus) if needs_several else 1
+    require(
+        count > 1 or not needs_several,
+        f"ddp_wrapper '{settings.ddp_wrapper}' needs more than one process, and this run has 1 on a machine with {gpus} GPU(s) "
+        "to use; give train.processes (--processes), also on a CPU with train.device=cpu, or ddp_wrapper none",
+    )
+    require(
+        count == 1 or gpus == 0 or count <= gpus,
+        f"train.processes is {count} and this machine has {gpus} GPU(s), one for each process; give at most {gpus}, or "
+        "train.device=cpu",
+    )
+    return count
+
+
+def _train_in_processes(
+    config: PipelineConfig,
+    processes: int,
+    *,
+    train_tokens: np.ndarray,
+    valid_tokens: np.ndarray,
+    tokenizer: Tokenizer | None,
+    run_dir: Path,
+    say: Callable[[str], None],
+    wandb_run: Any,
+) -> History:
+    """Run `train` on the token files under torchrun, passing on its lines to say and its rows to wandb as they come.
+
+    Raises:
+        ChildProcessError: a process failed; says the first error.
+    """
+    from lmsys import checkpoint
+    from lmsys.parallel import group
+    from lmsys.train import CHECKPOINTS, read_history
+
+    resumed = checkpoint.latest(run_dir / CHECKPOINTS) if config.train.resume else None
+    resumed_from = None if resumed is None else checkpoint.step_of(resumed)
+    given = records.writable_dir(run_dir / "training")  # what its processes are given
+    if tokenizer is not None:
+        tokenizer.save(given / "tokenizer.json")
+    data = {"dataset_mode": "local_npy", "text_path": None, "valid_text_path": None}
+    data |= {"train_tokens_path": str(train_tokens.filename), "valid_tokens_path": str(valid_tokens.filename)}
+    settings = cfg.to_dict(config)
+    settings["data"] |= data
+    settings["tokenizer"]["path"] = str(given / "tokenizer.json") if tokenizer is not None else None
+    records.write_json(given / "config.json", settings)
+    arguments = ["train", "--config", str(given / "config.json"), *(["--resume"] if config.train.resume else [])]
+
+    logged = resumed_from or 0
+
+    def on_line(line: str) -> None:
+        nonlocal logged
+        say(line)
+        if wandb_run is None or not line.startswith("step "):  # before the first, the file may be an earlier run's
+            return
+        for row in read_history(run_dir).rows:
+            if row["step"] > logged:
+                wandb_run.log({name: value for name, value in row.items() if value is not None}, step=row["step"])
+                logged = row["step"]
+
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+    try:
+        group.launch(arguments, processes, on_line=on_line, environment=environment)
+    except group.RankError as error:
+        raise ChildProcessError(str(error)) from None
+    return dataclasses.replace(read_history(run_dir), resumed_from=resumed_from)
+
+
+def _quiet(_line: str) -> None:
+    """Say nothing."""
+
+
+# --- The stages before training -------------------------------------------------------------------
 
 
 def _with_vocabulary(config: PipelineConfig, tokenizer: Tokenizer | None) -> PipelineConfig:
@@ -399,9 +513,9 @@ class _Stages:
 
 
 def train_alone(
-    size: str = "small",
+    size: str | None = None,
     *,
-    context_length: int = 512,
+    context_length: int | None = None,
     vocab_size: int | None = None,
     text: str | None = None,
     tokenizer_path: str | None = None,
@@ -412,61 +526,133 @@ def train_alone(
     flags: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> History:
-    """Train a model of a named size on random tokens, or on a text file, without the pipeline's stages.
+    """Train on token files, on random tokens, or on a text file, without the pipeline's stages.
+
+    Under torchrun this is one of several processes, which join a process group.
 
     Args:
-        size: see config.MODEL_SIZES. context_length, vocab_size: of the model; vocab_size None is the size's own,
-        or the tokenizer's for a text. text: a UTF-8 file; None for num_tokens random tokens. tokenizer_path: for text;
-        without it a tokenizer is trained on the text. resume: continue the newest checkpoint of the run folder.
-        file, overrides, flags: as for config.pipeline_config; without steps or epochs, one epoch.
+        size: see config.MODEL_SIZES; None: the file's model, else small. context_length, vocab_size: of the model; None: the
+        file's, else 512 and the size's own, or the tokenizer's for a text. text: a UTF-8 file; None for the token files
+        data.train_tokens_path and data.valid_tokens_path if the config has them, else num_tokens random tokens.
+        tokenizer_path: of the text or the token files; without it a tokenizer is trained on the text.
+        resume: continue the newest checkpoint of the run folder.
+        file, overrides, flags: as for config.pipeline_config; without steps or epochs in any, one epoch.
     """
-    from lmsys.data import RandomTokenDataset, TextFileDataset, input_file
-    from lmsys.tokenizer import Tokenizer
+    from lmsys.parallel import group
     from lmsys.train import train
 
-    flags = {"run_dir": f"runs/train-{size}", "train.resume": resume} | {
-        k: v for k, v in (flags or {}).items() if v is not None
-    }
-    if "train.epochs" not in flags and "train.steps" not in flags:
-        flags["train.epochs"] = 1.0
-    if file is None:
-        overrides = ["optim.warmup_steps=0", *overrides]  # the preset's warm-up may be longer than the run
-    shape = cfg.model_size(size, vocab_size=vocab_size, context_length=context_length)
-    config = cfg.pipeline_config(
-        None, file, overrides, flags | {f"model.{k}": v for k, v in cfg.to_dict(shape).items()}
-    )
-    records.writable_dir(records.output_path(config.run_dir))
-    tokenizer = None
+    config = _alone_settings(size, context_length, vocab_size, tokenizer_path, file, overrides, flags or {}, resume)
+    run_dir = records.writable_dir(records.output_path(config.run_dir))
     if text is None:
-        tokens = RandomTokenDataset(num_tokens, config.model.vocab_size, seed=config.train.seed).tokens
+        data = _given_tokens(config, num_tokens)
     else:
-        source = input_file(text, "--text")
-        if tokenizer_path:
-            tokenizer = Tokenizer.load(input_file(tokenizer_path, "--tokenizer"))
-        else:
-            tokenizer = Tokenizer.train(
-                source, config.model.vocab_size, config.tokenizer.special_tokens, progress=progress
-            )
-        tokenizer.save(records.output_path(config.run_dir) / "tokenizer.json")
-        if vocab_size is None:
-            config = dataclasses.replace(
-                config, model=dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
-            )
-        config = _with_vocabulary(config, tokenizer)
-        tokens = TextFileDataset(source, tokenizer).tokens
+        data = _tokens_of_text(config, text, run_dir, fixed_vocabulary=vocab_size is not None, progress=progress)
+    config, train_tokens, valid_tokens, tokenizer = data
+    with group.process_group(config.train.device) if _under_torchrun() else nullcontext():
+        return train(
+            config,
+            train_tokens=train_tokens,
+            valid_tokens=valid_tokens,
+            tokenizer=tokenizer,
+            run_dir=run_dir,
+            progress=progress,
+        )
+
+
+def _alone_settings(
+    size: str | None,
+    context_length: int | None,
+    vocab_size: int | None,
+    tokenizer_path: str | None,
+    file: str | Path | None,
+    overrides: Sequence[str],
+    flags: dict[str, Any],
+    resume: bool,
+) -> PipelineConfig:
+    """The config of train_alone: its defaults lie under the overrides, and only where the file says nothing."""
+    given = {} if file is None else cfg.read_json(file)
+    flags = {key: value for key, value in flags.items() if value is not None} | {
+        "train.resume": resume,
+        "tokenizer.path": tokenizer_path,
+    }
+    defaults = {}
+    if "run_dir" not in given:
+        defaults["run_dir"] = f"runs/train-{size or 'small'}"
+    named = [
+        *flags,
+        *(text.partition("=")[0].strip() for text in overrides),
+        *(f"train.{key}" for key in given.get("train", {})),
+    ]
+    if not {"train.steps", "train.epochs"} & set(named):
+        defaults["train.epochs"] = 1.0
+    if file is None:
+        defaults["optim.warmup_steps"] = 0  # the preset's warm-up may be longer than the run
+    if size is not None or "model" not in given:
+        shape = cfg.model_size(size or "small", vocab_size=vocab_size, context_length=context_length or 512)
+        defaults |= {f"model.{key}": value for key, value in cfg.to_dict(shape).items()}
+    else:
+        flags |= {"model.context_length": context_length, "model.vocab_size": vocab_size}
+    under = [f"{key}={json.dumps(value)}" for key, value in defaults.items()]
+    return cfg.pipeline_config(None, file, [*under, *overrides], flags)
+
+
+Data = tuple[PipelineConfig, "np.ndarray", "np.ndarray", "Tokenizer | None"]
+
+
+def _given_tokens(config: PipelineConfig, num_tokens: int) -> Data:
+    """The config's token files and their tokenizer, else random tokens: (config, training, validation tokens, tokenizer)."""
+    from lmsys.data import RandomTokenDataset, input_file, load_tokens
+    from lmsys.tokenizer import Tokenizer
+
+    data = config.data
+    if data.train_tokens_path is None and data.valid_tokens_path is None:
+        require(config.model.vocab_size is not None, "random tokens need model.vocab_size")
+        tokens = RandomTokenDataset(num_tokens, config.model.vocab_size, seed=config.train.seed).tokens
+        return config, *_split(config, tokens), None
+    require(
+        data.train_tokens_path is not None and data.valid_tokens_path is not None,
+        "give both data.train_tokens_path and data.valid_tokens_path (--train_tokens, --valid_tokens)",
+    )
+    files = [
+        input_file(data.train_tokens_path, "data.train_tokens_path"),
+        input_file(data.valid_tokens_path, "data.valid_tokens_path"),
+    ]
+    path = config.tokenizer.path
+    tokenizer = None if path is None else Tokenizer.load(input_file(path, "tokenizer.path"))
+    return _with_vocabulary(config, tokenizer), *map(load_tokens, files), tokenizer
+
+
+def _tokens_of_text(
+    config: PipelineConfig, text: str, run_dir: Path, *, fixed_vocabulary: bool, progress: bool
+) -> Data:
+    """A text, tokenized by the config's tokenizer, else by one trained on it: as _given_tokens()."""
+    from lmsys.data import TextFileDataset, input_file
+    from lmsys.tokenizer import Tokenizer
+
+    require(
+        not _under_torchrun(),
+        "a text is tokenized once, not by each process under torchrun: give the pipeline the text, which starts its processes "
+        "itself, or give --train_tokens and --valid_tokens",
+    )
+    source = input_file(text, "--text")
+    if config.tokenizer.path:
+        tokenizer = Tokenizer.load(input_file(config.tokenizer.path, "--tokenizer"))
+    else:
+        tokenizer = Tokenizer.train(source, config.model.vocab_size, config.tokenizer.special_tokens, progress=progress)
+    tokenizer.save(run_dir / "tokenizer.json")
+    if not fixed_vocabulary:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size))
+    return _with_vocabulary(config, tokenizer), *_split(config, TextFileDataset(source, tokenizer).tokens), tokenizer
+
+
+def _split(config: PipelineConfig, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Training tokens, and data.valid_fraction of them held out, at least one context."""
     held_out = max(config.model.context_length + 1, int(len(tokens) * config.data.valid_fraction))
     require(
         len(tokens) >= 2 * held_out,
         f"{len(tokens):,} tokens are too few to train on and to validate with at context_length {config.model.context_length}",
     )
-    return train(
-        config,
-        train_tokens=tokens[:-held_out],
-        valid_tokens=tokens[-held_out:],
-        tokenizer=tokenizer,
-        run_dir=records.output_path(config.run_dir),
-        progress=progress,
-    )
+    return tokens[:-held_out], tokens[-held_out:]
 
 
 def load_run(path: str | Path, tokenizer_path: str | Path | None = None, *, device: str = "auto"):

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from lmsys import checkpoint, cost, parallel
 from lmsys import device as devices
 from lmsys.attention import check_support
-from lmsys.config import FULLY_SHARDED, WRAPPER_OPTIONS, PipelineConfig, TrainConfig, to_dict
+from lmsys.config import FULLY_SHARDED, PipelineConfig, TrainConfig, to_dict
 from lmsys.data import BatchSampler, sequential_batches
 from lmsys.generate import generate_text
 from lmsys.model import TransformerLM, cross_entropy
@@ -263,6 +263,12 @@ def total_steps(config: PipelineConfig, train_length: int, world_size: int = 1) 
     return max(1, math.ceil(config.train.epochs * train_length / _tokens_per_step(config, world_size)))
 
 
+def read_history(run_dir: Path) -> History:
+    """What the files of a run folder hold: of a run that other processes do or did."""
+    rows, samples = _logged(run_dir, math.inf)
+    return History(rows, samples, checkpoint.latest(run_dir / CHECKPOINTS))
+
+
 def init_wandb(config: PipelineConfig, run_dir: str | Path) -> Any:
     """Start a Weights & Biases run whose files lie under run_dir.
 
@@ -408,11 +414,13 @@ class _Replica:
 
 def _wrapper_options(settings: TrainConfig) -> dict[str, Any]:
     """The wrapper's own arguments, of those that the config sets."""
-    options = {name: getattr(settings, name) for name in WRAPPER_OPTIONS if getattr(settings, name) is not None}
-    if "communication_dtype" in options:
-        options["communication_dtype"] = _dtype(settings.communication_dtype)
-    if settings.ddp_wrapper in FULLY_SHARDED and settings.dtype != "fp32":
-        options["compute_dtype"] = _dtype(settings.dtype)
+    options: dict[str, Any] = {}
+    if settings.bucket_size_mb is not None:
+        options["bucket_size_mb"] = settings.bucket_size_mb
+    if settings.communication_dtype == "bf16":
+        options["communication_dtype"] = torch.bfloat16
+    if settings.ddp_wrapper in FULLY_SHARDED and settings.dtype == "bf16":
+        options["compute_dtype"] = torch.bfloat16
     return options
 
 
@@ -722,7 +730,7 @@ class _Log:
             self._files[index].flush()
 
 
-def _logged(run_dir: Path | None, step: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _logged(run_dir: Path | None, step: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The rows and samples of a run folder up to a step; what an interrupted run logged after it is left out."""
     rows: list[dict[str, Any]] = []
     samples: list[dict[str, Any]] = []
@@ -762,10 +770,6 @@ def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
 def autocast(device: torch.device, dtype: str) -> torch.autocast:
     """The context in which a model of train.dtype computes: bf16 autocast, or nothing for fp32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
-
-
-def _dtype(name: str) -> torch.dtype:
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
 @contextmanager
