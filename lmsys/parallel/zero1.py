@@ -607,8 +607,10 @@ def _unique(params: Iterable[Any]) -> list[dict[str, Any]]:
     unique = []
     for group in groups:
         entries = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-        by_id = {id(entry[1] if isinstance(entry, tuple) else entry): entry for entry in reversed(entries)}
-        unique.append({**group, "params": list(reversed(by_id.values()))})
+        by_id: dict[int, Any] = {}
+        for entry in entries:
+            by_id.setdefault(id(entry[1] if isinstance(entry, tuple) else entry), entry)
+        unique.append({**group, "params": list(by_id.values())})
     return unique
 
 

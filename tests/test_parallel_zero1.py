@@ -1,0 +1,344 @@
+"""ShardedOptimizer: the plain optimizer's parameters and state, with 1/N of the state on each rank."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from parallel_cases import STEPS, TIME_LIMIT_S, batch, difference, loss, share, toy
+from torch import nn
+
+from lmsys.optim import AdamW
+from lmsys.parallel.group import Process, spawn
+from lmsys.parallel.zero1 import ShardedOptimizer
+
+# name -> optimizer, its options, how it is sharded
+CASES = {
+    "sgd": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}, {}),
+    "adamw": (torch.optim.AdamW, {"lr": 0.01}, {}),
+    "adamw_fused": (torch.optim.AdamW, {"lr": 0.01, "fused": True}, {"bucket_size_mb": 0.002}),
+    "own_adamw": (AdamW, {"lr": 0.01}, {"bucket_size_mb": 0.002}),
+    "whole_parameters": (AdamW, {"lr": 0.01}, {"partition": "parameters", "bucket_size_mb": 0.002}),
+    "adafactor": (torch.optim.Adafactor, {"lr": 0.01}, {}),
+    "scattered": (AdamW, {"lr": 0.01}, {"reduce_scatter_gradients": True, "bucket_size_mb": 0.002}),
+    "scattered_whole": (
+        AdamW,
+        {"lr": 0.01},
+        {"reduce_scatter_gradients": True, "partition": "parameters", "bucket_size_mb": 0.002},
+    ),
+}
+
+
+def groups(module: nn.Module) -> list[dict]:
+    """Two groups with options of their own, the second all vectors; the frozen matrix is in the first, the tied twice."""
+    matrices = [p for p in module.parameters() if p.ndim >= 2] + [module.head.weight]
+    return [
+        {"params": matrices, "weight_decay": 0.1},
+        {"params": [p for p in module.parameters() if p.ndim < 2], "weight_decay": 0.0, "lr": 0.02},
+    ]
+
+
+def plain_groups(module: nn.Module) -> list[dict]:
+    first, second = groups(module)
+    return [first | {"params": first["params"][:-1]}, second]
+
+
+def average(module: nn.Module, zeros: bool) -> None:
+    """The oracle's all-reduce. zeros: a gradient that no rank has is zero, else None."""
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            used = torch.tensor(float(parameter.grad is not None))
+            dist.all_reduce(used)
+            if not (used or zeros):
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad /= dist.get_world_size()
+            dist.all_reduce(parameter.grad)
+
+
+def train(module, optimizer, scheduler, process, steps, *, scattered=None, zeros=False, max_norm=None, micro_batches=1):
+    """scattered: the optimizer averages the gradients."""
+    norms = []
+    for step in steps:
+        optimizer.zero_grad()
+        tokens, targets = (share(one, process.rank, process.world_size) for one in batch(step))
+        for i, (inputs, labels) in enumerate(
+            zip(tokens.chunk(micro_batches), targets.chunk(micro_batches), strict=True)
+        ):
+            if scattered and i + 1 < micro_batches:
+                with scattered.no_sync():
+                    (loss(module, inputs, labels) / micro_batches).backward()
+            else:
+                (loss(module, inputs, labels) / micro_batches).backward()
+        if not scattered:
+            average(module, zeros)
+        if max_norm is not None:
+            if isinstance(optimizer, ShardedOptimizer):
+                norms.append(optimizer.clip_grad_norm_(max_norm).item())
+            else:
+                norms.append(nn.utils.clip_grad_norm_(module.parameters(), max_norm).item())
+        optimizer.step()
+        scheduler.step()
+    return norms
+
+
+def schedule(optimizer):
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+
+
+def same_state(ours: dict, theirs: dict) -> bool:
+    """Whether two state_dicts are equal, bit for bit."""
+    if ours["param_groups"] != theirs["param_groups"] or ours["state"].keys() != theirs["state"].keys():
+        return False
+    return all(
+        ours["state"][index].keys() == state.keys()
+        and all(torch.equal(torch.as_tensor(ours["state"][index][key]), torch.as_tensor(state[key])) for key in state)
+        for index, state in theirs["state"].items()
+    )
+
+
+def compare(process, optimizer_cls, options, sharding, **training) -> dict:
+    """Train two toys, one with the plain optimizer, and say how they differ."""
+    plain, ours = toy(), toy(seed=process.rank)  # the optimizer makes them the same, but for what is frozen
+    ours.blocks[1].up.weight.data.copy_(plain.blocks[1].up.weight)
+    scatter = sharding.get("reduce_scatter_gradients", False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # whole parameters of a toy are not balanced
+        sharded = ShardedOptimizer(groups(ours), optimizer_cls, **sharding, **options)
+    optimizer = optimizer_cls(plain_groups(plain), **options)
+    schedules = schedule(sharded), schedule(optimizer)
+    first, second = range(3), range(3, STEPS)
+    scattered = sharded if scatter else None
+    ours_norms = train(ours, sharded, schedules[0], process, first, scattered=scattered, **training)
+    norms = train(plain, optimizer, schedules[1], process, first, zeros=scatter, **training)
+    added, plain_added = nn.Parameter(torch.ones(7, 3)), nn.Parameter(torch.ones(7, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sharded.add_param_group({"params": [added], "lr": 0.05})
+    optimizer.add_param_group({"params": [plain_added], "lr": 0.05})
+    for schedule_of in schedules:
+        schedule_of.base_lrs.append(0.05)
+        schedule_of.lr_lambdas.append(schedule_of.lr_lambdas[0])
+    for module, parameter in ((ours, added), (plain, plain_added)):
+        module.added = parameter
+        module.forward = lambda tokens, module=module: type(module).forward(module, tokens) * module.added.mean()
+    ours_norms += train(ours, sharded, schedules[0], process, second, scattered=scattered, **training)
+    norms += train(plain, optimizer, schedules[1], process, second, zeros=scatter, **training)
+    state = sharded.full_state_dict()
+    result = {
+        "partition": sharded.partition,
+        "difference": difference(ours, plain),
+        "norms": max((abs(a - b) for a, b in zip(ours_norms, norms, strict=True)), default=0.0),
+        "same_state": same_state(state, optimizer.state_dict()) if process.rank == 0 else state["state"] == {},
+        "lr": [group["lr"] for group in sharded.param_groups] == [group["lr"] for group in optimizer.param_groups],
+        "full_gradients": sum(p.grad is not None and p.grad.numel() == p.numel() for p in ours.parameters()),
+    }
+    sharded.close()
+    return result
+
+
+def balanced(process) -> dict:
+    """State of a model whose embedding is half of it, and of one that whole parameters can share."""
+    skewed = nn.Sequential(nn.Embedding(2000, 64), nn.Linear(64, 64), nn.Linear(64, 1000))
+    even = nn.Sequential(*(nn.Linear(64, 64) for _ in range(12)))
+    shares = {}
+    for name, module, partition in (("elements", skewed, "elements"), ("parameters", even, "parameters")):
+        optimizer = ShardedOptimizer(module.parameters(), torch.optim.Adam, partition=partition)
+        for parameter in module.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        whole = 2 * sum(parameter.nbytes for parameter in module.parameters())
+        steps = 4 * len([leaf for leaf in optimizer._leaves()])
+        shares[name] = (optimizer.state_nbytes() - steps) * process.world_size / whole
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ShardedOptimizer(skewed.parameters(), torch.optim.Adam, partition="parameters")
+    shares["warned"] = [str(one.message) for one in caught if "whole parameters leave" in str(one.message)]
+    return shares
+
+
+def saved(process, folder) -> None:
+    """Train three steps; leave the whole state and the sharded one in the folder for other world sizes."""
+    module = toy()
+    optimizer = ShardedOptimizer(groups(module), AdamW, lr=0.01, bucket_size_mb=0.002)
+    train(module, optimizer, schedule(optimizer), process, range(3))
+    optimizer.save_sharded(folder / "sharded")
+    state = optimizer.full_state_dict()
+    if process.rank == 0:
+        torch.save({"optimizer": state, "module": module.state_dict()}, folder / "whole.pt")
+    dist.barrier()
+
+
+def loaded(process, folder) -> dict:
+    """Load both forms at this world size; do two more steps; return the parameters and whether both states agreed."""
+    whole = torch.load(folder / "whole.pt")
+    results = []
+    for sharded in (False, True):
+        module = toy(seed=5)
+        module.load_state_dict(whole["module"])
+        optimizer = ShardedOptimizer(groups(module), AdamW, lr=0.5, bucket_size_mb=0.004)
+        if sharded:
+            optimizer.load_sharded(folder / "sharded")
+        else:
+            optimizer.load_state_dict(copy.deepcopy(whole["optimizer"]))
+        state = optimizer.full_state_dict()
+        agrees = process.rank != 0 or same_state(state, whole["optimizer"])
+        for step in range(3, STEPS):  # the same gradients at every world size
+            optimizer.zero_grad()
+            loss(module, *batch(step)).backward()
+            optimizer.step()
+        results.append((agrees, module.state_dict()))
+    return results
+
+
+def misuse(process) -> dict:
+    """The messages of errors that must be the same on both ranks."""
+    messages = {}
+
+    def caught(name, function):
+        with pytest.raises((ValueError, RuntimeError)) as error:
+            function()
+        messages[name] = str(error.value)
+
+    module = toy()
+    caught("mismatch", lambda: ShardedOptimizer([nn.Parameter(torch.zeros(3 + process.rank))], AdamW))
+    optimizer = ShardedOptimizer(module.parameters(), AdamW, reduce_scatter_gradients=True)
+    optimizer.step()  # agrees on an order
+    loss(module, *batch(0)).backward()
+    optimizer.zero_grad()
+    optimizer.finish_gradient_synchronization()
+    optimizer.close()
+    module = toy()
+    optimizer = ShardedOptimizer(module.parameters(), AdamW)
+    module.double()
+    caught("moved", optimizer.step)
+    module = nn.Linear(2, 2)
+    optimizer = ShardedOptimizer(module.parameters(), AdamW, reduce_scatter_gradients=True)
+    module(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    module(torch.ones(1, 2)).sum().backward()
+    caught("second", lambda: module(torch.ones(1, 2)).sum().backward())
+    optimizer.finish_gradient_synchronization()
+    optimizer.close()
+    return messages
+
+
+def two_ranks(process, folder) -> dict:
+    torch.manual_seed(0)
+    results = {name: compare(process, *case) for name, case in CASES.items()}
+    results["accumulated"] = compare(process, *CASES["scattered"], micro_batches=2)
+    for name in ("own_adamw", "scattered"):
+        results[f"clipped_{name}"] = compare(process, *CASES[name], max_norm=0.5)
+    results["balance"] = balanced(process)
+    results["misuse"] = misuse(process)
+    saved(process, folder)
+    results["loaded"] = loaded(process, folder)
+    return results
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("zero1")
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+    return spawn(two_ranks, 2, folder, device="cpu", timeout_s=TIME_LIMIT_S)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_plain_optimizer(results, name):
+    for rank in results:
+        assert rank[name]["lr"]
+        if name.startswith("scattered"):  # the mean is summed in another order
+            assert rank[name]["difference"] < 1e-6
+            assert rank[name]["full_gradients"] < results[0]["own_adamw"]["full_gradients"] / 1.5
+        else:
+            assert rank[name]["difference"] == 0.0
+            assert rank[name]["same_state"]
+
+
+def test_partition_follows_the_optimizer(results):
+    chosen = {name: results[0][name]["partition"] for name in CASES}
+    assert {name for name, partition in chosen.items() if partition == "parameters"} == {
+        "adafactor",
+        "whole_parameters",
+        "scattered_whole",
+    }
+
+
+def test_micro_batches_accumulate(results):
+    assert all(rank["accumulated"]["difference"] < 1e-6 for rank in results)
+
+
+@pytest.mark.parametrize("name", ["own_adamw", "scattered"])
+def test_clipping_by_global_norm(results, name):
+    for rank in results:
+        assert rank[f"clipped_{name}"]["norms"] < 1e-5
+        assert rank[f"clipped_{name}"]["difference"] < 1e-6
+
+
+def test_state_is_balanced(results):
+    for rank in results:
+        assert rank["balance"]["elements"] == pytest.approx(1, abs=0.05)
+        assert rank["balance"]["parameters"] == pytest.approx(1, abs=0.05)
+    (warning,) = results[0]["balance"]["warned"]
+    assert "times the mean" in warning
+    assert "partition='elements'" in warning
+
+
+def test_errors_of_several_ranks(results):
+    for rank in results:
+        assert "parameter group 0 of the optimizer differs between processes: rank(s) 1" in rank["misuse"]["mismatch"]
+        assert "has moved since the optimizer was made" in rank["misuse"]["moved"]
+        assert "run all but the last under the optimizer's no_sync()" in rank["misuse"]["second"]
+
+
+def test_state_goes_to_another_world_size(results, folder):
+    """Saved by two ranks, loaded by two, one and three, whole and sharded: the same state, and the same steps from there."""
+    one = loaded(Process(0, 0, 1, 1, torch.device("cpu"), ""), folder)
+    three = spawn(loaded, 3, folder, device="cpu", timeout_s=TIME_LIMIT_S)
+    (_, expected), _ = one
+    for world in (results[0]["loaded"], results[1]["loaded"], one, *three):
+        for agrees, weights in world:
+            assert agrees
+            for name, weight in weights.items():
+                torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"partition": "rows"}, "partition is 'rows'; give elements or parameters"),
+        ({"bucket_size_mb": 0}, "bucket_size_mb is 0; it must be above 0"),
+        ({"optimizer_cls": torch.optim.LBFGS}, "LBFGS evaluates the loss .* cannot be sharded"),
+        ({"optimizer_cls": torch.optim.Adafactor, "partition": "elements"}, "use partition='parameters'"),
+        ({"lr": -1.0}, "lr is -1.0"),
+        ({"params": []}, "no parameters"),
+    ],
+)
+def test_a_users_mistake_is_said(arguments, message):
+    arguments = {"params": [nn.Parameter(torch.zeros(4, 4))], "optimizer_cls": AdamW} | arguments
+    with pytest.raises(ValueError, match=message):
+        ShardedOptimizer(arguments.pop("params"), arguments.pop("optimizer_cls"), **arguments)
+
+
+def test_the_whole_state_is_not_read_from_one_rank(tmp_path):
+    optimizer = ShardedOptimizer(nn.Linear(3, 3).parameters(), AdamW)
+    with pytest.raises(RuntimeError, match=r"full_state_dict\(\) or save_sharded"):
+        optimizer.state_dict()
+    with pytest.raises(ValueError, match="no sharded state at"):
+        optimizer.load_sharded(tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"groups of \[1\] parameters and this optimizer's have \[2\]"):
+        optimizer.load_state_dict(AdamW([nn.Parameter(torch.zeros(3))]).state_dict())
+
+
+def test_an_unfrozen_parameter_is_refused():
+    module = nn.Linear(3, 3)
+    module.bias.requires_grad_(False)
+    optimizer = ShardedOptimizer(module.parameters(), AdamW)
+    module.bias.requires_grad_(True)
+    with pytest.raises(ValueError, match="was frozen when the optimizer was made"):
+        optimizer.step()
