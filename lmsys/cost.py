@@ -146,14 +146,14 @@ def parameter_sizes(config: ModelConfig) -> list[int]:
 
 
 def buckets(sizes: Sequence[int], element_bytes: int, bucket_bytes: float) -> list[int]:
-    """Bytes of each bucket when gradients fill them in this order: one is closed by the gradient that reaches bucket_bytes."""
-    made, filled = [], 0
+    """Bytes of each bucket when gradients fill them in this order: one that would pass bucket_bytes begins the next."""
+    made: list[int] = []
     for size in sizes:
-        filled += size * element_bytes
-        if filled >= bucket_bytes:
-            made.append(filled)
-            filled = 0
-    return [*made, filled] if filled else made
+        if made and made[-1] + size * element_bytes <= bucket_bytes:
+            made[-1] += size * element_bytes
+        else:
+            made.append(size * element_bytes)
+    return made
 
 
 def exposed_communication(messages: Sequence[float], link: Link, gpus: int, backward_s: float = 0.0) -> float:
@@ -188,23 +188,24 @@ def best_bucket_bytes(gradient_bytes: float, algorithm_bandwidth: float, call_ov
 
 # --- Memory of training ---------------------------------------------------------------------------
 
-SHARDINGS = ("replicated", "zero1", "fsdp")
+SHARDINGS = ("replicated", "zero1", "zero2", "fsdp")
 MEMORY_POINTS = ("after init", "before optimizer step", "after optimizer step")
 
 
 def training_state(config: ModelConfig, sharding: str, gpus: int) -> dict[str, float]:
     """Bytes on a device of fp32 parameters, gradients and Adam's two moments, after ZeRO (arXiv 1910.02054, section 3).
 
-    zero1: the moments are divided by the number of devices. fsdp: so are matrices and their gradients; the norms' gains are not. Padding,
-    and what is gathered for the moment, are not counted.
+    zero1: the moments are divided by the number of devices; zero2: gradients, too; fsdp: matrices, too, but not the norms' gains.
+    Padding, and what is gathered for the moment, are not counted.
     """
     if sharding not in SHARDINGS:
         raise unknown_name("sharding", sharding, SHARDINGS)
     parameters = model_parameters(config)
     gains = (2 * config.num_layers + 1) * config.d_model
     held = gains + (parameters - gains) / gpus if sharding == "fsdp" else parameters
-    moments = 2 * (parameters / gpus if sharding == "zero1" else held)
-    return {"parameters": 4.0 * held, "gradients": 4.0 * held, "optimizer": 4.0 * moments}
+    moments = 2 * (parameters / gpus if sharding in ("zero1", "zero2") else held)
+    gradients = parameters / gpus if sharding == "zero2" else held
+    return {"parameters": 4.0 * held, "gradients": 4.0 * gradients, "optimizer": 4.0 * moments}
 
 
 def memory_at(config: ModelConfig, sharding: str, gpus: int) -> dict[str, float]:

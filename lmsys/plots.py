@@ -518,3 +518,323 @@ def flash_benchmarking(frame) -> Figure:
     _legend(figure, axes.flat)
     figure.suptitle(f"batch {frame.batch.iloc[0]}, causal; {frame.device.iloc[0]}", fontsize=9, color="#555555")
     return figure
+
+
+# --- notebooks/lm_matrix, data_parallel, sharding -----------------------------------------------------
+
+WRAPPER_COLOURS = {
+    "none": "#999999",
+    "naive": "#56B4E9",
+    "flat": "#0072B2",
+    "overlap": "#009E73",
+    "flashddp": "#D55E00",
+    "flashddp+zero1": "#882255",
+    "torch_ddp": "#F0C808",
+    "fsdp": "#CC79A7",
+    "torch_fsdp2": "#E69F00",
+}
+PEER_WRAPPERS = ("torch_ddp", "torch_fsdp2")
+_OP_MARKERS = {"all_reduce": "o", "reduce_scatter": "s", "all_gather": "^"}
+_STRATEGY_COLOURS = {"DP": "#0072B2", "FSDP": "#D55E00", "TP": "#009E73", "FSDP + TP": "#CC79A7"}
+
+
+def _wrapper_colour(name: str) -> str:
+    return WRAPPER_COLOURS.get(name, "#444444")
+
+
+def _matrix_panels(frame):
+    """(title, rows) for each size, kernel and number of processes, one GPU first."""
+    return [
+        (f"{size}, {kernel}, {processes} GPUs" if processes > 1 else f"{size}, {kernel}", group)
+        for (size, kernel, processes), group in frame.groupby(["size", "kernel", "processes"], sort=False)
+    ]
+
+
+def _matrix_bars(frame, value, label: str, note) -> Figure:
+    """A panel for each size and kernel, a bar a wrapper: value(row), with note(row) at its end; a failed point says its status."""
+    panels = _matrix_panels(frame)
+    figure = Figure(figsize=(8.2, sum(0.32 * len(g) + 0.95 for _, g in panels) + 0.3), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=[len(g) + 2 for _, g in panels])[:, 0]
+    for axis, (title, group) in zip(axes, panels, strict=True):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(True, axis="x", color="#dddddd", linewidth=0.8)
+        axis.set_axisbelow(True)
+        highest = max([value(row) for row in group.itertuples() if row.status == "ok"], default=1.0)
+        for y, row in enumerate(group.itertuples()):
+            if row.status == "ok":
+                hatch = "////" if row.wrapper in PEER_WRAPPERS else None
+                axis.barh(y, value(row), 0.74, color=_wrapper_colour(row.wrapper), hatch=hatch, edgecolor="white")
+            text = note(row) if row.status == "ok" else row.status
+            at = value(row) if row.status == "ok" else 0.0
+            axis.annotate(f" {text}", (at, y), va="center", fontsize=8)
+        names = ["one GPU" if row.gpus == 1 else row.wrapper for row in group.itertuples()]
+        axis.set_yticks(range(len(group)), names, fontsize=8)
+        axis.set_ylim(len(group) - 0.5, -0.5)
+        axis.set_xlim(0, 1.3 * highest)
+        axis.set_title(title, loc="left", fontsize=10)
+    axes[-1].set_xlabel(label)
+    figure.suptitle(_setting(frame), fontsize=9, color="#555555")
+    return figure
+
+
+def _setting(frame) -> str:
+    """What the rows of a training step have in common."""
+    compiled = "compiled block by block" if frame.compiled.all() else "eager"
+    return f"{', '.join(dict.fromkeys(frame['dtype']))}, {compiled}; {frame.device.iloc[0]}"
+
+
+def matrix_time(frame) -> Figure:
+    """Time of a step under each wrapper; the note says how much of it communication adds."""
+
+    def note(row) -> str:
+        spread = f"{row.step_ms:.4g} ms"
+        return (
+            spread
+            if row.gpus == 1 or np.isnan(row.exposed_comm_ms)
+            else f"{spread}, {row.exposed_comm_ms:+.2f} exposed"
+        )
+
+    return _matrix_bars(frame, lambda row: row.step_ms, "time of a step, ms", note)
+
+
+def matrix_memory(frame) -> Figure:
+    """Peak memory of a step under each wrapper, a GPU."""
+    return _matrix_bars(
+        frame, lambda row: row.peak_mib / 1024, "peak memory a GPU, GiB", lambda row: f"{row.peak_mib / 1024:.3g} GiB"
+    )
+
+
+def matrix_throughput(frame) -> Figure:
+    """Tokens a second of all GPUs under each wrapper; the note says the share of linear scaling."""
+
+    def note(row) -> str:
+        rate = f"{row.tokens_per_s:,.0f}/s"
+        linear = row.gpus > 1 and not np.isnan(row.scaling_efficiency)
+        return f"{rate}, {100 * row.scaling_efficiency:.1f}% of linear" if linear else rate
+
+    return _matrix_bars(frame, lambda row: row.tokens_per_s / 1e3, "thousand tokens/s", note)
+
+
+def matrix_convergence(losses) -> Figure:
+    """Loss of each step under each wrapper, a panel for each size and kernel: lines that lie on each other."""
+    panels = _matrix_panels(losses)
+    figure, axes = _figure(8.0, 2.7 * len(panels) + 0.6, len(panels))
+    for axis, (title, group) in zip(axes[:, 0], panels, strict=True):
+        for width, ((wrapper, gpus), rows) in enumerate(group.groupby(["wrapper", "gpus"], sort=False)):
+            axis.plot(
+                rows.step,
+                rows.loss,
+                color=_wrapper_colour(wrapper),
+                linestyle="--" if wrapper in PEER_WRAPPERS else "-",
+                linewidth=max(1.0, 6.0 - 0.6 * width),  # later lines are thinner, so that equal ones all show
+                label="one GPU, the same batches" if gpus == 1 else wrapper,
+            )
+        axis.set_ylabel("loss, nats a token")
+        axis.set_title(title, loc="left", fontsize=10)
+    axes[-1, 0].set_xlabel("step")
+    _legend(figure, axes[:, 0])
+    return figure
+
+
+def collectives(frame) -> Figure:
+    """Bus bandwidth and time of each collective against the size; a colour a number of processes."""
+    ok = frame[frame.status == "ok"]
+    figure, axes = _figure(11.0, 4.4, 1, 2)
+    colours = dict(zip(sorted(set(ok.gpus)), ["#D55E00", "#0072B2", "#009E73", "#CC79A7"], strict=False))
+    for (op, gpus), group in ok.groupby(["op", "gpus"], sort=False):
+        group = group.sort_values("size_mib")
+        style = {"color": colours.get(gpus, "#444444"), "marker": _OP_MARKERS[op], "markersize": 4, "linewidth": 1.3}
+        axes[0, 0].plot(group.size_mib, group.busbw_gb_s, label=f"{op}, {gpus} processes", **style)
+        axes[0, 1].plot(group.size_mib, group.median_ms, label=f"{op}, {gpus} processes", **style)
+    for axis, label in ((axes[0, 0], "bus bandwidth, GB/s"), (axes[0, 1], "time, ms")):
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("size, MiB")
+        axis.set_ylabel(label)
+    axes[0, 1].set_yscale("log")
+    axes[0, 0].set_ylim(bottom=0)
+    _legend(figure, axes.flat)
+    figure.suptitle(f"{ok.backend.iloc[0]}; {ok.device.iloc[0]}" if len(ok) else "", fontsize=9, color="#555555")
+    return figure
+
+
+def step_timeline(traces) -> Figure:
+    """One traced step of each wrapper: its phases, when something computes and when something communicates."""
+    names = list(dict.fromkeys(traces.wrapper))
+    figure, axes = _figure(11.0, 1.35 * len(names) + 0.8, len(names))
+    lanes = {"phase": 2, "compute": 1, "communication": 0}
+    colours = {"forward": "#cccccc", "backward": "#999999", "optimizer": "#666666"}
+    longest = (traces.start_ms + traces.duration_ms).max()
+    for axis, name in zip(axes[:, 0], names, strict=True):
+        rows = traces[traces.wrapper == name]
+        for row in rows.itertuples():
+            own = colours.get(row.name, "#0072B2" if row.lane == "compute" else "#D55E00")
+            axis.broken_barh([(row.start_ms, row.duration_ms)], (lanes[row.lane] - 0.4, 0.8), facecolors=own)
+            if row.lane == "phase" and row.duration_ms > 0.04 * longest:
+                middle = row.start_ms + row.duration_ms / 2
+                axis.annotate(row.name, (middle, lanes["phase"]), ha="center", va="center", fontsize=7)
+        axis.set_yticks(list(lanes.values()), list(lanes), fontsize=8)
+        axis.set_ylim(-0.6, 2.6)
+        axis.set_xlim(0, longest)
+        axis.grid(False, axis="y")
+        axis.set_title(name, loc="left", fontsize=10)
+    axes[-1, 0].set_xlabel("ms from the beginning of the forward pass, under the profiler")
+    return figure
+
+
+def step_breakdown(frame) -> Figure:
+    """The step under each wrapper: what it takes without communication, and what communication adds, measured and by the model."""
+    figure, axes = _figure(8.4, 0.5 * len(frame) + 1.5)
+    axis = axes[0, 0]
+    for y, row in enumerate(frame.itertuples()):
+        exposed = 0.0 if np.isnan(row.exposed_comm_ms) else max(0.0, row.exposed_comm_ms)
+        axis.barh(y, row.step_ms - exposed, 0.6, color="#bbbbbb", label="computation")
+        axis.barh(
+            y,
+            exposed,
+            0.6,
+            left=row.step_ms - exposed,
+            color=_wrapper_colour(row.wrapper),
+            label="communication exposed",
+        )
+        if not np.isnan(row.model_ms) and row.gpus > 1:
+            axis.plot(
+                [row.step_ms - exposed + row.model_ms] * 2, [y - 0.4, y + 0.4], color="black", label="by the model"
+            )
+        axis.annotate(f" {row.step_ms:.4g} ms", (row.step_ms, y), va="center", fontsize=8)
+    axis.set_yticks(range(len(frame)), ["one GPU" if row.gpus == 1 else row.wrapper for row in frame.itertuples()])
+    axis.set_ylim(len(frame) - 0.5, -0.5)
+    axis.set_xlim(0, 1.15 * frame.step_ms.max())
+    axis.grid(False, axis="y")
+    axis.set_xlabel(
+        "time of a step, ms (the bar's coloured end: what communication adds; black: what the model says it adds)"
+    )
+    axis.set_title(f"{frame['size'].iloc[0]}, {_setting(frame)}", loc="left", fontsize=10)
+    return figure
+
+
+def bucket_sizes(frame) -> Figure:
+    """Time of flashddp's step, and the communication exposed in it and by the model, against the bucket size."""
+    several = frame[frame.gpus > 1]
+    sizes = [float(o.removeprefix("bucket_size_mb=")) if isinstance(o, str) and o else 25.0 for o in several.options]
+    several = several.assign(bucket_mb=sizes).sort_values("bucket_mb")
+    figure, axes = _figure(11.0, 4.0, 1, 2)
+    step, exposed = axes[0]
+    step.errorbar(
+        several.bucket_mb,
+        several.step_ms,
+        yerr=[several.step_ms - several.p20_ms, several.p80_ms - several.step_ms],
+        color="#D55E00",
+        marker="o",
+        capsize=3,
+    )
+    step.set_ylabel("time of a step, ms")
+    exposed.plot(several.bucket_mb, several.exposed_comm_ms, color="#D55E00", marker="o", label="measured")
+    exposed.plot(several.bucket_mb, several.model_ms, color="black", linestyle="--", marker="x", label="by the model")
+    exposed.set_ylabel("communication exposed, ms")
+    exposed.legend(frameon=False, fontsize=8)
+    for axis in (step, exposed):
+        axis.set_xscale("symlog", linthresh=0.1)
+        axis.set_xlabel("bucket size, MB")
+    return figure
+
+
+def scaling(frame) -> Figure:
+    """Tokens a second against the number of GPUs, beside linear scaling from one."""
+    figure, axes = _figure(6.4, 4.4)
+    axis = axes[0, 0]
+    one = frame[frame.gpus == 1]
+    counts = sorted(set(frame.gpus))
+    if len(one):
+        rate = one.tokens_per_s.iloc[0]
+        axis.plot(counts, [rate * n / 1e3 for n in counts], color="#999999", linestyle=":", label="linear")
+    for wrapper, rows in frame[frame.gpus > 1].groupby("wrapper", sort=False):
+        points = rows if one.empty else [*one.itertuples(), *rows.sort_values("gpus").itertuples()]
+        points = list(points.itertuples()) if hasattr(points, "itertuples") else points
+        axis.plot(
+            [row.gpus for row in points],
+            [row.tokens_per_s / 1e3 for row in points],
+            color=_wrapper_colour(wrapper),
+            linestyle="--" if wrapper in PEER_WRAPPERS else "-",
+            marker="o",
+            label=wrapper,
+        )
+    axis.set_xticks(counts)
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("GPUs")
+    axis.set_ylabel("thousand tokens/s")
+    axis.legend(frameon=False, fontsize=8)
+    axis.set_title(f"{frame['size'].iloc[0]}, {_setting(frame)}", loc="left", fontsize=10)
+    return figure
+
+
+def sharding_memory(memory) -> Figure:
+    """Memory of each sharding at each point of a step: bars as measured, a line as the formula says."""
+    points = list(dict.fromkeys(memory.point))
+    series = list(dict.fromkeys(zip(memory.sharding, memory.gpus, strict=True)))
+    colours = ["#999999", "#D55E00", "#882255", "#0072B2", "#CC79A7", "#E69F00", "#56B4E9", "#009E73"]
+    figure, axes = _figure(10.0, 4.6)
+    axis, width = axes[0, 0], 0.84 / max(1, len(series))
+    for i, (name, gpus) in enumerate(series):
+        rows = memory[(memory.sharding == name) & (memory.gpus == gpus)].set_index("point")
+        for j, point in enumerate(points):
+            if point not in rows.index:
+                continue
+            x = j + (i - (len(series) - 1) / 2) * width
+            label = name if gpus == 1 else f"{name}, {gpus} GPUs"
+            axis.bar(x, rows.measured_mib[point] / 1024, 0.92 * width, color=colours[i % len(colours)], label=label)
+            if not np.isnan(rows.predicted_mib[point]):
+                height = rows.predicted_mib[point] / 1024
+                axis.plot(
+                    [x - width / 2, x + width / 2], [height] * 2, color="black", linewidth=1.6, label="by formula"
+                )
+    axis.set_xticks(range(len(points)), points)
+    axis.set_ylabel("memory a GPU, GiB")
+    axis.set_title(memory["size"].iloc[0], loc="left", fontsize=10)
+    _legend(figure, axes.flat)
+    return figure
+
+
+def sharding_speed(frame) -> Figure:
+    """Time of a step and peak memory of each sharding, one against the other."""
+    ok = frame[frame.status == "ok"]
+    figure, axes = _figure(7.2, 4.6)
+    axis = axes[0, 0]
+    for row in ok.itertuples():
+        x, y = row.peak_mib / 1024, row.step_ms
+        axis.plot(x, y, "o", color=_wrapper_colour(row.wrapper), markersize=8)
+        name = row.sharding if row.gpus == 1 else f"{row.sharding}, {row.gpus} GPUs"
+        axis.annotate(f" {name}", (x, y), fontsize=8, va="bottom")
+    axis.set_xlim(0, 1.25 * ok.peak_mib.max() / 1024)
+    axis.set_ylim(0, 1.15 * ok.step_ms.max())
+    axis.set_xlabel("peak memory a GPU, GiB")
+    axis.set_ylabel("time of a step, ms")
+    axis.set_title(f"{ok['size'].iloc[0]}, {_setting(ok)}", loc="left", fontsize=10)
+    return figure
+
+
+def parallelism(frame) -> Figure:
+    """Calculated time of communication of each strategy beside that of computation, against the number of devices."""
+    passes = list(dict.fromkeys(frame["pass"]))
+    figure, axes = _figure(5.4 * len(passes), 4.4, 1, len(passes))
+    for axis, which in zip(axes[0], passes, strict=True):
+        rows = frame[frame["pass"] == which]
+        compute = rows.drop_duplicates("devices").sort_values("devices")
+        axis.plot(compute.devices, compute.compute_ms, color="black", linewidth=2, label="computation")
+        for strategy, group in rows[rows.communication_ms > 0].groupby("strategy", sort=False):
+            group = group.sort_values("devices")
+            axis.plot(
+                group.devices,
+                group.communication_ms,
+                color=_STRATEGY_COLOURS.get(strategy, "#444444"),
+                linestyle="--" if strategy == "DP" else "-",
+                marker="o",
+                markersize=3,
+                label=f"communication, {strategy}",
+            )
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xlabel("devices")
+        axis.set_ylabel("ms")
+        axis.set_title(f"{which.capitalize()}, {rows.tokens.iloc[0]:,.0f} tokens", loc="left", fontsize=10)
+    _legend(figure, axes.flat)
+    return figure

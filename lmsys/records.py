@@ -25,6 +25,7 @@ _STEP_COLUMNS = (
     *("step_ms", "p20_ms", "p80_ms", "samples", "tokens_per_s", "mfu", "exposed_comm_ms", "peak_mib"),
     *("scaling_efficiency", "final_loss"),
 )
+_TIMELINE_COLUMNS = ("wrapper", "lane", "name", "start_ms", "duration_ms")
 
 SCHEMAS: dict[str, tuple[str, ...]] = {
     "attention_sweep_results": (
@@ -92,9 +93,11 @@ SCHEMAS: dict[str, tuple[str, ...]] = {
     "lm_matrix_results": _STEP_COLUMNS,
     "lm_matrix_losses": ("kernel", "wrapper", "gpus", "size", "step", "loss"),
     "data_parallel_results": ("study", "options", *_STEP_COLUMNS),
-    "data_parallel_timeline": ("wrapper", "lane", "name", "start_ms", "duration_ms"),
+    "data_parallel_timeline": _TIMELINE_COLUMNS,
     "sharding_results": ("sharding", *_STEP_COLUMNS),
     "sharding_memory": ("sharding", "wrapper", "gpus", "size", "point", "status", "measured_mib", "predicted_mib"),
+    "sharding_timeline": _TIMELINE_COLUMNS,
+    "sharding_parallelism": ("strategy", "pass", "tokens", "devices", "compute_ms", "communication_ms", "bound"),
 }
 
 

@@ -12,6 +12,7 @@ once a size before they are timed. Source of the problem: Stanford CS336, assign
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 _PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": {"sizes_mib": (0.125, 1), "samples": 3, "budget_s": 0.1},
+    "smoke": {"sizes_mib": (0.0625, 4), "samples": 3, "budget_s": 0.1},
     "cpu": {"sizes_mib": (0.0625, 0.25, 1, 4, 16), "samples": 7, "budget_s": 0.2},
     "full": {"sizes_mib": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024), "samples": 20, "budget_s": 0.5},
 }
@@ -149,10 +150,10 @@ def rows(chosen: CollectiveSettings, device: torch.device) -> Iterator[dict[str,
 
 
 def links(frame) -> dict[tuple[str, int], cost.Link]:
-    """(op, gpus) -> latency and bus bandwidth, fitted to the rows that were measured."""
+    """(op, gpus) -> latency and bus bandwidth, fitted to the rows that were measured; none where they fit no line."""
     found = {}
     for (op, gpus), group in frame[frame.status == "ok"].groupby(["op", "gpus"], sort=False):
-        if len(group) > 1:
+        with contextlib.suppress(ValueError):  # one size, or so much noise that times do not grow with it
             found[op, gpus] = cost.Link.fit(op, gpus, list(group.size_mib * 2**20), list(group.median_ms / 1e3))
     return found
 
@@ -240,16 +241,17 @@ def table(frame) -> str:
 
 def conclusions(frame) -> list[str]:
     """What the rows show, in sentences made from their numbers."""
-    said = []
-    for (op, gpus), link in links(frame).items():
-        group = frame[(frame.op == op) & (frame.gpus == gpus) & (frame.status == "ok")]
+    said, fitted = [], links(frame)
+    for (op, gpus), group in frame[frame.status == "ok"].groupby(["op", "gpus"], sort=False):
         best = group.loc[group.busbw_gb_s.idxmax()]
-        half = cost.bus_factor(op, gpus)
-        said.append(
-            f"{op} of {gpus}: at most {records.significant(best.busbw_gb_s)} GB/s of bus bandwidth, at {best.size_mib:g} MiB. A line "
-            f"through the times: {records.significant(link.latency_s * 1e6)} us and {records.significant(link.bandwidth / 1e9)} GB/s, so that "
-            f"a message of {records.significant(link.latency_s * link.bandwidth / half / 2**20)} MiB spends half of its time waiting."
-        )
+        text = f"{op} of {gpus}: at most {records.significant(best.busbw_gb_s)} GB/s of bus bandwidth, at {best.size_mib:g} MiB."
+        if link := fitted.get((op, gpus)):
+            half = link.latency_s * link.bandwidth / cost.bus_factor(op, gpus) / 2**20
+            text += (
+                f" A line through the times: {records.significant(link.latency_s * 1e6)} us and {records.significant(link.bandwidth / 1e9)} "
+                f"GB/s, so that a message of {records.significant(half)} MiB spends half of its time on latency."
+            )
+        said.append(text)
     for row in frame[frame.status != "ok"].itertuples():
         said.append(f"{row.op} of {row.gpus} at {row.size_mib:g} MiB: {row.status}, {row.note}")
     return said

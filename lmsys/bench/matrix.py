@@ -213,13 +213,19 @@ def _check_tokens(path: str, workloads: Sequence[Workload]) -> None:
 
 def points(matrix: MatrixSettings) -> list[TrainPoint]:
     """The points of a matrix, one GPU before several."""
-    variants = [variant(name) for name in matrix.wrappers]
-    return replicas.points_of(matrix.workloads, matrix.gpus, lambda _: variants)
+    return replicas.points_of(
+        matrix.workloads, matrix.gpus, lambda workload: [variant(name, workload) for name in matrix.wrappers]
+    )
 
 
-def variant(name: str) -> dict[str, Any]:
-    """The fields of a TrainPoint that a name stands for, such as flashddp+zero1."""
-    return {"wrapper": name.removesuffix(ZERO1), "sharded_optimizer": name.endswith(ZERO1)}
+def variant(name: str, workload: Workload) -> dict[str, Any]:
+    """The fields of a TrainPoint that a name stands for, such as flashddp+zero1. A fully sharded model gathers in the compute dtype."""
+    gathers = "fsdp" in name and workload.dtype != "fp32"
+    return {
+        "wrapper": name.removesuffix(ZERO1),
+        "sharded_optimizer": name.endswith(ZERO1),
+        "options": (("compute_dtype", workload.dtype),) if gathers else (),
+    }
 
 
 def run(

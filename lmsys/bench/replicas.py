@@ -144,7 +144,6 @@ def _run_points(
     """In each process: every point, its result written by rank 0 as a line."""
     if process.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # as lmsys.train does
-    gc.freeze()  # what was imported, which the collector and live_bytes() need not look through
     for point in points:
         faulthandler.dump_traceback_later(limit_s, exit=True)
         result = measure(process, point, *args)
@@ -223,6 +222,7 @@ class TrainPoint:
     Attributes:
         gpus: that take part, of the group's processes: all, or one with the wrapper none.
         sharded_optimizer: ZeRO-1. options: of the wrapper. optimizer_options: of the sharded optimizer.
+        traced: one more step, under the profiler.
     A loss step sees processes x local_batch sequences, whether all GPUs take part or one takes them in turn.
     """
 
@@ -233,6 +233,7 @@ class TrainPoint:
     sharded_optimizer: bool = False
     options: tuple[tuple[str, Any], ...] = ()
     optimizer_options: tuple[tuple[str, Any], ...] = ()
+    traced: bool = False
 
     @property
     def name(self) -> str:
@@ -255,14 +256,13 @@ class Plan:
 
     Attributes:
         loss_steps: from the initial weights, losses kept; they compile and warm up, too.
-        timed_steps, quiet_steps: after that, with communication and without it. traced: one more under the profiler.
+        timed_steps, quiet_steps: after that, with communication and without it.
         eval_batches: of valid_tokens, after the loss steps.
     """
 
     loss_steps: int
     timed_steps: int
     quiet_steps: int
-    traced: bool = False
     eval_batches: int = 4
 
 
@@ -285,9 +285,11 @@ class Replica:
         global _compiled_for
         self.process, self.point, self.plan, self.device = process, point, plan, process.device
         workload = point.workload
-        if _compiled_for != workload:
+        if workload.compiled and _compiled_for != workload:
             torch._dynamo.reset()  # a second shape would be compiled for any shape
             _compiled_for = workload
+        gc.collect()
+        gc.freeze()  # what was imported and compiled, which the collector and live_bytes() need not look through
         self.alone = point.gpus == 1
         self.batches = self._batches()
         self.memory: dict[str, float] = {}
@@ -339,8 +341,8 @@ class Replica:
     def measure(self) -> dict[str, Any]:
         """Losses a step (means over the whole batch), times, memory.
 
-        Times are of each step, the largest over the ranks: times_ms with communication, finish_ms of it the wait after the backward
-        pass, quiet_ms without. Memory in bytes: memory at the points of the first step, peak_bytes during the timed steps.
+        Times are of each step, the largest over the ranks: times_ms with communication, of which backward_ms the backward pass and
+        finish_ms the wait after it; quiet_ms without. Memory in bytes: memory at the points of the first step, peak_bytes of a later one.
         """
         plan, timed = self.plan, [step[:1] for step in self.batches]
         losses = [self.step(batches, first=index == 0) for index, batches in enumerate(self.batches)]
@@ -354,10 +356,11 @@ class Replica:
             return result | {"status": "error", "note": f"the losses are {result['losses']}"}
 
         result["peak_bytes"] = self._peak(timed)
-        finish = Clock(self.device)
-        result["times_ms"] = self._timed(timed, plan.timed_steps, finish=finish)
-        result["finish_ms"] = [] if self.alone else largest(self.process, finish.times_ms()[::2])
-        if plan.traced:
+        marks = Clock(self.device)
+        result["times_ms"] = self._timed(timed, plan.timed_steps, marks=marks)
+        parts = largest(self.process, marks.times_ms())  # backward, finish, and the rest up to the next backward
+        result |= {"backward_ms": parts[0::3], "finish_ms": parts[1::3]}
+        if self.point.traced:
             from lmsys.bench import timeline
 
             result["timeline"] = timeline.trace(lambda: self.step(timed[0]), self.device)
@@ -372,27 +375,27 @@ class Replica:
         *,
         communicate: bool = True,
         first: bool = False,
-        finish: Clock | None = None,
+        marks: Clock | None = None,
     ) -> Tensor:
-        """One step of the optimizer; the loss, a scalar on the device. first: note the memory; finish: time the wait."""
+        """One step of the optimizer; the loss, a scalar on the device. first: note the memory; marks: time its parts."""
         from lmsys.bench.timeline import phase
 
         dtype = self.point.workload.dtype
+        tick = (lambda: None) if marks is None else marks.tick
         total = torch.zeros((), device=self.device)
         for index, (inputs, targets) in enumerate(batches):
             with self._quiet(communicate and index == len(batches) - 1):
                 with phase("forward"), autocast(self.device, dtype):
                     loss = self.loss_function(self.trained(inputs), targets) / len(batches)
+                tick()
                 with phase("backward"):
                     loss.backward()
             total += loss.detach()
-        if communicate and not self.alone:
-            if finish is not None:
-                finish.tick()
-            (self.optimizer if self.point.scatters else self.trained).finish_gradient_synchronization()
-            if finish is not None:
-                finish.tick()
         del loss
+        tick()
+        if communicate and not self.alone:
+            (self.optimizer if self.point.scatters else self.trained).finish_gradient_synchronization()
+        tick()
         if first:
             self._remember("before optimizer step")
         with phase("optimizer"):
