@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -389,6 +390,14 @@ class Overlap(FlashDDP):
         super().__init__(module, bucket_size_mb=0, **options)
 
 
+# How torch's wrapper is told not to broadcast buffers at each forward pass: renamed in torch 2.13, where the old name warns.
+_NO_BUFFERS = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    else "broadcast_buffers"
+)
+
+
 class TorchDDP(nn.parallel.DistributedDataParallel):
     """torch's DistributedDataParallel with the interface of the wrappers here; gradients are views of its buckets.
 
@@ -420,7 +429,9 @@ class TorchDDP(nn.parallel.DistributedDataParallel):
             )
         if communication_dtype == torch.bfloat16 and dist.get_backend(group) != "nccl":
             raise ValueError("torch_ddp communicates in bfloat16 with NCCL only, on GPUs; give float16 or None")
-        make_replicas(module, group)  # torch's leaves out the buffers where it does not broadcast them at each step
+        make_replicas(
+            module, group
+        )  # torch before 2.13 leaves the buffers alone where it does not send them at each step
         device = next(module.parameters()).device
         super().__init__(
             module,
@@ -429,7 +440,7 @@ class TorchDDP(nn.parallel.DistributedDataParallel):
             bucket_cap_mb=bucket_size_mb,
             gradient_as_bucket_view=True,
             find_unused_parameters=find_unused,
-            broadcast_buffers=False,
+            **{_NO_BUFFERS: False},
         )
         if communication_dtype is not None:
             self.register_comm_hook(group, hooks[communication_dtype])

@@ -333,15 +333,15 @@ def _ended(rank: int, world_size: int, process: Any) -> _Failure:
     """What to say of a process that ended without a word."""
     at = time.monotonic()
     process.join()
+    name = f"rank {rank} of {world_size}"
     if process.exitcode < 0:
-        return _Failure(rank, at, _killed(rank, world_size, -process.exitcode), signal=-process.exitcode)
-    return _Failure(rank, at, f"rank {rank} of {world_size} exited with code {process.exitcode} and no result")
+        return _Failure(rank, at, _killed(name, -process.exitcode), signal=-process.exitcode)
+    return _Failure(rank, at, f"{name} exited with code {process.exitcode} and no result")
 
 
-def _killed(rank: int, world_size: int, number: int) -> str:
-    name = signal.Signals(number).name
+def _killed(name: str, number: int) -> str:
     hint = "; was this machine out of memory?" if number == signal.SIGKILL else ""
-    return f"rank {rank} of {world_size} was killed by {name}{hint}"
+    return f"{name} was killed by {signal.Signals(number).name}{hint}"
 
 
 def _rank_main(
@@ -432,17 +432,18 @@ def launch(
         errors="replace",
         env={"OMP_NUM_THREADS": str(threads)} | os.environ | {"PYTHONUNBUFFERED": "1"} | (environment or {}),
     )
-    lines: deque[str] = deque(maxlen=100)
+    last: deque[str] = deque(maxlen=_LAST_LINES)
+    report: list[str] = []  # torchrun's own, of a failure: it becomes the error
     failure: re.Match[str] | None = None
-    reporting = False  # torchrun's own report of a failure, which becomes the error
     try:
         for line in run.stdout:
             line = line.rstrip("\n")
-            lines.append(line)
             failure = failure or _FAILED.search(line)
-            reporting = reporting or _REPORT.match(line) is not None
-            if not reporting:
-                on_line(line)
+            if report or _REPORT.match(line):
+                report.append(line)
+                continue
+            last.append(line)
+            on_line(line)
         code = run.wait()
     finally:
         if run.poll() is None:
@@ -457,11 +458,12 @@ def launch(
         return
     if failure is not None:
         raise RankError(failure[0], int(failure[1]))
-    killed = _ROOT_CAUSE.search("\n".join(lines))
+    killed = _ROOT_CAUSE.search("\n".join(report))
     if killed:
         rank, number = int(killed[1]), int(killed[2])
-        raise RankError(_killed(rank, processes * nodes, number), rank, number)
-    raise RankError(f"torchrun ended with code {code}; the last lines:\n" + "\n".join(list(lines)[-_LAST_LINES:]))
+        name = f"rank {rank} of {processes}" if nodes == 1 else f"rank {rank}"
+        raise RankError(_killed(name, number), rank, number)
+    raise RankError(f"torchrun ended with code {code}; the last lines:\n" + "\n".join(last))
 
 
 # --- Small collectives ----------------------------------------------------------------------------
