@@ -214,18 +214,34 @@ def arrival(process):
 
 def early(process):
     """How many buckets had left before backward ended, in the first step and in the second, which uses all parameters."""
-    module = toy()
-    module.unused.requires_grad_(False)
-    wrapped = wrap(module, "flashddp", bucket_size_mb=SMALL_MB)
-    sent = []
-    for _ in range(2):
-        module.zero_grad()
-        tokens, targets = (share(t, process.rank, RANKS) for t in batch(0))
-        tokens[0, 0] = 0
-        loss(wrapped, tokens, targets).backward()
-        sent.append(wrapped._next)
-        wrapped.finish_gradient_synchronization()
-    return {"sent": sent, "buckets": len(wrapped.buckets)}
+    found = {}
+    for layout in ("grouped", "flat"):
+        module = toy()
+        module.unused.requires_grad_(False)
+        fresh = {}  # where backward put each gradient, before the wrapper's hook
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(
+                    lambda p, fresh=fresh: fresh.update({p: p.grad.data_ptr()})
+                )
+        wrapped = wrap(module, "flashddp", bucket_size_mb=SMALL_MB, layout=layout)
+        sent = []
+        for _ in range(2):
+            module.zero_grad()
+            tokens, targets = (share(t, process.rank, RANKS) for t in batch(0))
+            tokens[0, 0] = 0
+            loss(wrapped, tokens, targets).backward()
+            sent.append(wrapped._next)
+            wrapped.finish_gradient_synchronization()
+        found[layout] = {
+            "sent": sent,
+            "buckets": len(wrapped.buckets),
+            "stayed": [parameter.grad.data_ptr() == place for parameter, place in fresh.items()],
+            "storages": [len({p.grad.untyped_storage().data_ptr() for p in bucket}) for bucket in wrapped.buckets],
+            "aligned": all(p.grad.data_ptr() % 16 == 0 for bucket in wrapped.buckets for p in bucket),
+            "sizes": [len(bucket) for bucket in wrapped.buckets],
+        }
+    return found
 
 
 def message(function, *args, error=ValueError, **kwargs):
@@ -399,10 +415,18 @@ def test_buckets_follow_rank_0s_order_of_arrival(results):
         assert size <= SMALL_MB * 1e6 or len(names) == 1
 
 
-def test_buckets_leave_during_backward(results):
+@pytest.mark.parametrize("layout", ["grouped", "flat"])
+def test_buckets_leave_during_backward(results, layout):
     for found in results["early"]:
-        assert found["buckets"] > 3
-        assert found["sent"] == [0, found["buckets"]]
+        assert found[layout]["buckets"] > 3
+        assert found[layout]["sent"] == [0, found[layout]["buckets"]]
+
+
+def test_gradients_stay_or_share_a_buffer(results):
+    for found in results["early"]:
+        assert all(found["grouped"]["stayed"]) and found["grouped"]["storages"] == found["grouped"]["sizes"]
+        assert not any(found["flat"]["stayed"]) and set(found["flat"]["storages"]) == {1}
+        assert max(found["flat"]["sizes"]) > 1 and found["flat"]["aligned"]
 
 
 def test_mismatched_models_end_in_one_error(results):
@@ -416,7 +440,10 @@ def test_mismatched_models_end_in_one_error(results):
 def test_mistakes_are_named(results):
     for rank, found in enumerate(results["mistakes"]):
         for name in ("naive", "flat", "overlap", "flashddp"):
-            assert "the shape of the batch differs between processes" in found[f"uneven first {name}"]
+            assert found[f"uneven first {name}"] == (
+                "the shape of the batch differs between processes: rank(s) 1 from rank 0; first where rank 0 has '(4, 3)', "
+                "rank 1 has '(5, 3)'; drop an incomplete last batch"
+            )
         if rank == 1:
             assert "this batch has shape (2, 3), the first had (4, 3)" in found["uneven later"]
         assert "call finish_gradient_synchronization() after" in found["backward twice"]

@@ -142,10 +142,10 @@ def test_spawn_returns_results_by_rank():
         assert found["mean"] == 1.0
         assert found["large"].unique().item() == rank
         assert found["messages"] == [
-            "the settings differs between processes: rank(s) 1, 2 from rank 0; first where rank 0 has 'b0', rank 1 has 'b1'. "
-            "Start every process with the same settings",
+            "the settings differs between processes: rank(s) 1, 2 from rank 0; first where rank 0 has 'b0', rank 1 has 'b1'; "
+            "start every process with the same settings",
             "the settings differs between processes: rank(s) 1, 2 from rank 0; first where rank 0 has '(nothing)', rank 1 has "
-            "'c'. Start every process with the same settings",
+            "'c'; start every process with the same settings",
         ]
     assert not dist.is_initialized()
 

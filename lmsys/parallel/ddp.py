@@ -131,7 +131,7 @@ class DataParallel(nn.Module):
         """
         if not self._batch_agreed:
             shape = None if self._batch_shape is None else tuple(self._batch_shape)
-            check_same_everywhere(str(shape), "the shape of the batch", self.group)
+            check_same_everywhere(str(shape), "the shape of the batch", self.group, "drop an incomplete last batch")
             self._batch_agreed = True
         self._synchronize()
 

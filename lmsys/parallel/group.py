@@ -497,7 +497,12 @@ def mean_over_ranks(tensor: Tensor, group: dist.ProcessGroup | None = None) -> T
     return mean
 
 
-def check_same_everywhere(description: str, what: str, group: dist.ProcessGroup | None = None) -> None:
+def check_same_everywhere(
+    description: str,
+    what: str,
+    group: dist.ProcessGroup | None = None,
+    fix: str = "start every process with the same settings",
+) -> None:
     """Raise the same ValueError in every process unless all give the same description, one line an item.
 
     To be called before collectives that would hang or mix up values where processes differ.
@@ -515,7 +520,7 @@ def check_same_everywhere(description: str, what: str, group: dist.ProcessGroup 
     ours, theirs = next(((a, b) for a, b in zip(*padded, strict=True) if a != b), ("", ""))
     raise ValueError(
         f"{what} differs between processes: rank(s) {', '.join(map(str, differing))} from rank 0; first where rank 0 has "
-        f"'{ours}', rank {differing[0]} has '{theirs}'. Start every process with the same settings"
+        f"'{ours}', rank {differing[0]} has '{theirs}'; {fix}"
     )
 
 
