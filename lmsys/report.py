@@ -28,6 +28,9 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
     "pipeline": {"smoke": {}, "cpu": {}, "full": {}},
     "flash_attention": {"smoke": {}, "cpu": {}, "full": {}},
     "attention_sweep": {"smoke": {}, "cpu": {}, "full": {"passes": ["forward", "backward"]}},
+    "lm_matrix": {"smoke": {}, "cpu": {}, "full": {}},
+    "data_parallel": {"smoke": {}, "cpu": {}, "full": {}},
+    "sharding": {"smoke": {}, "cpu": {}, "full": {}},
 }
 HEADLINE_MACHINE = "h200"
 
