@@ -165,7 +165,9 @@ def run(
             )
         last = history.rows[-1]
         parameters = cost.model_parameters(config.model)
-        detail = f"{parameters:,} parameters, {processes} process(es), step {last['step']}, {last['tokens']:,} tokens"
+        detail = f"{parameters:,} parameters, step {last['step']}, {last['tokens']:,} tokens"
+        if processes > 1:
+            detail += f", in {processes} processes"
         ran = history.resumed_from is None or history.resumed_from < last["step"]
         if not ran:
             detail += "; the run was finished already"

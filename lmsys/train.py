@@ -8,8 +8,8 @@ Resuming is exact: on the CPU, with as many threads, an interrupted run gives th
 fp32 on a CUDA GPU uses TF32 in matrix products (torch's precision "high"), as is the practice; MFU is then against the TF32
 peak.
 
-In several processes, each trains on its rows of the batches that one process with the whole batch would read, and rank 0
-evaluates, samples, logs and saves. Losses are means over the ranks, taken where a row is written. A checkpoint is that of one
+In several processes, each trains on its rows of the batches that one process with the whole batch would read, and evaluates
+its part of the validation batches; rank 0 samples, logs and saves. Losses are means over the ranks, taken where a row is written. A checkpoint is that of one
 process: a run can go on with another number of processes or another wrapper, to the same losses to rounding, if processes x
 batch_size x gradient_accumulation_steps stays what it was. Nothing that is computed draws from torch's random generators once
 the weights are there (no dropout; batches and samples have generators of their own), so that rank 0's state stands for all.
@@ -21,6 +21,7 @@ from __future__ import annotations
 import csv
 import errno
 import functools
+import itertools
 import json
 import math
 import os
@@ -61,10 +62,7 @@ METRICS_FILE, SAMPLES_FILE, CHECKPOINTS = "metrics.csv", "samples.jsonl", "check
 
 @dataclass(frozen=True)
 class History:
-    """What a run did: the rows of metrics.csv and samples.jsonl, those before a resume included.
-
-    In several processes, rank 0's is whole; the others' lacks validation losses and samples.
-    """
+    """What a run did: the rows of metrics.csv and samples.jsonl, those before a resume included. Samples are rank 0's."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -240,20 +238,29 @@ def evaluate(
     max_batches: int,
     dtype: str = "fp32",
     forward: nn.Module | None = None,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> float:
     """Mean next-token loss in nats over the first max_batches batches of the tokens, the same ones at every call.
 
-    forward: what computes the logits where it is not the model itself, as a wrapper that gathers its parameters.
+    Args:
+        forward: what computes the logits where it is not the model itself, as a wrapper that gathers its parameters.
+        rank, world_size: of the processes that share the batches; all of them call this, and go forward equally often.
     """
     forward = model if forward is None else forward
     device = model.token_embeddings.weight.device
-    total, count = torch.zeros((), dtype=torch.float64, device=device), 0
-    for inputs, targets in sequential_batches(tokens, batch_size, model.config.context_length, max_batches):
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # of losses, and of tokens
+    batches = sequential_batches(tokens, batch_size, model.config.context_length, max_batches)
+    while together := list(itertools.islice(batches, world_size)):
+        inputs, targets = together[min(rank, len(together) - 1)]
         with autocast(device, dtype):
             loss = cross_entropy(forward(_to_device(inputs, device)), _to_device(targets, device))
-        total += loss.double() * targets.size
-        count += targets.size
-    return total.item() / count
+        if rank < len(together):
+            sums += torch.stack((loss.double() * targets.size, torch.full_like(sums[1], targets.size)))
+    if world_size > 1:
+        sums = group.mean_over_ranks(sums)
+    total, count = sums.tolist()
+    return total / count
 
 
 def total_steps(config: PipelineConfig, train_length: int, world_size: int = 1) -> int:
@@ -384,20 +391,19 @@ class _Replica:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def evaluate(self, tokens: np.ndarray) -> float | None:
-        """The validation loss, computed by rank 0 alone unless the parameters are spread over all processes."""
-        if self.rank != 0 and not self.fully_sharded:
-            return None
+    def evaluate(self, tokens: np.ndarray) -> float:
+        """The validation loss over eval_batches times the sequences of a step, which the processes share."""
         settings = self.config.train
-        loss = evaluate(
+        return evaluate(
             self.model,
             tokens,
             batch_size=settings.batch_size,
-            max_batches=settings.eval_batches,
+            max_batches=settings.eval_batches * settings.gradient_accumulation_steps * self.world_size,
             dtype=settings.dtype,
             forward=self.module if self.fully_sharded else None,
+            rank=self.rank,
+            world_size=self.world_size,
         )
-        return loss if self.rank == 0 else None
 
     def samples(self, tokenizer: Tokenizer) -> list[dict[str, str]]:
         """Each prompt with the text that the model writes after it, on rank 0; empty elsewhere."""

@@ -99,11 +99,14 @@ def test_context_beyond_the_models(tmp_path, capsys):
     [
         (["--attention_kernel", "flash"], "unknown attention kernel 'flash'"),
         (["--attention_kernel", "torch_sdpa_cudnn", "--override", "train.device=cpu"], "torch_sdpa_cudnn"),
-        (["--ddp_wrapper", "flashddp"], "more than one"),
+        (["--ddp_wrapper", "flashddp", "--override", "train.device=cpu"], "more than one"),
         (
             ["--attention_kernel", "flash_attention_triton", "--override", "train.compile=true", "train.device=cpu"],
             "'flash_attention_triton'",
         ),
+        (["--ddp_wrapper", "flashddp", "--processes", "0"], "train.processes is 0"),
+        (["--processes", "2"], "'none' is for one process and this run has 2"),
+        (["--sharded_optimizer"], "train.sharded_optimizer shares the optimizer's state among processes"),
         (["--ddp_wrapper", "dpp"], "unknown ddp_wrapper 'dpp'"),
         (["--override", "train.device=cuda:64"], "cuda:64"),
         (["--config", "none.json"], "no config file"),
@@ -116,6 +119,25 @@ def test_context_beyond_the_models(tmp_path, capsys):
 def test_bad_pipeline_settings(arguments, message, capsys, output_root):
     assert message in fails(capsys, *SMOKE, *arguments)
     assert not list(output_root.rglob("train.txt")), "it must be found before any work"
+
+
+def test_a_failed_process_is_one_line(capsys, monkeypatch):
+    from lmsys.parallel import group
+
+    def launch(arguments, processes, **_):
+        assert (arguments[:2], processes) == (["train", "--config"], 2)
+        raise group.RankError("rank 1 of 2 failed: OSError: out of memory")
+
+    monkeypatch.setattr(group, "launch", launch)
+    line = fails(capsys, *SMOKE, "--ddp_wrapper", "flashddp", "--processes", "2", "--override", "train.device=cpu")
+    assert line == "lmsys pipeline: rank 1 of 2 failed: OSError: out of memory"
+
+
+def test_what_all_processes_are_told_is_said_by_one(capsys, monkeypatch):
+    for rank in (0, 1):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert main(["train", "--size", "huge"]) == 2
+    assert len([line for line in capsys.readouterr().err.splitlines() if "unknown model size 'huge'" in line]) == 1
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,9 @@ def test_epochs_take_the_place_of_the_presets_steps():
         ("data.dataset_mode=local_npy", "needs data.train_tokens_path"),
         ("data.valid_fraction=1", "between 0 and 1"),
         ("train.dtype=fp8", "unknown train.dtype"),
+        ("train.processes=0", "train.processes is 0"),
+        ("train.sharded_optimizer=true", "among processes and train.ddp_wrapper 'none' is for one"),
+        ("train.bucket_size_mb=5", "train.bucket_size_mb is an option of flashddp, torch_ddp"),
         ("generate.top_p=0", "top_p"),
         ("wandb.mode=maybe", "unknown wandb.mode"),
     ],
@@ -115,6 +118,22 @@ def test_epochs_take_the_place_of_the_presets_steps():
 def test_bad_settings_are_errors(override, message):
     with pytest.raises(ValueError, match=message):
         pipeline_config("smoke", overrides=[override])
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "override", "message"),
+    [
+        ("fsdp", "sharded_optimizer=true", "what train.ddp_wrapper 'fsdp' has sharded already"),
+        ("torch_fsdp2", "sharded_optimizer=true", "what train.ddp_wrapper 'torch_fsdp2' has sharded already"),
+        ("fsdp", "communication_dtype=bf16", "'fsdp' does not take it"),
+        ("flat", "bucket_size_mb=1", "'flat' does not take it"),
+        ("flashddp", "bucket_size_mb=-1", "bucket_size_mb is -1.0; it must be positive, or 0"),
+        ("flashddp", "communication_dtype=fp16", "unknown train.communication_dtype 'fp16'.*bf16"),
+    ],
+)
+def test_settings_that_a_wrapper_does_not_take(wrapper, override, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline_config("smoke", overrides=[f"train.ddp_wrapper={wrapper}", f"train.{override}"])
 
 
 def test_bad_files_are_errors(tmp_path):

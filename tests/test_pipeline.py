@@ -4,9 +4,10 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 
 from lmsys import checkpoint, pipeline
-from lmsys.config import to_dict
+from lmsys.config import PipelineConfig, build, to_dict
 from lmsys.records import SCHEMAS, read_results
 
 TINY = [
@@ -111,6 +112,60 @@ def test_a_longer_run_goes_on_from_the_checkpoint(again):
     assert [row["step"] for row in longer.history.rows] == [1, 2, 3, 4, 5, 6]
 
 
+def test_training_goes_on_in_several_processes(again, monkeypatch):
+    """The pipeline starts them, passes their lines on and logs their rows to wandb; the rest happens once, as ever."""
+
+    class Run:
+        logged, summary = {}, {}
+
+        def log(self, row, step):
+            self.logged[step] = row
+
+        def finish(self):
+            pass
+
+    monkeypatch.setattr("lmsys.train.init_wandb", lambda *_: Run())
+    settings = [
+        "processes=2",
+        "batch_size=2",
+        "ddp_wrapper=flashddp",
+        "sharded_optimizer=true",
+        "steps=6",
+        "device=cpu",
+    ]
+    config = pipeline.settings("smoke", overrides=[*TINY, *(f"train.{setting}" for setting in settings)])
+    lines = []
+    result = pipeline.run(config, say=lines.append)
+    assert result.history.resumed_from == 4 and "in 2 processes, resumed from step 4" in result.stages[3].detail
+    assert [row["step"] for row in result.history.rows] == [1, 2, 3, 4, 5, 6]
+    assert result.history.rows[-1]["tokens"] == 6 * 4 * 64
+    assert list(Run.logged) == [5, 6] and Run.logged[6]["train_loss"] == result.history.rows[-1]["train_loss"]
+    assert Run.summary == result.evaluation
+    assert any(line.startswith("step 6 of 6: loss ") for line in lines)
+    assert {sample["step"] for sample in result.history.samples} == {2, 4, 6}
+    assert len(result.stories) == 2 and result.history.checkpoint == again / "checkpoints" / "step-00000006"
+
+
+def test_how_many_processes(monkeypatch):
+    def count(gpus, **train):
+        monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+        kind = "cuda" if gpus else "cpu"
+        monkeypatch.setattr("lmsys.device.resolve_device", lambda _name: torch.device(kind))
+        return pipeline._processes(build(PipelineConfig, {"train": train}))
+
+    assert count(8) == count(0) == 1  # no wrapper was chosen
+    assert count(8, ddp_wrapper="flashddp") == 8
+    assert count(8, ddp_wrapper="flashddp", processes=2) == 2
+    assert count(0, ddp_wrapper="flashddp", processes=2) == 2
+    for gpus in (0, 1):
+        with pytest.raises(ValueError, match=f"'fsdp' needs more than one process.* {gpus} GPU"):
+            count(gpus, ddp_wrapper="fsdp")
+    with pytest.raises(ValueError, match=r"train\.processes is 3 and this machine has 2 GPU"):
+        count(2, ddp_wrapper="flashddp", processes=3)
+    with pytest.raises(ValueError, match="unknown ddp_wrapper 'flash'"):
+        count(2, ddp_wrapper="flash")
+
+
 def test_skip_data_takes_what_is_there(again, output_root):
     result, lines = run("data.seed=99", skip_data=True)
     assert "skip_data" in lines[0] and result.stages[0].status == "skipped"
@@ -165,3 +220,42 @@ def test_train_alone_on_random_tokens_and_on_a_text(tmp_path):
         "tiny", context_length=16, vocab_size=280, text=str(text), flags=flags, progress=False
     )
     assert to_dict(pipeline.load_run("runs/text")[0].config)["vocab_size"] <= 280
+
+
+def test_train_alone_takes_a_config_and_token_files(tmp_path):
+    """What the file says stands, unless overrides or arguments say otherwise."""
+    for name, size in (("train", 3000), ("valid", 500)):
+        np.save(tmp_path / f"{name}.npy", np.arange(size, dtype=np.uint16) % 300)
+    file = tmp_path / "config.json"
+    config = {
+        "scale": "smoke",
+        "run_dir": "runs/mine",
+        "model": {"d_model": 16, "num_heads": 2, "context_length": 16, "vocab_size": 300},
+        "train": {"steps": 3, "batch_size": 2},
+    }
+    file.write_text(json.dumps(config))
+    paths = {f"data.{name}_tokens_path": str(tmp_path / f"{name}.npy") for name in ("train", "valid")}
+    history = pipeline.train_alone(file=file, flags=paths, progress=False)
+    assert history.rows[-1]["step"] == 3 and "runs/mine/" in str(history.checkpoint)
+    saved = checkpoint.load(history.checkpoint)
+    assert (saved.config["model"]["d_model"], saved.extra["train_tokens"]["length"]) == (16, 3000)
+    history = pipeline.train_alone(
+        "tiny",
+        context_length=8,
+        file=file,
+        flags=paths,
+        overrides=["train.steps=2", "model.num_layers=1"],
+        progress=False,
+    )
+    model = checkpoint.load(history.checkpoint).config["model"]
+    assert (model["d_model"], model["context_length"], model["num_layers"], history.rows[-1]["step"]) == (64, 8, 1, 2)
+    with pytest.raises(ValueError, match="give both data.train_tokens_path and data.valid_tokens_path"):
+        pipeline.train_alone(file=file, flags={"data.train_tokens_path": paths["data.train_tokens_path"]})
+
+
+def test_what_torchrun_cannot_start(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="the pipeline starts its processes itself: run it without torchrun"):
+        run()
+    with pytest.raises(ValueError, match="a text is tokenized once, not by each process under torchrun"):
+        pipeline.train_alone("tiny", text="text.txt")

@@ -1,0 +1,229 @@
+"""Training in several processes: it computes what one process does on the whole batch; a fault ends it and spares the checkpoint.
+
+Real processes with Gloo. What leaves the group whole shares one start of two processes; a process that dies needs its own.
+"""
+
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_train import TOKENS, ByteTokenizer, Interrupted, computed, config, interrupt_at, saved_steps
+
+from lmsys import checkpoint
+from lmsys import train as training
+from lmsys.parallel import WRAPPERS, group
+from lmsys.train import train
+
+TIME_LIMIT_S = 100.0  # of a start of processes, generous because CI's cores are few
+SEQUENCES = 8  # of a step, over all processes and micro-batches
+STEPS = {"steps": 12, "eval_interval": 3, "sample_interval": 6, "checkpointing_interval": 3, "keep_checkpoints": 9}
+CASES = {
+    **{
+        name: {"ddp_wrapper": name}
+        for name, wrapper in WRAPPERS.items()
+        if wrapper.many_processes and "fsdp" not in name
+    },
+    "accumulated": {"ddp_wrapper": "flashddp", "gradient_accumulation_steps": 2, "bucket_size_mb": 0.0},
+    "zero1": {"ddp_wrapper": "flashddp", "sharded_optimizer": True},
+    "zero1_accumulated": {"ddp_wrapper": "torch_ddp", "sharded_optimizer": True, "gradient_accumulation_steps": 2},
+}
+
+
+def run(run_dir=None, on_step=None, sections=None, **settings):
+    """Train on the batches that all runs here share, as one of however many processes there are."""
+    settings = STEPS | settings
+    processes = group.current()[1]
+    settings.setdefault("batch_size", SEQUENCES // processes // settings.get("gradient_accumulation_steps", 1))
+    return train(
+        config(train=settings, **(sections or {})),
+        train_tokens=TOKENS,
+        valid_tokens=TOKENS[:500],
+        tokenizer=ByteTokenizer(),
+        run_dir=run_dir,
+        progress=False,
+        on_step=on_step,
+    )
+
+
+def state(run_dir, step: int) -> dict[str, torch.Tensor]:
+    """Weights and optimizer state of a checkpoint, by name."""
+    saved = checkpoint.load(run_dir / "checkpoints" / f"step-{step:08d}")
+    moments = {
+        f"{index} {name}": torch.as_tensor(value, dtype=torch.float32)
+        for index, values in saved.optimizer["state"].items()
+        for name, value in values.items()
+    }
+    return saved.weights | moments
+
+
+def assert_same_run(history, run_dir, expected, expected_dir):
+    """Losses, gradient norms, learning rates, and the last checkpoint's weights and optimizer state, to rounding."""
+    ours, theirs = (np.array(computed(each), dtype=float) for each in (history, expected))
+    np.testing.assert_allclose(ours, theirs, rtol=2e-5)  # a value that is not there is a NaN in both
+    ours, theirs = state(run_dir, 12), state(expected_dir, 12)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(
+            ours[name], tensor, rtol=1e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """One process on the whole batch: (history, run folder)."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("alone")
+    return run(folder), folder
+
+
+@pytest.fixture(scope="module")
+def together(alone, tmp_path_factory):
+    """What two processes did, by case: (history of rank 0, of rank 1) or (error of rank 0, of rank 1); and their folder."""
+    folder = tmp_path_factory.mktemp("together")
+    by_rank = group.spawn(in_two_processes, 2, folder, alone[1], device="cpu", timeout_s=TIME_LIMIT_S)
+    return {name: [results[name] for results in by_rank] for name in by_rank[0]}, folder
+
+
+def in_two_processes(process, folder, alone):
+    """For spawn: every case in one group. Errors are what all processes raise, so that the group stays whole."""
+    torch.set_num_threads(1)
+    results = {name: run(folder / name, **settings) for name, settings in CASES.items()}
+    with pytest.raises(Interrupted):
+        run(folder / "resumed", interrupt_at(4), ddp_wrapper="flashddp", sharded_optimizer=True)
+
+    def error(*args, **kwargs):
+        with pytest.raises((ValueError, OSError)) as caught:
+            run(*args, **({"ddp_wrapper": "flat"} | kwargs))
+        return f"{caught.type.__name__}: {caught.value}"
+
+    results["another global batch"] = error(alone, batch_size=SEQUENCES)
+    results["another model on a rank"] = error(sections={"model": {"d_ff": 32 + 8 * process.rank}})
+    results["none"] = error(ddp_wrapper="none")
+    results["one GPU for all"] = error(device="cpu" if process.rank == 0 else "cuda:64")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "cross_entropy", spoil(process.rank, step=5))
+        with pytest.raises(FloatingPointError) as caught:
+            run(folder / "nan", ddp_wrapper="flashddp", log_interval=4, eval_interval=0, sample_interval=0)
+        results["nan"] = str(caught.value)
+    with pytest.MonkeyPatch.context() as patch:
+        if process.rank == 0:
+            patch.setattr(checkpoint, "_flush", full_disk)
+        results["full disk"] = error(folder / "full")
+    return results
+
+
+def spoil(rank: int, step: int):
+    """cross_entropy, but not a number in the given call on rank 1."""
+    true_loss, calls = training.cross_entropy, []
+
+    def spoiled(logits, targets):
+        calls.append(1)
+        return true_loss(logits, targets) * (float("nan") if (rank, len(calls)) == (1, step) else 1.0)
+
+    return spoiled
+
+
+def full_disk(path):
+    raise OSError(28, "No space left on device", str(path))
+
+
+# --- What it computes -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_train_as_one_does(alone, together, name):
+    results, folder = together
+    for history in results[name]:
+        assert_same_run(history, folder / name, *alone)
+    first, second = results[name]
+    assert [sample["text"] for sample in first.samples] == [sample["text"] for sample in alone[0].samples]
+    assert second.samples == [] and first.checkpoint == second.checkpoint
+    assert saved_steps(folder / name) == [3, 6, 9, 12]
+    assert len((folder / name / "metrics.csv").read_text().splitlines()) == 13
+
+
+def test_a_run_goes_on_in_another_number_of_processes_and_after_a_kill(alone, together, tmp_path):
+    """Two processes up to step 3, one up to step 6, two up to step 9, where one is killed in mid-step; one to the end."""
+    folder = together[1] / "resumed"
+    with pytest.raises(Interrupted):
+        run(folder, interrupt_at(7))
+    started = time.monotonic()
+    with pytest.raises(group.RankError, match="rank 1 of 2 was killed by SIGKILL") as caught:
+        group.spawn(killed_in_a_step, 2, folder, device="cpu", timeout_s=TIME_LIMIT_S)
+    assert caught.value.signal == signal.SIGKILL and time.monotonic() - started < 60
+    assert saved_steps(folder) == [3, 6, 9]
+    assert not list((folder / "checkpoints").glob(".*"))
+    history = run(folder)
+    assert history.resumed_from == 9
+    assert_same_run(history, folder, *alone)
+
+
+def killed_in_a_step(process, folder):
+    """For spawn: rank 1 dies at the start of step 11, when rank 0 is on its way into the same step."""
+
+    def on_step(step, _loss):
+        if (process.rank, step) == (1, 10):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.set_num_threads(1)
+    run(folder, on_step, ddp_wrapper="naive")
+
+
+# --- Faults ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "another global batch",
+            "ValueError: cannot resume from .*: a step has 16 sequences and had 8 .the number of processes is 2 and was 1;",
+        ),
+        ("another model on a rank", "ValueError: what train.. was given differs between processes: rank.s. 1 .*d_ff"),
+        ("none", "ValueError: ddp_wrapper 'none' is for one process and this run has 2"),
+        ("one GPU for all", "ValueError: what train.. was given differs .*cuda:64"),
+        ("nan", "the loss is nan at step 5; lower optim.learning_rate .*the last checkpoint is .*step-00000003"),
+        ("full disk", "OSError: .*No space left on device"),
+    ],
+)
+def test_every_process_raises_the_same_error(together, name, message):
+    first, second = together[0][name]
+    assert first == second and "\n" not in first
+    assert re.match(message, first), first
+
+
+def test_a_fault_in_every_process_spares_the_checkpoints(together):
+    assert saved_steps(together[1] / "nan") == [3]
+    assert saved_steps(together[1] / "full") == []
+
+
+def test_a_process_out_of_memory_ends_the_run_under_torchrun_with_one_message(tmp_path):
+    lines = []
+    environment = {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    started = time.monotonic()
+    with pytest.raises(group.RankError) as caught:
+        group.launch([str(tmp_path)], 2, module=Path(__file__).stem, on_line=lines.append, environment=environment)
+    assert time.monotonic() - started < 60
+    message = str(caught.value)
+    assert re.match(r"rank 1 of 2 failed: OSError: .*out of memory at step 5: 20 GiB are not there", message), message
+    assert "step-00000003" in message and "train.ddp_wrapper=fsdp" in message
+    assert [line for line in lines if "failed" in line] == [message], lines
+    assert not [line for line in lines if "Traceback" in line], lines
+    assert saved_steps(tmp_path) == [3]
+    assert run(tmp_path).resumed_from == 3
+
+
+def out_of_memory(step, _loss):
+    if (group.current()[0], step) == (1, 5):
+        raise torch.OutOfMemoryError("20 GiB are not there.")
+
+
+if __name__ == "__main__":  # one of the processes of the test above
+    with group.process_group("cpu"):
+        run(Path(sys.argv[1]), out_of_memory, ddp_wrapper="flashddp")
