@@ -462,10 +462,12 @@ def _pack(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[T
     sizes = [-(-tensor.numel() // unit) * unit for tensor in tensors]
     buffer = torch.empty(sum(sizes), dtype=dtype, device=tensors[0].device)
     views = []
-    for piece, tensor in zip(buffer.split(sizes), tensors, strict=True):
-        views.append(piece[: tensor.numel()].view(tensor.shape))
-        if tensor.numel() < len(piece):
-            piece[tensor.numel() :].zero_()
+    for piece, tensor, size in zip(buffer.split(sizes), tensors, sizes, strict=True):
+        count = tensor.numel()
+        if count < size:
+            piece[count:].zero_()
+            piece = piece[:count]
+        views.append(piece.view_as(tensor))
     torch._foreach_copy_(views, list(tensors))
     return buffer, views
 
