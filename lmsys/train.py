@@ -102,13 +102,14 @@ def train(
         train_tokens, valid_tokens: (N,) integers, a memory map or an array.
         tokenizer: draws samples of config.generate.prompts, if given.
         run_dir: where metrics, samples and checkpoints go; None keeps them in memory and saves no checkpoint.
-        progress: show a bar.
+        progress: show a bar, or lines in several processes.
         wandb_run: what init_wandb returned; metrics are logged to it.
-        on_step: called with each step that is done and its loss, a scalar on the device.
+        on_step: called with each step that is done and its loss in this process, a scalar on the device.
     Raises:
         ValueError: settings, data or device that cannot work, found before any work; a checkpoint that does not fit.
-        OSError: a folder that cannot be written, a full disk.
+        OSError: a folder that cannot be written, a full disk, a device out of memory.
         FloatingPointError: the loss or the gradient norm is not finite; names the step. The last checkpoint is good.
+    In several processes, ValueError, FloatingPointError and an OSError of rank 0's files are raised in all of them.
     """
     settings = config.train
     rank, world_size = group.current()
@@ -124,7 +125,8 @@ def train(
         say(f"the run in {run_dir} is finished: step {saved.step} of {steps}; nothing to do")
         return History(rows, samples, saved.path, saved.step)
 
-    replica = _Replica(config, device, saved)
+    with _memory_errors_told(lambda: "before the first step"):
+        replica = _Replica(config, device, saved)
     rate_at = functools.partial(
         cosine_schedule,
         learning_rate=config.optim.learning_rate,
@@ -174,58 +176,52 @@ def train(
             )
         )
 
-    try:
-        with (
-            _matmul_precision(device),
-            _Log(run_dir if is_main else None, rows, samples, wandb_run if is_main else None) as log,
-            _bar(steps, first_step - 1, progress and is_main, world_size) as bar,
-        ):
-            window_started = time.perf_counter()
-            for step in range(first_step, steps + 1):
-                step_loss = replica.accumulate(sampler)
-                learning_rate = rate_at(step)
-                losses.append(step_loss)
-                norms.append(replica.update(learning_rate))
-                bar.update()
+    with (
+        _matmul_precision(device),
+        _memory_errors_told(lambda: f"at step {step} ({_kept(last_checkpoint)})"),
+        _Log(run_dir if is_main else None, rows, samples, wandb_run if is_main else None) as log,
+        _bar(steps, first_step - 1, progress and is_main, world_size) as bar,
+    ):
+        window_started = time.perf_counter()
+        for step in range(first_step, steps + 1):
+            step_loss = replica.accumulate(sampler)
+            learning_rate = rate_at(step)
+            losses.append(step_loss)
+            norms.append(replica.update(learning_rate))
+            bar.update()
 
-                evaluating = _due(step, settings.eval_interval, steps)
-                sampling = tokenizer is not None and _due(step, settings.sample_interval, steps)
-                saving = run_dir is not None and _due(step, settings.checkpointing_interval, steps)
-                if evaluating or sampling or saving or step % settings.log_interval == 0:
-                    window, norm = _finite(step, losses, norms, last_checkpoint)  # waits for the device
-                    seconds = time.perf_counter() - window_started
-                    rate = len(losses) * tokens_per_step / seconds
-                    row = dict.fromkeys(COLUMNS) | {
-                        "step": step,
-                        "tokens": step * tokens_per_step,
-                        "train_loss": sum(window) / len(window),
-                        "learning_rate": learning_rate,
-                        "grad_norm": norm,
-                        "tokens_per_s": rate,
-                        "mfu": cost.mfu(rate, flops_per_token, peak),
-                    }
-                    losses.clear()
-                    norms.clear()
-                    if evaluating:
-                        row["valid_loss"] = replica.evaluate(valid_tokens)
-                    row["elapsed_s"] = time.perf_counter() - started
-                    log.add_row(row)
-                    bar.set_postfix_str(f"loss {row['train_loss']:.3f}, {rate:,.0f} tokens/s")
-                if sampling:
-                    for sample in replica.samples(tokenizer):
-                        log.add_sample({"step": step} | sample)
-                if saving:
-                    last_checkpoint = save(step)
-                if on_step is not None:
-                    on_step(step, step_loss)
-                if not losses:
-                    window_started = time.perf_counter()  # evaluation, samples and checkpoints do not count as training
-    except torch.OutOfMemoryError as error:
-        raise OSError(
-            errno.ENOMEM,
-            f"out of memory at step {step}: {_first_line(error)} Lower train.batch_size (and raise "
-            f"train.gradient_accumulation_steps), or shard the model with train.ddp_wrapper=fsdp ({_kept(last_checkpoint)})",
-        ) from error
+            evaluating = _due(step, settings.eval_interval, steps)
+            sampling = tokenizer is not None and _due(step, settings.sample_interval, steps)
+            saving = run_dir is not None and _due(step, settings.checkpointing_interval, steps)
+            if evaluating or sampling or saving or step % settings.log_interval == 0:
+                window, norm = _finite(step, losses, norms, last_checkpoint)  # waits for the device
+                seconds = time.perf_counter() - window_started
+                rate = len(losses) * tokens_per_step / seconds
+                row = dict.fromkeys(COLUMNS) | {
+                    "step": step,
+                    "tokens": step * tokens_per_step,
+                    "train_loss": sum(window) / len(window),
+                    "learning_rate": learning_rate,
+                    "grad_norm": norm,
+                    "tokens_per_s": rate,
+                    "mfu": cost.mfu(rate, flops_per_token, peak),
+                }
+                losses.clear()
+                norms.clear()
+                if evaluating:
+                    row["valid_loss"] = replica.evaluate(valid_tokens)
+                row["elapsed_s"] = time.perf_counter() - started
+                log.add_row(row)
+                bar.set_postfix_str(f"loss {row['train_loss']:.3f}, {rate:,.0f} tokens/s")
+            if sampling:
+                for sample in replica.samples(tokenizer):
+                    log.add_sample({"step": step} | sample)
+            if saving:
+                last_checkpoint = save(step)
+            if on_step is not None:
+                on_step(step, step_loss)
+            if not losses:
+                window_started = time.perf_counter()  # evaluation, samples and checkpoints do not count as training
     return History(log.rows, log.samples, last_checkpoint, resumed_from)
 
 
@@ -385,8 +381,8 @@ class _Replica:
             norm = self.module.clip_grad_norm_(max_norm)
         else:
             norm = clip_grad_norm(self.parameters, max_norm)
-        for group_ in self.optimizer.param_groups:
-            group_["lr"] = learning_rate
+        for options in self.optimizer.param_groups:
+            options["lr"] = learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
@@ -787,6 +783,19 @@ def _matmul_precision(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def _memory_errors_told(when: Callable[[], str]) -> Iterator[None]:
+    """OSError in place of torch.OutOfMemoryError: says when, and what helps."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OSError(
+            errno.ENOMEM,
+            f"out of memory {when()}: {_first_line(error)} Lower train.batch_size and raise "
+            "train.gradient_accumulation_steps, or shard the model: train.ddp_wrapper=fsdp",
+        ) from error
 
 
 def _bar(total: int, initial: int, shown: bool, world_size: int) -> Any:

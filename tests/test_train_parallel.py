@@ -211,8 +211,8 @@ def test_a_process_out_of_memory_ends_the_run_under_torchrun_with_one_message(tm
         group.launch([str(tmp_path)], 2, module=Path(__file__).stem, on_line=lines.append, environment=environment)
     assert time.monotonic() - started < 60
     message = str(caught.value)
-    assert re.match(r"rank 1 of 2 failed: OSError: .*out of memory at step 5: 20 GiB are not there", message), message
-    assert "step-00000003" in message and "train.ddp_wrapper=fsdp" in message
+    assert re.match(r"rank 1 of 2 failed: OSError: .*out of memory at step 5 .*: 20 GiB are not there", message), message
+    assert "the last checkpoint is " in message and "step-00000003)" in message and "train.ddp_wrapper=fsdp" in message
     assert [line for line in lines if "failed" in line] == [message], lines
     assert not [line for line in lines if "Traceback" in line], lines
     assert saved_steps(tmp_path) == [3]
