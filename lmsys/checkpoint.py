@@ -145,14 +145,14 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
 
 
 def model_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict, each tensor once: a file of tensors cannot hold one under two names."""
+    """The state dict, each tensor once."""
+    return {name: tensor.detach() for name, tensor in each_once(model.state_dict(keep_vars=True)).items()}
+
+
+def each_once(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor under its first name: a file of tensors cannot hold one under two."""
     seen: set[int] = set()
-    weights = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            weights[name] = tensor.detach()
-    return weights
+    return {name: tensor for name, tensor in state.items() if not (id(tensor) in seen or seen.add(id(tensor)))}
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

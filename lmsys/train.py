@@ -343,13 +343,18 @@ class _Replica:
         return AdamW(groups, **options)
 
     def _load_optimizer(self, state: dict[str, Any]) -> None:
-        if self.config.train.sharded_optimizer:
+        if self.fully_sharded:
+            self.module.scatter_optimizer_state(self.optimizer, state)
+        elif self.config.train.sharded_optimizer:
             self.optimizer.load_full_state_dict(state)
         else:
             self.optimizer.load_state_dict(state)
 
     def whole_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Weights and optimizer state in the format of one process."""
+        if self.fully_sharded:
+            weights = checkpoint.each_once(self.module.full_state_dict())
+            return weights, self.module.gather_optimizer_state(self.optimizer)
         weights = checkpoint.model_weights(self.model)
         if self.config.train.sharded_optimizer:
             return weights, self.optimizer.full_state_dict()
