@@ -466,10 +466,8 @@ def live_bytes(device: torch.device, module: nn.Module | None = None) -> float:
         torch.cuda.synchronize(device)
         return torch.cuda.memory_allocated(device)
     gc.collect()
-    tensors = [
-        found for found in gc.get_objects() if type(found) in (Tensor, nn.Parameter) and found.device.type == "cpu"
-    ]
-    tensors += [p.grad for p in (module.parameters() if module else ()) if p.grad is not None]
+    seen = [*gc.get_objects(), *(parameter.grad for parameter in (module.parameters() if module else ()))]
+    tensors = [found for found in seen if type(found) in (Tensor, nn.Parameter) and found.device.type == "cpu"]
     sizes = {}
     for tensor in tensors:
         storage = tensor.untyped_storage()

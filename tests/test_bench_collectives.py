@@ -1,0 +1,50 @@
+import json
+
+import pytest
+
+from lmsys import cost, plots
+from lmsys.bench import collectives
+
+
+def test_every_collective_is_checked_timed_and_fitted(tmp_path):
+    chosen = collectives.settings("smoke", gpus=[2], device="cpu")
+    lines = []
+    frame = collectives.run(chosen, tmp_path, on_row=lambda row: lines.append(collectives.row_line(row)))
+    assert (frame.status == "ok").all() and set(frame.backend) == {"gloo"} and len(frame) == len(lines) == 6
+    assert set(frame.op) == set(cost.COLLECTIVES) and (frame.samples >= 3).all()
+    for row in frame.itertuples():
+        bus = cost.bus_factor(row.op, 2) * row.size_mib * 2**20 / (row.median_ms / 1e3)
+        assert row.busbw_gb_s == pytest.approx(bus / 1e9, rel=1e-4)
+    for (op, gpus), link in collectives.links(frame).items():
+        largest = frame[(frame.op == op) & (frame.gpus == gpus)].iloc[-1]
+        assert link.seconds(op, largest.size_mib * 2**20, 2) == pytest.approx(largest.median_ms / 1e3, rel=0.5)
+    assert len(collectives.conclusions(frame)) == 3 and collectives.table(frame).count("GB/s") == 0
+    plots.save(plots.collectives(frame), tmp_path / "collectives.png")
+    stamp = json.loads((tmp_path / "collectives_results.json").read_text())
+    assert "nccl-tests" in stamp["method"]["bandwidth"] and stamp["parameters"]["gpus"] == [2]
+
+
+def test_a_failed_point_is_said(tmp_path):
+    import pandas as pd
+
+    base = {"backend": "nccl", "gpus": 2, "device": "a GPU", "note": None, "p20_ms": 1.0, "p80_ms": 1.0, "samples": 3}
+    ok = [
+        base | {"op": "all_reduce", "size_mib": s, "status": "ok", "median_ms": m, "busbw_gb_s": 1.0}
+        for s, m in ((1, 2.0), (4, 1.0))
+    ]
+    bad = base | {"op": "all_gather", "size_mib": 1, "status": "oom", "note": "full"}
+    frame = pd.DataFrame([*ok, bad])
+    assert collectives.links(frame) == {}  # times that shrink with the size show no bandwidth
+    said = collectives.conclusions(frame)
+    assert said[-1] == "all_gather of 2 at 1 MiB: oom, full" and "| oom |" in collectives.table(frame)
+
+
+def test_settings_say_what_is_wrong():
+    with pytest.raises(ValueError, match="unknown collective 'all_reduc'. Did you mean 'all_reduce'"):
+        collectives.settings("smoke", ops=["all_reduc"], device="cpu")
+    with pytest.raises(ValueError, match="needs two processes"):
+        collectives.settings("smoke", gpus=[1], device="cpu")
+    for wrong in ({"sizes_mib": [0]}, {"sizes_mib": []}, {"samples": 0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            collectives.settings("smoke", device="cpu", **wrong)
+    assert collectives.settings("full", gpus=[2, 4], device="cpu").sizes_mib[-1] == 1024

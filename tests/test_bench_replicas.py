@@ -1,0 +1,155 @@
+"""How results come back from groups of processes, and what a trained point is made of."""
+
+import dataclasses
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from lmsys.bench import replicas, timeline
+from lmsys.bench.measure import quantiles
+from lmsys.config import model_size
+
+WORKLOAD = replicas.Workload(
+    "tiny", model_size("tiny", vocab_size=64, context_length=16), "vectorized_torch", 2, "fp32", compiled=False
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Deed:
+    """A point that does what its name says."""
+
+    name: str
+    processes: int = 1
+
+
+def act(process, deed, greeting):
+    """What Deed points do in their process."""
+    if deed.name == "out of memory":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+    if deed.name == "hang":
+        time.sleep(60)
+    return {"status": "ok", "said": f"{greeting} from {process.world_size}"}
+
+
+def test_a_failed_point_is_a_row_and_the_others_go_on():
+    deeds = [Deed("work"), Deed("out of memory"), Deed("work"), Deed("hang")]
+    got = list(replicas.stream(act, deeds, "hello", device="cpu", limit_s=2.0))
+    assert [deed for deed, _ in got] == deeds
+    results = [result for _, result in got]
+    assert results[0] == results[2] == {"status": "ok", "said": "hello from 1"}
+    assert results[1]["status"] == "oom" and "Tried to allocate 1 GiB" in results[1]["note"]
+    assert results[3]["status"] == "error" and "a point may take 2 s" in results[3]["note"]
+
+
+def test_results_come_while_the_group_runs_and_leaving_ends_it():
+    deeds = [Deed("work"), Deed("hang")]
+    stream = replicas.stream(act, deeds, "hello", device="cpu", limit_s=100.0)
+    assert next(stream)[1]["status"] == "ok"  # the second is still hanging
+    start = time.monotonic()
+    stream.close()
+    assert time.monotonic() - start < 10
+
+
+def test_process_counts():
+    assert replicas.process_counts("cpu", None) == (1, 2)
+    assert replicas.process_counts("cpu", [4, 1, 4]) == (1, 4)
+    for wrong in ([0], [], [1.5]):
+        with pytest.raises(ValueError, match="gpus"):
+            replicas.process_counts("cpu", wrong)
+
+
+def test_points_share_groups_and_one_gpu_is_measured_once():
+    points = replicas.points_of([WORKLOAD], (1, 2, 4), lambda workload: [{"wrapper": "naive"}])
+    assert [(p.wrapper, p.gpus, p.processes) for p in points] == [("none", 1, 2), ("naive", 2, 2), ("naive", 4, 4)]
+    alone = replicas.points_of([WORKLOAD], (1,), lambda workload: [{"wrapper": "naive"}])
+    assert [(p.wrapper, p.gpus, p.processes) for p in alone] == [("none", 1, 1)]
+
+
+def test_a_row_is_made_of_what_was_measured():
+    point = replicas.TrainPoint(WORKLOAD, "naive", 2, 2)
+    one = {"status": "ok", "times_ms": [10.0] * 3}
+    result = {
+        "status": "ok",
+        "times_ms": [12.0, 16.0, 20.0],
+        "quiet_ms": [15.0],
+        "peak_bytes": 2.0**21,
+        "losses": [3, 2],
+    }
+    row = replicas._row(point, result, one, torch.device("cpu"))
+    assert row["step_ms"] == 16.0 and (row["step_ms"], row["p20_ms"], row["p80_ms"]) == quantiles([12.0, 16.0, 20.0])
+    assert row["tokens_per_s"] == pytest.approx(2 * 2 * 16 / 16e-3)
+    assert row["exposed_comm_ms"] == pytest.approx(1.0) and row["peak_mib"] == 2 and row["final_loss"] == 2
+    assert row["scaling_efficiency"] == pytest.approx(10 / 16) and row["mfu"] is None
+    sharded = dataclasses.replace(point, wrapper="fsdp")  # no_sync still gathers: less the step of one GPU
+    assert replicas._row(sharded, result | {"quiet_ms": []}, one, torch.device("cpu"))["exposed_comm_ms"] == 6.0
+    assert "step_ms" not in replicas._row(point, {"status": "oom", "note": "full"}, one, torch.device("cpu"))
+
+
+def test_a_kernel_that_cannot_train_here_is_unsupported():
+    cuda_only = dataclasses.replace(WORKLOAD, kernel="torch_sdpa_cudnn")
+    ((_, row, result),) = replicas.rows(
+        [replicas.TrainPoint(cuda_only, "none", 1, 1)], replicas.Plan(1, 1, 0), device="cpu", limit_s=10
+    )
+    assert row["status"] == "unsupported" and "torch_sdpa_cudnn" in row["note"] and result == {}
+
+
+def test_pattern_tokens_can_be_learned():
+    tokens = replicas.pattern_tokens(50, 20_000, seed=3)
+    assert np.array_equal(tokens, replicas.pattern_tokens(50, 20_000, seed=3)) and tokens.max() < 50
+    counts = np.bincount(tokens, minlength=50)
+    assert len(tokens) == 20_000 and counts[:5].mean() > 1.5 * counts[-5:].mean()
+    pairs = np.zeros((50, 50))
+    np.add.at(pairs, (tokens[:-1], tokens[1:]), 1)
+    assert 0.7 < (pairs.max(1) / pairs.sum(1)).mean() < 0.85  # each token's follower
+
+
+def test_live_bytes_counts_storages_once():
+    before = replicas.live_bytes(torch.device("cpu"))
+    kept = torch.zeros(1000)
+    view = kept[10:]
+    assert replicas.live_bytes(torch.device("cpu")) - before == 4000
+    del kept, view
+    assert replicas.live_bytes(torch.device("cpu")) == before
+
+
+def test_overlap_counts_each_moment_once():
+    rows = [
+        {"lane": "compute", "start_ms": 0.0, "duration_ms": 10.0},
+        {"lane": "communication", "start_ms": 8.0, "duration_ms": 4.0},
+        {"lane": "communication", "start_ms": 9.0, "duration_ms": 2.0},  # within the other
+        {"lane": "compute", "start_ms": 11.0, "duration_ms": 10.0},
+        {"lane": "phase", "start_ms": 0.0, "duration_ms": 30.0},
+    ]
+    assert timeline.overlap(rows) == {"communication_ms": 4.0, "hidden_ms": 3.0}
+    assert timeline.union([(3, 4), (0, 1), (1.5, 2)], gap=0.5) == [(0, 2), (3, 4)]
+
+
+class Event:
+    """As the profiler gives them; times in microseconds."""
+
+    def __init__(self, name, start, end, gpu=True, annotation=False):
+        types = torch.autograd.DeviceType
+        self.name, self.device_type = name, types.CUDA if gpu else types.CPU
+        self.is_user_annotation = annotation
+        self.time_range = type("Range", (), {"start": start, "end": end})
+
+
+def test_a_gpus_trace_tells_nccl_from_the_rest():
+    events = [
+        Event("lmsys.forward", 1000, 3000, annotation=True),
+        Event("lmsys.forward", 0, 500, gpu=False, annotation=True),
+        Event("gemm", 1000, 2990),
+        Event("gemm", 3100, 6000),
+        Event("ncclDevKernel_AllReduce_Sum_f32_RING_LL", 5000, 8000),
+        Event("nccl:all_reduce", 5000, 8000, annotation=True),
+        Event("lmsys.optimizer", 8000, 9000, annotation=True),
+        Event("adam", 8000, 9000),
+        Event("aten::mm", 0, 9000, gpu=False),
+    ]
+    rows = timeline._rows(timeline._intervals(events, torch.device("cuda")))
+    found = {(row["lane"], row["name"], row["start_ms"], row["duration_ms"]) for row in rows}
+    assert ("phase", "backward", 2.0, 5.0) in found and ("communication", "NCCL", 4.0, 3.0) in found
+    assert timeline.overlap(rows) == {"communication_ms": 3.0, "hidden_ms": pytest.approx(1.0)}
+    assert sum(row["duration_ms"] for row in rows if row["lane"] == "compute") == pytest.approx(1.99 + 2.9 + 1.0)
