@@ -123,7 +123,9 @@ def save_pieces(
     for other in everyone[1:]:
         united |= {key: united[key] | value for key, value in other.items() if isinstance(value, dict)}
     packed = pickle.dumps(united)  # as one item: the checkpoint would take a dictionary apart
-    dcp.save({**tensors, "shared": packed}, checkpoint_id=folder, process_group=group)
+    dcp.save(
+        {**tensors, "shared": packed}, checkpoint_id=folder, process_group=group, no_dist=not dist.is_initialized()
+    )
 
 
 def load_shared(folder: str | Path, group: dist.ProcessGroup | None) -> dict[str, Any]:
@@ -135,7 +137,7 @@ def load_shared(folder: str | Path, group: dist.ProcessGroup | None) -> dict[str
     if not (Path(folder) / ".metadata").exists():
         raise ValueError(f"no sharded state at {folder}; give the folder that it was saved to")
     state: dict[str, Any] = {"shared": b""}
-    dcp.load(state, checkpoint_id=folder, process_group=group)
+    dcp.load(state, checkpoint_id=folder, process_group=group, no_dist=not dist.is_initialized())
     return pickle.loads(state["shared"])
 
 
@@ -156,7 +158,7 @@ def load_pieces(
         for a, b, dtype in saved[name]:
             if a < stop and start < b:
                 tensors[f"{name}/{a}"] = torch.empty(b - a, dtype=dtype)
-    dcp.load(tensors, checkpoint_id=folder, process_group=group)
+    dcp.load(tensors, checkpoint_id=folder, process_group=group, no_dist=not dist.is_initialized())
     parts = []
     for name, start, stop in wanted:
         part = torch.empty(stop - start, dtype=saved[name][0][2])
