@@ -272,7 +272,10 @@ def train(process: Process, point: TrainPoint, plan: Plan) -> dict[str, Any] | N
         if process.rank > 0:
             return None
         process = Process(0, process.local_rank, 1, 1, process.device, "")
-    return Replica(process, point, plan).measure()
+    replica = Replica(process, point, plan)
+    result = replica.measure()
+    replica.close()
+    return result
 
 
 _compiled_for: Workload | None = None  # of this process
@@ -286,8 +289,10 @@ class Replica:
         self.process, self.point, self.plan, self.device = process, point, plan, process.device
         workload = point.workload
         if workload.compiled and _compiled_for != workload:
-            torch._dynamo.reset()  # a second shape would be compiled for any shape
             _compiled_for = workload
+            torch._dynamo.reset()  # a second shape would be compiled for any shape
+            torch._dynamo.config.fail_on_recompile_limit_hit = True  # or the rest would run eager without a word
+            torch._dynamo.config.optimize_ddp = False  # would cut a graph at torch DDP's buckets; a block is smaller
         gc.collect()
         gc.freeze()  # what was imported and compiled, which the collector and live_bytes() need not look through
         self.alone = point.gpus == 1
@@ -297,12 +302,12 @@ class Replica:
 
         torch.manual_seed(workload.seed)
         with self.device:
-            model = TransformerLM(workload.model, attention_kernel=workload.kernel)
+            self.model = TransformerLM(workload.model, attention_kernel=workload.kernel)
         self.loss_function = cross_entropy
         if workload.compiled:
-            model.compile_blocks()
+            self.model.compile_blocks()
             self.loss_function = torch.compile(cross_entropy)
-        self.trained = parallel.wrap(model, point.wrapper, **_options(point.options))
+        self.trained = parallel.wrap(self.model, point.wrapper, **_options(point.options))
         self.optimizer = self._optimizer()
         self._remember("after init")
 
@@ -368,6 +373,12 @@ class Replica:
             result["quiet_ms"] = self._timed(timed, plan.quiet_steps, communicate=False)
         result["memory"] = dict(zip(self.memory, largest(self.process, list(self.memory.values())), strict=True))
         return result
+
+    def close(self) -> None:
+        """Let the memory go. A gradient's hook and the wrapper hold each other, through C++ where the collector does not look."""
+        for parameter in self.model.parameters():
+            if parameter._post_accumulate_grad_hooks:
+                parameter._post_accumulate_grad_hooks.clear()
 
     def step(
         self,
