@@ -409,14 +409,26 @@ class _Replica:
     def samples(self, tokenizer: Tokenizer) -> list[dict[str, str]]:
         """Each prompt with the text that the model writes after it, on rank 0; empty elsewhere."""
         settings = self.config.generate
-        with self.module.gather_full_params() if self.fully_sharded else nullcontext():
-            if self.rank != 0:
-                return []
-            with autocast(self.device, self.config.train.dtype):
-                return [
-                    {"prompt": prompt, "text": generate_text(self.model, tokenizer, prompt, settings)}
-                    for prompt in settings.prompts
-                ]
+        model = self._whole_model()
+        if self.rank != 0:
+            return []
+        with autocast(self.device, self.config.train.dtype):
+            return [
+                {"prompt": prompt, "text": generate_text(model, tokenizer, prompt, settings)}
+                for prompt in settings.prompts
+            ]
+
+    def _whole_model(self) -> TransformerLM:
+        """The model, to be called by rank 0 alone. Of a sharded one, a copy there, for which its GPU must have room."""
+        if not self.fully_sharded:
+            return self.model
+        weights = self.module.full_state_dict()
+        if self.rank != 0:
+            return self.model
+        with self.device:
+            copy = TransformerLM(self.config.model, attention_kernel=self.config.train.attention_kernel)
+        checkpoint.load_weights(copy, checkpoint.each_once(weights))
+        return copy
 
 
 def _wrapper_options(settings: TrainConfig) -> dict[str, Any]:

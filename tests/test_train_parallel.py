@@ -5,6 +5,7 @@ Real processes with Gloo. What leaves the group whole shares one start of two pr
 
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -24,15 +25,13 @@ TIME_LIMIT_S = 100.0  # of a start of processes, generous because CI's cores are
 SEQUENCES = 8  # of a step, over all processes and micro-batches
 STEPS = {"steps": 12, "eval_interval": 3, "sample_interval": 6, "checkpointing_interval": 3, "keep_checkpoints": 9}
 CASES = {
-    **{
-        name: {"ddp_wrapper": name}
-        for name, wrapper in WRAPPERS.items()
-        if wrapper.many_processes and "fsdp" not in name
-    },
+    **{name: {"ddp_wrapper": name} for name, wrapper in WRAPPERS.items() if wrapper.many_processes},
     "accumulated": {"ddp_wrapper": "flashddp", "gradient_accumulation_steps": 2, "bucket_size_mb": 0.0},
     "zero1": {"ddp_wrapper": "flashddp", "sharded_optimizer": True},
     "zero1_accumulated": {"ddp_wrapper": "torch_ddp", "sharded_optimizer": True, "gradient_accumulation_steps": 2},
+    "fsdp_accumulated": {"ddp_wrapper": "fsdp", "gradient_accumulation_steps": 2},
 }
+RESUMED = {f"{name}, resumed": CASES[name] for name in ("flashddp", "zero1", "fsdp", "torch_fsdp2")}
 
 
 def run(run_dir=None, on_step=None, sections=None, **settings):
@@ -65,12 +64,12 @@ def state(run_dir, step: int) -> dict[str, torch.Tensor]:
 def assert_same_run(history, run_dir, expected, expected_dir):
     """Losses, gradient norms, learning rates, and the last checkpoint's weights and optimizer state, to rounding."""
     ours, theirs = (np.array(computed(each), dtype=float) for each in (history, expected))
-    np.testing.assert_allclose(ours, theirs, rtol=2e-5)  # a value that is not there is a NaN in both
+    np.testing.assert_allclose(ours, theirs, rtol=2e-6)  # a value that is not there is a NaN in both
     ours, theirs = state(run_dir, 12), state(expected_dir, 12)
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         torch.testing.assert_close(
-            ours[name], tensor, rtol=1e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
+            ours[name], tensor, rtol=1e-5, atol=3e-6, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 
@@ -86,6 +85,9 @@ def alone(tmp_path_factory):
 def together(alone, tmp_path_factory):
     """What two processes did, by case: (history of rank 0, of rank 1) or (error of rank 0, of rank 1); and their folder."""
     folder = tmp_path_factory.mktemp("together")
+    for name in RESUMED:  # from step 9 of the one process
+        shutil.copytree(alone[1], folder / name)
+        shutil.rmtree(folder / name / "checkpoints" / "step-00000012")
     by_rank = group.spawn(in_two_processes, 2, folder, alone[1], device="cpu", timeout_s=TIME_LIMIT_S)
     return {name: [results[name] for results in by_rank] for name in by_rank[0]}, folder
 
@@ -93,7 +95,7 @@ def together(alone, tmp_path_factory):
 def in_two_processes(process, folder, alone):
     """For spawn: every case in one group. Errors are what all processes raise, so that the group stays whole."""
     torch.set_num_threads(1)
-    results = {name: run(folder / name, **settings) for name, settings in CASES.items()}
+    results = {name: run(folder / name, **settings) for name, settings in (CASES | RESUMED).items()}
     with pytest.raises(Interrupted):
         run(folder / "resumed", interrupt_at(4), ddp_wrapper="flashddp", sharded_optimizer=True)
 
@@ -136,14 +138,15 @@ def full_disk(path):
 # --- What it computes -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", CASES | RESUMED)
 def test_two_processes_train_as_one_does(alone, together, name):
     results, folder = together
     for history in results[name]:
         assert_same_run(history, folder / name, *alone)
+        assert history.resumed_from == (9 if name in RESUMED else None)
     first, second = results[name]
     assert [sample["text"] for sample in first.samples] == [sample["text"] for sample in alone[0].samples]
-    assert second.samples == [] and first.checkpoint == second.checkpoint
+    assert {sample["step"] for sample in second.samples} <= {6} and first.checkpoint == second.checkpoint
     assert saved_steps(folder / name) == [3, 6, 9, 12]
     assert len((folder / name / "metrics.csv").read_text().splitlines()) == 13
 
@@ -172,7 +175,7 @@ def killed_in_a_step(process, folder):
             os.kill(os.getpid(), signal.SIGKILL)
 
     torch.set_num_threads(1)
-    run(folder, on_step, ddp_wrapper="naive")
+    run(folder, on_step, ddp_wrapper="fsdp")
 
 
 # --- Faults ---------------------------------------------------------------------------------------
@@ -211,7 +214,9 @@ def test_a_process_out_of_memory_ends_the_run_under_torchrun_with_one_message(tm
         group.launch([str(tmp_path)], 2, module=Path(__file__).stem, on_line=lines.append, environment=environment)
     assert time.monotonic() - started < 60
     message = str(caught.value)
-    assert re.match(r"rank 1 of 2 failed: OSError: .*out of memory at step 5 .*: 20 GiB are not there", message), message
+    assert re.match(r"rank 1 of 2 failed: OSError: .*out of memory at step 5 .*: 20 GiB are not there", message), (
+        message
+    )
     assert "the last checkpoint is " in message and "step-00000003)" in message and "train.ddp_wrapper=fsdp" in message
     assert [line for line in lines if "failed" in line] == [message], lines
     assert not [line for line in lines if "Traceback" in line], lines
