@@ -150,7 +150,7 @@ def balanced(process) -> dict:
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
         whole = 2 * sum(parameter.nbytes for parameter in module.parameters())
-        steps = 4 * len([leaf for leaf in optimizer._leaves()])
+        steps = 4 * len(list(optimizer._leaves()))
         shares[name] = (optimizer.state_nbytes() - steps) * process.world_size / whole
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -14,7 +14,8 @@ Sources: Rajbhandari et al., ZeRO, arXiv 1910.02054, section 5.3 (stage 3); Zhao
 
 Different from torch's FSDP2, which shards each parameter by rows and copies each out of every gathered buffer; groups all that
 is in no block, so that the head's gradient waits for the embedding's; and swaps the modules' parameters. Here a parameter
-stays the object that it is; its storage is what comes and goes, so that what autograd saved of it is whole again in backward.
+stays the object that it is, and a view of one storage, whose memory comes and goes: what autograd saved of it is whole again in
+backward. In between a parameter reads as NaN.
 
 Memory and streams. A buffer is allocated and freed on the compute stream. The collective starts on NCCL's stream after the
 compute stream's work so far and the compute stream waits for it before use, so every reuse of memory is ordered by stream, no
@@ -45,7 +46,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -130,7 +131,10 @@ class _Flat:
         self.shard = masters[low : low + self.share].clone()
         self.whole = torch.empty(size, dtype=compute_dtype or first.dtype, device=first.device)
         self.communication_dtype = communication_dtype or self.whole.dtype
-        self.point_to(self.whole)
+        self.whole_views = self.views(self.whole)
+        nothing = self.whole.new_full((), torch.nan)
+        self.nothing = [nothing.expand(shape) for shape in self.shapes]  # who reads it sees NaN, not freed memory
+        self.point_to(self.whole_views)
         self.starts: list[int] = []  # of each piece in its parameter, flattened
         self.pieces: list[nn.Parameter] = []
         for offset, shape in zip(self.offsets, self.shapes, strict=True):
@@ -153,10 +157,10 @@ class _Flat:
             for offset, shape in zip(self.offsets, self.shapes, strict=True)
         ]
 
-    def point_to(self, flat: Tensor) -> None:
-        """Make the parameters views of a buffer. Their own version counters stay, so that gathering again is no change to autograd."""
-        for parameter, view in zip(self.parameters, self.views(flat), strict=True):
-            parameter.data = view
+    def point_to(self, tensors: Sequence[Tensor]) -> None:
+        """Give the parameters other data. Their own version counters stay, so that gathering again is no change to autograd."""
+        for parameter, tensor in zip(self.parameters, tensors, strict=True):
+            parameter.data = tensor
 
     @torch.no_grad()
     def gather(self) -> None:
@@ -168,6 +172,7 @@ class _Flat:
         own.copy_(self.shard)
         if self.world_size > 1:
             self.work = shards.all_gather(self.whole, own, self.group)
+        self.point_to(self.whole_views)
         self.gathered = True
 
     def wait(self) -> None:
@@ -180,6 +185,7 @@ class _Flat:
         """Give the memory of the whole parameters back."""
         if self.gathered:
             self.wait()
+            self.point_to(self.nothing)
             self.whole.untyped_storage().resize_(0)
             self.gathered = False
 
@@ -227,6 +233,13 @@ class _Flight:
     work: dist.Work | None
 
 
+class _Call(NamedTuple):
+    """A call of a block."""
+
+    number: int  # of all calls
+    position: int  # in its forward pass
+
+
 @functools.cache
 def _gathering(cls: type[nn.Module]) -> type[nn.Module]:
     """The class whose instances gather their parameters around a call, outside of hooks and of a compiled forward."""
@@ -236,8 +249,8 @@ def _gathering(cls: type[nn.Module]) -> type[nn.Module]:
             owner, unit = self.__dict__["_fully_sharded"]
             if owner._is_whole:
                 return super().__call__(*args, **kwargs)
-            position = owner._before_forward(unit)
-            return owner._after_forward(unit, position, super().__call__(*args, **kwargs))
+            call = owner._before_forward(unit)
+            return owner._after_forward(unit, call, super().__call__(*args, **kwargs))
 
     Gathering.__name__, Gathering.__qualname__, Gathering.__module__ = cls.__name__, cls.__qualname__, cls.__module__
     return Gathering
@@ -326,8 +339,11 @@ class FullyShardedModule(nn.Module):
                     parameter.register_post_accumulate_grad_hook(self._gradient_arrived)
 
         self._is_whole = False  # within gather_full_params
+        module.register_state_dict_pre_hook(self._refuse_state_dict)
         self._order: list[_Unit] = []  # blocks as the last forward pass called them
         self._called: list[_Unit] = []  # in the pass that runs
+        self._calls = 0  # of blocks, ever
+        self._forwards = 0  # passes whose backward is to come
         self._used: set[int] = set()  # sharded parameters that got a gradient since the last step, by id
         self._plan: dict[_Flat, int] | None = None  # of the rest: after how many blocks of backward its gradients leave
         self._completed: dict[_Flat, int] = {}  # what the first backward pass saw of that
@@ -336,7 +352,7 @@ class FullyShardedModule(nn.Module):
     def _reset(self) -> None:
         """What a backward pass keeps, as it is between passes."""
         self._in_backward = False
-        self._begun: dict[_Unit, int] = {}  # blocks whose backward has begun -> their lowest position since
+        self._begun: dict[_Unit, int] = {}  # blocks whose backward has begun -> the number of the call
         self._entered = 0  # how often a block's backward has begun
         self._missing = {
             flat: {id(parameter) for parameter in flat.parameters} for flat in self._flats if flat.requires_grad
@@ -354,13 +370,11 @@ class FullyShardedModule(nn.Module):
         return chosen
 
     def _cast_norms(self) -> None:
-        """Have torch's norms, whose weights keep their dtype, take and return activations in compute_dtype."""
-        dtype = self.compute_dtype
+        """Have torch's norms, whose weights keep their dtype, compute in that and return the dtype that they were given."""
         for part in self.module.modules():
             parameter = next(part.parameters(recurse=False), None)
-            if isinstance(part, _NORMS) and parameter is not None and parameter.dtype != dtype:
-                part.register_forward_pre_hook(lambda norm, args: (args[0].to(norm.weight.dtype), *args[1:]))
-                part.register_forward_hook(lambda norm, args, output: output.to(dtype))
+            if isinstance(part, _NORMS) and parameter is not None and parameter.dtype != self.compute_dtype:
+                part.forward = functools.partial(_in_own_dtype, part.forward, parameter.dtype)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's."""
@@ -387,7 +401,9 @@ class FullyShardedModule(nn.Module):
         trained = [tensor for tensor in _tensors(output) if tensor.requires_grad]
         for tensor in trained:
             tensor.register_hook(self._begin_backward)
-        if not trained:
+        if trained:
+            self._forwards += 1
+        else:
             self._rest.free()
         return output
 
@@ -403,8 +419,8 @@ class FullyShardedModule(nn.Module):
 
     # --- Forward of a block -----------------------------------------------------------------------
 
-    def _before_forward(self, unit: _Unit) -> int:
-        """Gather a block, and start on those that come after it. Returns its position in this forward pass."""
+    def _before_forward(self, unit: _Unit) -> _Call:
+        """Gather a block, and start on those that come after it."""
         position = len(self._called)
         unit.gather()
         if _graph_task() == -1:
@@ -413,17 +429,18 @@ class FullyShardedModule(nn.Module):
                 for ahead in self._order[position + 1 : position + 1 + self.prefetch]:
                     ahead.gather()
         unit.wait()
-        return position
+        self._calls += 1
+        return _Call(self._calls, position)
 
-    def _after_forward(self, unit: _Unit, position: int, output: Any) -> Any:
+    def _after_forward(self, unit: _Unit, call: _Call, output: Any) -> Any:
         if _graph_task() != -1:  # a checkpoint computes the block again for its backward, which needs it right after
             if unit not in self._begun:
                 unit.free()
             return output
         trained = [tensor for tensor in _tensors(output) if tensor.requires_grad]
         for tensor in trained:
-            tensor.register_hook(functools.partial(self._before_backward, unit, position))
-        is_last = position == len(self._order) - 1 and self._order[position] is unit
+            tensor.register_hook(functools.partial(self._before_backward, unit, call))
+        is_last = call.position == len(self._order) - 1 and self._order[-1] is unit
         if not (is_last and trained):
             unit.free()
         return output
@@ -441,23 +458,23 @@ class FullyShardedModule(nn.Module):
             unit.gather()
         self._rest.wait()
 
-    def _before_backward(self, unit: _Unit, position: int, gradient: Tensor) -> None:
+    def _before_backward(self, unit: _Unit, call: _Call, gradient: Tensor) -> None:
         """The gradient of a block's output has come: the blocks after it are done."""
         self._begin_backward()
-        if self._begun.get(unit) == position:  # another of its outputs
+        if self._begun.get(unit) == call.number:  # another of its outputs
             return
-        for done, lowest in list(self._begun.items()):
-            if lowest > position:
+        for done, number in list(self._begun.items()):
+            if number > call.number:
                 self._finish_block(done)
-        self._begun[unit] = position
+        self._begun[unit] = call.number
         self._entered += 1
-        if self._plan is not None:
+        if self._plan is not None and self._forwards == 1:
             for flat, entered in self._plan.items():
                 if entered < self._entered and flat not in self._reduced:
                     self._reduce(flat)
                     flat.free()
         unit.gather()
-        for ahead in self._order[max(position - self.prefetch, 0) : position][::-1]:
+        for ahead in self._order[max(call.position - self.prefetch, 0) : call.position][::-1]:
             ahead.gather()
         unit.wait()
 
@@ -465,9 +482,9 @@ class FullyShardedModule(nn.Module):
         """The backward of a block has run: free it, and send what gradients it has. Those of a block that is used again come later."""
         del self._begun[unit]
         for flat in unit.flats:
-            flat.free()
             if flat.requires_grad and len(self._missing[flat]) < len(flat.parameters) and flat not in self._reduced:
                 self._reduce(flat)
+            flat.free()
 
     def _gradient_arrived(self, parameter: Tensor) -> None:
         flat = self._flat_of[id(parameter)]
@@ -531,8 +548,9 @@ class FullyShardedModule(nn.Module):
             if flat.requires_grad and flat not in self._reduced:
                 self._reduce(flat)
             flat.free()
-        if self._plan is None:
+        if self._plan is None and self._forwards == 1:
             self._plan = self._agree()
+        self._forwards = 0
         flight = self._flight
         self._reset()
         self._flight = flight
@@ -642,20 +660,24 @@ class FullyShardedModule(nn.Module):
         for unit in (self._rest, *self._units):
             unit.free()
         for flat in self._flats:
-            flat.point_to(flat.gather_masters())
+            flat.point_to(flat.views(flat.gather_masters()))
         self._is_whole = True
         try:
             yield self.module
         finally:
             self._is_whole = False
             for flat in self._flats:
-                flat.point_to(flat.whole)
+                flat.point_to(flat.nothing)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Refused: no rank has the whole state."""
         raise RuntimeError(
             "no rank holds the whole state: call full_state_dict() or save_sharded(folder) on all ranks instead"
         )
+
+    def _refuse_state_dict(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        if not (self._is_whole or keep_vars):
+            self.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> None:
         """load_full_state_dict."""
@@ -932,8 +954,8 @@ class TorchFSDP2(nn.Module):
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         states = {
             index: {
-                key: _like(value, parameters[index])
-                if getattr(value, "shape", None) == parameters[index].shape
+                key: _like(value.clone(), parameters[index] if value.shape == parameters[index].shape else value)
+                if isinstance(value, Tensor)
                 else value
                 for key, value in one.items()
             }
@@ -976,6 +998,10 @@ def _blocks(module: nn.Module) -> dict[str, nn.Module]:
 
     search(module, "")
     return blocks
+
+
+def _in_own_dtype(forward: Callable[[Tensor], Tensor], dtype: torch.dtype, x: Tensor) -> Tensor:
+    return forward(x.to(dtype)).to(x.dtype)
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
