@@ -3,6 +3,7 @@
 Real processes with Gloo. What leaves the group whole shares one start of two processes; a process that dies needs its own.
 """
 
+import functools
 import os
 import re
 import shutil
@@ -31,6 +32,7 @@ CASES = {
     "zero1_accumulated": {"ddp_wrapper": "torch_ddp", "sharded_optimizer": True, "gradient_accumulation_steps": 2},
     "fsdp_accumulated": {"ddp_wrapper": "fsdp", "gradient_accumulation_steps": 2},
 }
+COMPILED = {"ddp_wrapper": "fsdp", "compile": True}
 RESUMED = {f"{name}, resumed": CASES[name] for name in ("flashddp", "zero1", "fsdp", "torch_fsdp2")}
 
 
@@ -96,6 +98,11 @@ def in_two_processes(process, folder, alone):
     """For spawn: every case in one group. Errors are what all processes raise, so that the group stays whole."""
     torch.set_num_threads(1)
     results = {name: run(folder / name, **settings) for name, settings in (CASES | RESUMED).items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+        results["compiled"] = run(folder / "compiled", **COMPILED)
+    results["bf16"] = run(ddp_wrapper="fsdp", dtype="bf16")
+    results["bf16 gradients"] = run(ddp_wrapper="flashddp", communication_dtype="bf16")
     with pytest.raises(Interrupted):
         run(folder / "resumed", interrupt_at(4), ddp_wrapper="flashddp", sharded_optimizer=True)
 
@@ -149,6 +156,19 @@ def test_two_processes_train_as_one_does(alone, together, name):
     assert {sample["step"] for sample in second.samples} <= {6} and first.checkpoint == second.checkpoint
     assert saved_steps(folder / name) == [3, 6, 9, 12]
     assert len((folder / name / "metrics.csv").read_text().splitlines()) == 13
+
+
+def test_a_compiled_model_trains_alike(alone, together):
+    results, folder = together
+    assert_same_run(results["compiled"][0], folder / "compiled", *alone)
+
+
+def test_bf16_reaches_the_wrapper(alone, together):
+    """Whole parameters, or gradients on their way, in bf16: close, and not the same."""
+    expected = {"bf16": run(dtype="bf16"), "bf16 gradients": alone[0]}
+    for name, history in expected.items():
+        ours, theirs = (np.array([row["train_loss"] for row in each.rows]) for each in (together[0][name][0], history))
+        assert 1e-6 < np.abs(ours / theirs - 1).max() < 5e-3, name
 
 
 def test_a_run_goes_on_in_another_number_of_processes_and_after_a_kill(alone, together, tmp_path):
