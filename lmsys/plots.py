@@ -599,9 +599,18 @@ def matrix_time(frame) -> Figure:
 
 def matrix_memory(frame) -> Figure:
     """Peak memory of a step under each wrapper, a GPU."""
+    per, unit = _memory_unit(frame.peak_mib)
     return _matrix_bars(
-        frame, lambda row: row.peak_mib / 1024, "peak memory a GPU, GiB", lambda row: f"{row.peak_mib / 1024:.3g} GiB"
+        frame,
+        lambda row: row.peak_mib / per,
+        f"peak memory a GPU, {unit}",
+        lambda row: f"{row.peak_mib / per:.4g} {unit}",
     )
+
+
+def _memory_unit(values_mib) -> tuple[int, str]:
+    """What to divide MiB by, and the unit that it gives."""
+    return (1024, "GiB") if values_mib.max() >= 1024 else (1, "MiB")
 
 
 def matrix_throughput(frame) -> Figure:
@@ -613,6 +622,37 @@ def matrix_throughput(frame) -> Figure:
         return f"{rate}, {100 * row.scaling_efficiency:.1f}% of linear" if linear else rate
 
     return _matrix_bars(frame, lambda row: row.tokens_per_s / 1e3, "thousand tokens/s", note)
+
+
+def matrix_speedup(frame) -> Figure:
+    """Speed-up of each wrapper over one GPU, a group a size, at the kernel that the size was measured with first."""
+    ok = frame[frame.status == "ok"].dropna(subset=["scaling_efficiency"])
+    ok = ok[ok.kernel == ok.groupby("size").kernel.transform("first")]
+    ok = ok[ok.gpus.isin((1, ok.gpus.max()))]
+    sizes, wrappers = list(dict.fromkeys(ok["size"])), list(dict.fromkeys(ok.wrapper))
+    figure, axes = _figure(max(7.0, 2.2 + 0.45 * len(sizes) * len(wrappers)), 4.4)
+    axis, width = axes[0, 0], 0.86 / max(1, len(wrappers))
+    for i, wrapper in enumerate(wrappers):
+        rows = ok[ok.wrapper == wrapper].set_index("size")
+        for size in rows.index:
+            x = sizes.index(size) + (i - (len(wrappers) - 1) / 2) * width
+            height = rows.scaling_efficiency[size] * rows.gpus[size]
+            axis.bar(
+                x,
+                height,
+                0.92 * width,
+                color=_wrapper_colour(wrapper),
+                hatch="////" if wrapper in PEER_WRAPPERS else None,
+                edgecolor="white",
+                label="one GPU" if wrapper == "none" else wrapper,
+            )
+            axis.annotate(f"{height:.2f}", (x, height), ha="center", va="bottom", fontsize=7)
+    axis.axhline(ok.gpus.max(), color="#999999", linestyle=":", label="linear")
+    axis.set_xticks(range(len(sizes)), sizes)
+    axis.set_ylabel(f"speed-up of {ok.gpus.max()} GPUs over one")
+    _legend(figure, axes.flat)
+    figure.suptitle(_setting(frame), fontsize=9, color="#555555")
+    return figure
 
 
 def matrix_convergence(losses) -> Figure:
@@ -748,8 +788,7 @@ def scaling(frame) -> Figure:
         rate = one.tokens_per_s.iloc[0]
         axis.plot(counts, [rate * n / 1e3 for n in counts], color="#999999", linestyle=":", label="linear")
     for wrapper, rows in frame[frame.gpus > 1].groupby("wrapper", sort=False):
-        points = rows if one.empty else [*one.itertuples(), *rows.sort_values("gpus").itertuples()]
-        points = list(points.itertuples()) if hasattr(points, "itertuples") else points
+        points = [*one.itertuples(), *rows.sort_values("gpus").itertuples()]
         axis.plot(
             [row.gpus for row in points],
             [row.tokens_per_s / 1e3 for row in points],
@@ -774,6 +813,7 @@ def sharding_memory(memory) -> Figure:
     colours = ["#999999", "#D55E00", "#882255", "#0072B2", "#CC79A7", "#E69F00", "#56B4E9", "#009E73"]
     figure, axes = _figure(10.0, 4.6)
     axis, width = axes[0, 0], 0.84 / max(1, len(series))
+    per, unit = _memory_unit(memory.measured_mib)
     for i, (name, gpus) in enumerate(series):
         rows = memory[(memory.sharding == name) & (memory.gpus == gpus)].set_index("point")
         for j, point in enumerate(points):
@@ -781,14 +821,14 @@ def sharding_memory(memory) -> Figure:
                 continue
             x = j + (i - (len(series) - 1) / 2) * width
             label = name if gpus == 1 else f"{name}, {gpus} GPUs"
-            axis.bar(x, rows.measured_mib[point] / 1024, 0.92 * width, color=colours[i % len(colours)], label=label)
+            axis.bar(x, rows.measured_mib[point] / per, 0.92 * width, color=colours[i % len(colours)], label=label)
             if not np.isnan(rows.predicted_mib[point]):
-                height = rows.predicted_mib[point] / 1024
+                height = rows.predicted_mib[point] / per
                 axis.plot(
                     [x - width / 2, x + width / 2], [height] * 2, color="black", linewidth=1.6, label="by formula"
                 )
     axis.set_xticks(range(len(points)), points)
-    axis.set_ylabel("memory a GPU, GiB")
+    axis.set_ylabel(f"memory a GPU, {unit}")
     axis.set_title(memory["size"].iloc[0], loc="left", fontsize=10)
     _legend(figure, axes.flat)
     return figure
@@ -799,14 +839,15 @@ def sharding_speed(frame) -> Figure:
     ok = frame[frame.status == "ok"]
     figure, axes = _figure(7.2, 4.6)
     axis = axes[0, 0]
+    per, unit = _memory_unit(ok.peak_mib)
     for row in ok.itertuples():
-        x, y = row.peak_mib / 1024, row.step_ms
+        x, y = row.peak_mib / per, row.step_ms
         axis.plot(x, y, "o", color=_wrapper_colour(row.wrapper), markersize=8)
         name = row.sharding if row.gpus == 1 else f"{row.sharding}, {row.gpus} GPUs"
         axis.annotate(f" {name}", (x, y), fontsize=8, va="bottom")
-    axis.set_xlim(0, 1.25 * ok.peak_mib.max() / 1024)
+    axis.set_xlim(0, 1.25 * ok.peak_mib.max() / per)
     axis.set_ylim(0, 1.15 * ok.step_ms.max())
-    axis.set_xlabel("peak memory a GPU, GiB")
+    axis.set_xlabel(f"peak memory a GPU, {unit}")
     axis.set_ylabel("time of a step, ms")
     axis.set_title(f"{ok['size'].iloc[0]}, {_setting(ok)}", loc="left", fontsize=10)
     return figure

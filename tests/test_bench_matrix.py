@@ -56,7 +56,7 @@ def test_the_columns_follow_from_the_times(measured):
 def test_its_report(measured):
     chosen, frame, losses, folder = measured
     written = matrix.write_report(frame, losses, folder)
-    assert sorted(written) == ["convergence", "memory", "report", "throughput", "time"]
+    assert sorted(written) == ["convergence", "memory", "report", "speedup", "throughput", "time"]
     assert all(path.name.startswith("lm_matrix_") and path.stat().st_size > 1000 for path in written.values())
     text = written["report"].read_text()
     assert "final losses of 5 runs" in text and text.count("| tiny |") == 5

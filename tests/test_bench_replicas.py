@@ -1,7 +1,9 @@
 """How results come back from groups of processes, and what a trained point is made of."""
 
 import dataclasses
+import gc
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 from lmsys.bench import replicas, timeline
 from lmsys.bench.measure import quantiles
 from lmsys.config import model_size
+from lmsys.parallel import group
 
 WORKLOAD = replicas.Workload(
     "tiny", model_size("tiny", vocab_size=64, context_length=16), "vectorized_torch", 2, "fp32", compiled=False
@@ -52,12 +55,33 @@ def test_results_come_while_the_group_runs_and_leaving_ends_it():
     assert time.monotonic() - start < 10
 
 
+def train_and_count(process, wrappers):
+    """How many parameters of each measured model are still there."""
+    left = {}
+    for wrapper in wrappers:
+        replica = replicas.Replica(process, replicas.TrainPoint(WORKLOAD, wrapper, 2, 2), replicas.Plan(1, 1, 1))
+        there = [weakref.ref(parameter) for parameter in replica.trained.parameters()]
+        replica.measure()
+        replica.close()
+        del replica
+        gc.collect()
+        left[wrapper] = sum(parameter() is not None for parameter in there)
+    return left
+
+
+def test_a_measured_model_is_freed():
+    wrappers = ["overlap", "flashddp", "torch_ddp", "fsdp", "torch_fsdp2"]
+    assert group.spawn(train_and_count, 2, wrappers, device="cpu", timeout_s=120)[1] == dict.fromkeys(wrappers, 0)
+
+
 def test_process_counts():
     assert replicas.process_counts("cpu", None) == (1, 2)
     assert replicas.process_counts("cpu", [4, 1, 4]) == (1, 4)
     for wrong in ([0], [], [1.5]):
         with pytest.raises(ValueError, match="gpus"):
             replicas.process_counts("cpu", wrong)
+    with pytest.raises(ValueError, match="give auto, cpu or cuda"):
+        replicas.process_counts("cuda:1", None)
 
 
 def test_points_share_groups_and_one_gpu_is_measured_once():

@@ -42,17 +42,19 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "vocab_size": 256,
         "dtype": "fp32",
         "compiled": False,
+        "learning_rate": 3e-3,
         "steps": 3,
         "timed_steps": 3,
     },
     "cpu": {
-        "cells": {"tiny": (_PLAIN, "flash_attention_torch"), "mini": (_PLAIN,)},
+        "cells": {"tiny": (_PLAIN, "flash_attention_torch")},
         "wrappers": WRAPPERS,
-        "batch": {"tiny": 4, "mini": 2},
-        "context_length": {"tiny": 64, "mini": 64},
+        "batch": {"tiny": 4},
+        "context_length": {"tiny": 64},
         "vocab_size": 1024,
         "dtype": "fp32",
         "compiled": False,
+        "learning_rate": 3e-3,
         "steps": 8,
         "timed_steps": 8,
     },
@@ -64,6 +66,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "vocab_size": None,
         "dtype": "bf16",
         "compiled": True,
+        "learning_rate": 3e-4,
         "steps": 8,
         "timed_steps": 20,
     },
@@ -104,7 +107,7 @@ def settings(
     shape: Mapping[str, Any] | None = None,
     dtype: str | None = None,
     compiled: bool | None = None,
-    learning_rate: float = 3e-4,
+    learning_rate: float | None = None,
     train_tokens: str | None = None,
     valid_tokens: str | None = None,
     device: str = "auto",
@@ -158,7 +161,7 @@ def settings(
                     local_batch=batch or preset["batch"].get(size, _OTHER_BATCH),
                     dtype=dtype,
                     compiled=preset["compiled"] if compiled is None else compiled,
-                    learning_rate=learning_rate,
+                    learning_rate=learning_rate or preset["learning_rate"],
                     seed=seed,
                     train_tokens=train_tokens,
                     valid_tokens=valid_tokens,
@@ -366,6 +369,8 @@ def write_report(frame, losses, folder: str | Path) -> dict[str, Path]:
         "throughput": plots.matrix_throughput(frame),
         "convergence": plots.matrix_convergence(losses),
     }
+    if (frame.gpus > 1).any() and frame.scaling_efficiency.notna().any():
+        figures["speedup"] = plots.matrix_speedup(frame)
     written = {name: plots.save(figure, folder / f"lm_matrix_{name}.png") for name, figure in figures.items()}
     written["report"] = records.write_text(folder / "lm_matrix_report.md", report_text(frame))
     return written

@@ -48,8 +48,12 @@ def process_counts(device: str, given: Sequence[int] | None) -> tuple[int, ...]:
     """Numbers of processes to measure with: those given, else 1, 2, 4 and 8 as far as there are GPUs, and 1 and 2 on a CPU.
 
     Raises:
-        ValueError: not a positive number, or more than there are GPUs.
+        ValueError: not a positive number, more than there are GPUs, or a device that is not one for several processes.
     """
+    require(
+        device in ("auto", "cpu", "cuda"),
+        f"device is '{device}'; each process takes a GPU of its own: give auto, cpu or cuda",
+    )
     here = torch.cuda.device_count() if resolve_device(device).type == "cuda" else None
     if given is None:
         return tuple(n for n in (1, 2, 4, 8) if n <= (here or 2))

@@ -74,12 +74,11 @@ def _rows(found: dict[tuple[str, str], list[tuple[float, float]]]) -> list[dict[
     Autograd launches from threads of its own, whose kernels no annotation of the caller covers: between forward pass and optimizer.
     """
     phases = {name: spans for (lane, name), spans in found.items() if lane == "phase"}
-    if "forward" not in phases:
-        return []
-    origin = min(start for start, _ in phases["forward"])
-    forward_end = max(end for _, end in phases["forward"])
-    if "optimizer" in phases:
-        found["phase", "backward"] = [(forward_end, min(start for start, _ in phases["optimizer"]))]
+    if {"forward", "optimizer"} <= set(phases):
+        end, begin = max(end for _, end in phases["forward"]), min(start for start, _ in phases["optimizer"])
+        found["phase", "backward"] = [(end, begin)]
+    first = phases.get("forward") or [span for spans in found.values() for span in spans]
+    origin = min((start for start, _ in first), default=0.0)
     rows = []
     for (lane, name), spans in found.items():
         for start, end in union(spans, _GAP_MS if lane != "phase" else 0.0):
