@@ -102,10 +102,11 @@ def memory(process) -> dict:
     module = toy()
     wrapped = fully_shard(module, prefetch=1)
     optimizer = sgd(wrapped.parameters())
-    found = {"start": is_free(wrapped), "forward": [], "backward": []}
+    found = {"start": is_free(wrapped)}
+    forward, backward = [], []
     for block in module.blocks:
-        block.register_forward_pre_hook(lambda *_: found["forward"].append(wrapped.gathered))
-        block.register_full_backward_pre_hook(lambda *_: found["backward"].append(wrapped.gathered))
+        block.register_forward_pre_hook(lambda *_: forward.append(wrapped.gathered))
+        block.register_full_backward_pre_hook(lambda *_: backward.append(wrapped.gathered))
     gathers = 0
     original = shards.all_gather
 
@@ -117,11 +118,13 @@ def memory(process) -> dict:
     shards.all_gather = counted
     try:
         for step in range(3):
-            gathers, found["forward"], found["backward"] = 0, [], []
+            gathers = 0
+            forward.clear()
+            backward.clear()
             step_once(wrapped, optimizer, step, process)
     finally:
         shards.all_gather = original
-    found |= {"gathers": gathers, "step": is_free(wrapped), "forward": list(found["forward"])}
+    found |= {"gathers": gathers, "step": is_free(wrapped), "forward": list(forward), "backward": list(backward)}
     tokens = share(batch(0)[0], process.rank, process.world_size)
     wrapped(tokens)  # without a backward pass
     found["between"] = wrapped.gathered

@@ -44,13 +44,13 @@ def plain_groups(module: nn.Module) -> list[dict]:
     return [first | {"params": first["params"][:-1]}, second]
 
 
-def average(module: nn.Module, zeros: bool) -> None:
-    """The oracle's all-reduce. zeros: a gradient that no rank has is zero, else None."""
+def average(module: nn.Module) -> None:
+    """The oracle's all-reduce; a gradient that no rank has is None."""
     for parameter in module.parameters():
         if parameter.requires_grad:
             used = torch.tensor(float(parameter.grad is not None))
             dist.all_reduce(used)
-            if not (used or zeros):
+            if not used:
                 continue
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -58,7 +58,7 @@ def average(module: nn.Module, zeros: bool) -> None:
             dist.all_reduce(parameter.grad)
 
 
-def train(module, optimizer, scheduler, process, steps, *, scattered=None, zeros=False, max_norm=None, micro_batches=1):
+def train(module, optimizer, scheduler, process, steps, *, scattered=None, max_norm=None, micro_batches=1):
     """scattered: the optimizer averages the gradients."""
     norms = []
     for step in steps:
@@ -73,7 +73,7 @@ def train(module, optimizer, scheduler, process, steps, *, scattered=None, zeros
             else:
                 (loss(module, inputs, labels) / micro_batches).backward()
         if not scattered:
-            average(module, zeros)
+            average(module)
         if max_norm is not None:
             if isinstance(optimizer, ShardedOptimizer):
                 norms.append(optimizer.clip_grad_norm_(max_norm).item())
@@ -112,7 +112,7 @@ def compare(process, optimizer_cls, options, sharding, **training) -> dict:
     first, second = range(3), range(3, STEPS)
     scattered = sharded if scatter else None
     ours_norms = train(ours, sharded, schedules[0], process, first, scattered=scattered, **training)
-    norms = train(plain, optimizer, schedules[1], process, first, zeros=scatter, **training)
+    norms = train(plain, optimizer, schedules[1], process, first, **training)
     added, plain_added = nn.Parameter(torch.ones(7, 3)), nn.Parameter(torch.ones(7, 3))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -125,7 +125,7 @@ def compare(process, optimizer_cls, options, sharding, **training) -> dict:
         module.added = parameter
         module.forward = lambda tokens, module=module: type(module).forward(module, tokens) * module.added.mean()
     ours_norms += train(ours, sharded, schedules[0], process, second, scattered=scattered, **training)
-    norms += train(plain, optimizer, schedules[1], process, second, zeros=scatter, **training)
+    norms += train(plain, optimizer, schedules[1], process, second, **training)
     state = sharded.full_state_dict()
     result = {
         "partition": sharded.partition,

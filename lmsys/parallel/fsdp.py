@@ -189,6 +189,28 @@ class _Flat:
             self.whole.untyped_storage().resize_(0)
             self.gathered = False
 
+    def take_gradients(self) -> Tensor:
+        """The parameters' gradients as one flat buffer in communication_dtype, zeros where there is none; they keep none."""
+        found = [parameter.grad for parameter in self.parameters]
+        for parameter in self.parameters:
+            parameter.grad = None
+        first = found[0]
+        if (
+            len(found) == 1
+            and first is not None
+            and first.numel() == self.whole.numel()
+            and first.dtype == self.communication_dtype
+            and first.is_contiguous()
+        ):
+            return first.view(-1)  # an embedding, a head: large, and nothing to put together
+        flat = torch.empty(self.whole.numel(), dtype=self.communication_dtype, device=self.whole.device)
+        present = [(view, one) for view, one in zip(self.views(flat), found, strict=True) if one is not None]
+        if len(present) < len(found):
+            flat.zero_()
+        if present:
+            torch._foreach_copy_(*map(list, zip(*present, strict=True)))
+        return flat
+
     @torch.no_grad()
     def gather_masters(self) -> Tensor:
         """The whole parameters in their own dtype, in a new buffer."""
@@ -503,18 +525,7 @@ class FullyShardedModule(nn.Module):
     def _reduce(self, flat: _Flat) -> None:
         """Start to average a buffer's gradients over ranks; those that are missing count as zero."""
         self._land()
-        gradients = torch.empty(flat.whole.numel(), dtype=flat.communication_dtype, device=flat.whole.device)
-        present = [
-            (view, parameter.grad)
-            for view, parameter in zip(flat.views(gradients), flat.parameters, strict=True)
-            if parameter.grad is not None
-        ]
-        if len(present) < len(flat.parameters):
-            gradients.zero_()
-        if present:
-            torch._foreach_copy_(*map(list, zip(*present, strict=True)))
-        for parameter in flat.parameters:
-            parameter.grad = None
+        gradients = flat.take_gradients()
         self._reduced.add(flat)
         if self._world_size == 1:
             self._flight = _Flight(flat, gradients, gradients, None)

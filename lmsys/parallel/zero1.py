@@ -18,7 +18,7 @@ a module may read a parameter in another's forward, as a tied head does, so no h
 What stays exposed of communication is then about one all-gather of the model less the update, per step.
 
 Limits: a parameter must keep its storage (cast and move the module before); an optimizer whose step needs a closure
-(LBFGS) is refused; with reduce_scatter_gradients a parameter that got no gradient counts as one whose gradient is zero.
+(LBFGS) is refused.
 """
 
 from __future__ import annotations
@@ -499,6 +499,7 @@ class _GradientExchange:
         self.completed: list[_Bucket] = []  # in the first backward pass
         self.missing: dict[_Bucket, set[int]] = {}  # parameters without a gradient yet, by id
         self.flights: list[_Flight] = []
+        self.used: set[int] = set()  # parameters whose gradient has left, by id
         self.hooks: list[Any] = []
 
     def add(self, bucket: _Bucket) -> None:
@@ -550,7 +551,9 @@ class _GradientExchange:
         if present:
             torch._foreach_copy_(*map(list, zip(*present, strict=True)))
         for parameter in bucket.parameters:
-            parameter.grad = None
+            if parameter.grad is not None:
+                self.used.add(id(parameter))
+                parameter.grad = None
         start, stop = bucket.shares[self.rank]
         if self.world_size == 1:
             self.flights.append(_Flight(bucket, flat, flat))
@@ -576,17 +579,33 @@ class _GradientExchange:
             self.order = self._agree()
         for bucket in self.order[len(self.flights) :]:
             self._launch(bucket)
+        unused = self._unused()
         for flight in self.flights:
             for work in flight.works:
                 work.wait()
             start, _ = flight.bucket.shares[self.rank]
             for leaf in flight.bucket.leaves:
+                if id(leaf.parameter) in unused:
+                    continue
                 at = leaf.at - start
                 gradient = flight.mean[at : at + leaf.tensor.numel()].view(leaf.tensor.shape)
                 leaf.tensor.grad = gradient if leaf.tensor.grad is None else leaf.tensor.grad + gradient
             self._expect(flight.bucket)
         self.flights = []
+        self.used = set()
         self.finished = True
+
+    def _unused(self) -> set[int]:
+        """Parameters that no rank used, by id. Only a rank that left one unused waits to read that."""
+        parameters = [parameter for bucket in self.buckets for parameter in bucket.parameters]
+        here = [id(parameter) in self.used for parameter in parameters]
+        flags = torch.ones(len(here), device=self.buckets[0].flat.device)
+        if not all(here):
+            flags.copy_(torch.tensor(here, dtype=flags.dtype))
+        if self.world_size > 1:
+            dist.all_reduce(flags, group=self.group)
+        somewhere = here if all(here) else (flags > 0).tolist()
+        return {id(parameter) for parameter, used in zip(parameters, somewhere, strict=True) if not used}
 
     def _agree(self) -> list[_Bucket]:
         """Rank 0's order, buckets that were not complete there last."""
