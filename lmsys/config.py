@@ -188,6 +188,9 @@ class TrainConfig:
         None  # that the pipeline trains in; None: one a GPU where ddp_wrapper needs several, else one
     )
     sharded_optimizer: bool = False  # ZeRO-1: each process keeps its share of the optimizer's state
+    reduce_scatter_gradients: bool = (
+        False  # with sharded_optimizer: each process receives the gradients of its share alone
+    )
     bucket_size_mb: float | None = None  # gradients that travel together; 0: one a parameter; None: the wrapper's own
     communication_dtype: str | None = None  # of gradients between processes; None: the wrapper's own
     eval_interval: int = 200  # steps between evaluations; 0 or less: only at the end
@@ -229,6 +232,10 @@ class TrainConfig:
                 "train.sharded_optimizer shares the optimizer's state among processes and train.ddp_wrapper 'none' is for "
                 "one; set train.ddp_wrapper=flashddp, or train.sharded_optimizer=false",
             )
+        require(
+            self.sharded_optimizer or not self.reduce_scatter_gradients,
+            "train.reduce_scatter_gradients is an option of train.sharded_optimizer; set that to true as well",
+        )
         for name, takers in WRAPPER_OPTIONS.items():
             require(
                 getattr(self, name) is None or self.ddp_wrapper in takers,

@@ -309,7 +309,7 @@ def _train_in_processes(
         message = str(error)
         if error.signal is not None:
             kept = checkpoint.latest(run_dir / CHECKPOINTS)
-            message += f"; run it again to go on from {kept}" if kept else "; no checkpoint was saved"
+            message += f" (run it again to go on from {kept})" if kept else " (no checkpoint was saved)"
         raise ChildProcessError(message) from None
     return dataclasses.replace(read_history(run_dir), resumed_from=resumed_from)
 

@@ -29,7 +29,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -339,7 +339,9 @@ class _Replica:
         if self.config.train.sharded_optimizer:
             from lmsys.parallel.zero1 import ShardedOptimizer
 
-            return ShardedOptimizer(groups, AdamW, **options)
+            return ShardedOptimizer(
+                groups, AdamW, reduce_scatter_gradients=self.config.train.reduce_scatter_gradients, **options
+            )
         return AdamW(groups, **options)
 
     def _load_optimizer(self, state: dict[str, Any]) -> None:
@@ -366,24 +368,36 @@ class _Replica:
         step_loss = torch.zeros((), device=self.device)
         for index in range(count):
             inputs, targets = (_to_device(array, self.device) for array in sampler.next())
-            with self._synchronized_if(index == count - 1):
+            with self._communicating(is_last=index == count - 1):
                 with autocast(self.device, self.config.train.dtype):
                     loss = self.loss_function(self.module(inputs), targets) / count
                 loss.backward()
             step_loss += loss.detach()
-        if self.world_size > 1:
+        if self.config.train.reduce_scatter_gradients:
+            self.optimizer.finish_gradient_synchronization()
+        elif self.world_size > 1:
             self.module.finish_gradient_synchronization()
         return step_loss
 
-    def _synchronized_if(self, synchronized: bool) -> AbstractContextManager[Any]:
-        """Where a backward pass communicates its gradients, or adds them up in this process alone."""
-        return nullcontext() if synchronized or self.world_size == 1 else self.module.no_sync()
+    @contextmanager
+    def _communicating(self, is_last: bool) -> Iterator[None]:
+        """A step's last backward pass communicates, through the wrapper or the optimizer; those before it only add up."""
+        with ExitStack() as stack:
+            if self.config.train.reduce_scatter_gradients:
+                stack.enter_context(self.module.no_sync())
+                if not is_last:
+                    stack.enter_context(self.optimizer.no_sync())
+            elif self.world_size > 1 and not is_last:
+                stack.enter_context(self.module.no_sync())
+            yield
 
     def update(self, learning_rate: float) -> Tensor:
         """Clip the gradients and take the optimizer's step. Returns the global gradient norm before clipping."""
         max_norm = self.config.optim.max_grad_norm
         if self.fully_sharded:
             norm = self.module.clip_grad_norm_(max_norm)
+        elif self.config.train.sharded_optimizer:
+            norm = self.optimizer.clip_grad_norm_(max_norm)
         else:
             norm = clip_grad_norm(self.parameters, max_norm)
         for options in self.optimizer.param_groups:

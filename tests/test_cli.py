@@ -133,7 +133,7 @@ def test_a_failed_process_is_one_line(capsys, monkeypatch):
     error = group.RankError("rank 1 of 2 failed: OSError: out of memory")
     assert fails(capsys, *command) == "lmsys pipeline: rank 1 of 2 failed: OSError: out of memory"
     error = group.RankError("a process was killed by SIGKILL", signal=9)
-    assert fails(capsys, *command) == "lmsys pipeline: a process was killed by SIGKILL; no checkpoint was saved"
+    assert fails(capsys, *command) == "lmsys pipeline: a process was killed by SIGKILL (no checkpoint was saved)"
 
 
 def test_what_all_processes_are_told_is_said_by_one(capsys, monkeypatch):

@@ -110,6 +110,7 @@ def test_epochs_take_the_place_of_the_presets_steps():
         ("train.dtype=fp8", "unknown train.dtype"),
         ("train.processes=0", "train.processes is 0"),
         ("train.sharded_optimizer=true", "among processes and train.ddp_wrapper 'none' is for one"),
+        ("train.reduce_scatter_gradients=true", "an option of train.sharded_optimizer"),
         ("train.bucket_size_mb=5", "train.bucket_size_mb is an option of flashddp, torch_ddp"),
         ("generate.top_p=0", "top_p"),
         ("wandb.mode=maybe", "unknown wandb.mode"),
