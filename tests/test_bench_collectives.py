@@ -20,6 +20,7 @@ def test_every_collective_is_checked_timed_and_fitted(tmp_path):
         assert link.seconds(op, largest.size_mib * 2**20, 2) == pytest.approx(largest.median_ms / 1e3, rel=0.5)
     assert len(collectives.conclusions(frame)) == 3 and collectives.table(frame).count("GB/s") == 0
     plots.save(plots.collectives(frame), tmp_path / "collectives.png")
+    assert collectives.recorded(chosen, tmp_path).equals(frame)  # this device's, of these numbers: not measured again
     stamp = json.loads((tmp_path / "collectives_results.json").read_text())
     assert "nccl-tests" in stamp["method"]["bandwidth"] and stamp["parameters"]["gpus"] == [2]
 
@@ -48,3 +49,13 @@ def test_settings_say_what_is_wrong():
         with pytest.raises(ValueError, match=next(iter(wrong))):
             collectives.settings("smoke", device="cpu", **wrong)
     assert collectives.settings("full", gpus=[2, 4], device="cpu").sizes_mib[-1] == 1024
+
+
+def test_what_is_recorded_of_another_device_is_measured_anew(tmp_path, monkeypatch):
+    chosen = collectives.settings("smoke", gpus=[2], device="cpu")
+    other = [{"op": op, "gpus": 2, "size_mib": 1.0, "status": "ok", "device": "another"} for op in cost.COLLECTIVES]
+    monkeypatch.setattr(collectives, "rows", lambda *_: iter(other))
+    collectives.run(chosen, tmp_path)
+    fresh = [row | {"device": "measured anew"} for row in other]
+    monkeypatch.setattr(collectives, "rows", lambda *_: iter(fresh))
+    assert set(collectives.recorded(chosen, tmp_path).device) == {"measured anew"}

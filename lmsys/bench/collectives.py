@@ -42,7 +42,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_ten
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {"sizes_mib": (0.0625, 4), "samples": 3, "budget_s": 0.1},
-    "cpu": {"sizes_mib": (0.0625, 0.25, 1, 4, 16), "samples": 7, "budget_s": 0.2},
+    "cpu": {"sizes_mib": (0.0625, 0.5, 4, 16), "samples": 7, "budget_s": 0.15},
     "full": {"sizes_mib": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024), "samples": 20, "budget_s": 0.5},
 }
 
@@ -132,6 +132,16 @@ def run(chosen: CollectiveSettings, folder: str | Path, *, on_row: Callable[[dic
             if on_row:
                 on_row(row)
     return records.read_results(writer.path)
+
+
+def recorded(chosen: CollectiveSettings, folder: str | Path):
+    """The rows that folder holds, where they are of this device and these numbers of processes; else measure, as run() does."""
+    path = Path(folder) / f"{NAME}.csv"
+    if path.exists():
+        frame = records.read_results(path)
+        if set(frame.device) == {device_name(resolve_device(chosen.device))} and set(chosen.gpus) <= set(frame.gpus):
+            return frame
+    return run(chosen, folder)
 
 
 def rows(chosen: CollectiveSettings, device: torch.device) -> Iterator[dict[str, Any]]:

@@ -69,9 +69,9 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "dtype": "fp32",
         "compiled": False,
         "kernel": "vectorized_torch",
-        "bucket_sizes_mb": (0.1, 1, 10),
+        "bucket_sizes_mb": (0.2, 2),
         "steps": 3,
-        "timed_steps": 10,
+        "timed_steps": 7,
     },
     "full": {
         "size": "xl",

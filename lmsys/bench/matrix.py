@@ -55,8 +55,8 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "dtype": "fp32",
         "compiled": False,
         "learning_rate": 3e-3,
-        "steps": 8,
-        "timed_steps": 8,
+        "steps": 6,
+        "timed_steps": 5,
     },
     "full": {
         "cells": {"gpt2": (_TRITON, _PLAIN), "gpt2-medium": (_TRITON,), "xl": (_TRITON,)},

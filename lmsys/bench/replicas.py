@@ -218,6 +218,11 @@ class Workload:
     train_tokens: str | None = None
     valid_tokens: str | None = None
 
+    def __str__(self) -> str:
+        shape = f"d_model {self.model.d_model}, {self.model.num_layers} layers, vocabulary {self.model.vocab_size}"
+        compiled = ", compiled" if self.compiled else ""
+        return f"{self.size} ({shape}), {self.kernel}, {self.local_batch} x {self.model.context_length}, {self.dtype}{compiled}"
+
 
 @dataclass(frozen=True)
 class TrainPoint:

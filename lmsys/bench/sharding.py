@@ -75,7 +75,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "compiled": False,
         "kernel": "vectorized_torch",
         "steps": 3,
-        "timed_steps": 10,
+        "timed_steps": 7,
     },
     "full": {
         "size": "xl",
