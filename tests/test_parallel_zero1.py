@@ -1,15 +1,19 @@
 """ShardedOptimizer: the plain optimizer's parameters and state, with 1/N of the state on each rank."""
 
 import copy
+import random
+import time
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.distributed as dist
-from parallel_cases import STEPS, TIME_LIMIT_S, batch, difference, loss, share, toy
+from parallel_cases import STEPS, TIME_LIMIT_S, batch, difference, loss, share, toy, twin
 from torch import nn
 
 from lmsys.optim import AdamW
+from lmsys.parallel import wrap
 from lmsys.parallel.group import Process, spawn
 from lmsys.parallel.zero1 import ShardedOptimizer
 
@@ -27,6 +31,16 @@ CASES = {
         {"lr": 0.01},
         {"reduce_scatter_gradients": True, "partition": "parameters", "bucket_size_mb": 0.002},
     ),
+}
+
+
+WRAPPED = {
+    "naive": ("naive", {}),
+    "flat": ("flat", {}),
+    "overlap": ("overlap", {}),
+    "flashddp": ("flashddp", {}),
+    "flashddp_flat": ("flashddp", {"layout": "flat"}),
+    "torch_ddp": ("torch_ddp", {"find_unused": True}),
 }
 
 
@@ -139,6 +153,47 @@ def compare(process, optimizer_cls, options, sharding, **training) -> dict:
     return result
 
 
+def own_adamw(parameters):
+    return AdamW(parameters, lr=0.01)
+
+
+def under_wrappers(process) -> dict:
+    """Steps under each data-parallel wrapper, which or whose optimizer averages gradients, less the twin's."""
+    expected = twin(process.world_size, optimizer=own_adamw)
+    differences = {}
+    for name, (wrapper, options) in WRAPPED.items():
+        for scattered in (False, True):
+            module = toy(seed=process.rank)
+            wrapped = wrap(module, wrapper, **options)
+            trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+            optimizer = ShardedOptimizer(trained, AdamW, lr=0.01, reduce_scatter_gradients=scattered)
+            for step in range(STEPS):
+                optimizer.zero_grad()
+                tokens, targets = (share(one, process.rank, process.world_size) for one in batch(step))
+                with wrapped.no_sync() if scattered else nullcontext():
+                    loss(wrapped, tokens, targets).backward()
+                (optimizer if scattered else wrapped).finish_gradient_synchronization()
+                optimizer.step()
+            optimizer.close()
+            differences[name, scattered] = difference(module, expected)
+    return differences
+
+
+def repeated(process) -> list[bool]:
+    """Twenty runs with scattered gradients whose ranks fall behind each other; whether each ends where the first did."""
+    generator = random.Random(process.rank)
+    ends = []
+    for _ in range(20):
+        module = toy()
+        for block in module.blocks:
+            block.register_full_backward_pre_hook(lambda *_: time.sleep(generator.random() * 0.002))
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        optimizer = ShardedOptimizer(trained, AdamW, lr=0.01, reduce_scatter_gradients=True, bucket_size_mb=0.002)
+        train(module, optimizer, schedule(optimizer), process, range(3), scattered=optimizer)
+        ends.append(module)
+    return [difference(end, ends[0]) == 0 for end in ends]
+
+
 def balanced(process) -> dict:
     """State of a model whose embedding is half of it, and of one that whole parameters can share."""
     skewed = nn.Sequential(nn.Embedding(2000, 64), nn.Linear(64, 64), nn.Linear(64, 1000))
@@ -231,6 +286,8 @@ def two_ranks(process, folder) -> dict:
     results["accumulated"] = compare(process, *CASES["scattered"], micro_batches=2)
     for name in ("own_adamw", "scattered"):
         results[f"clipped_{name}"] = compare(process, *CASES[name], max_norm=0.5)
+    results["wrappers"] = under_wrappers(process)
+    results["repeats"] = repeated(process)
     results["balance"] = balanced(process)
     results["misuse"] = misuse(process)
     saved(process, folder)
@@ -278,6 +335,16 @@ def test_clipping_by_global_norm(results, name):
     for rank in results:
         assert rank[f"clipped_{name}"]["norms"] < 1e-5
         assert rank[f"clipped_{name}"]["difference"] < 1e-6
+
+
+@pytest.mark.parametrize("scattered", [False, True], ids=["all_reduced", "scattered"])
+@pytest.mark.parametrize("name", WRAPPED)
+def test_under_each_wrapper(results, name, scattered):
+    assert all(rank["wrappers"][name, scattered] < 1e-5 for rank in results)
+
+
+def test_twenty_repeats_with_delays_are_one(results):
+    assert all(rank["repeats"] == [True] * 20 for rank in results)
 
 
 def test_state_is_balanced(results):

@@ -9,6 +9,7 @@ value for each element and is cut like it; everything else (a step count) belong
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,7 +138,7 @@ def load_shared(folder: str | Path, group: dist.ProcessGroup | None) -> dict[str
     if not (Path(folder) / ".metadata").exists():
         raise ValueError(f"no sharded state at {folder}; give the folder that it was saved to")
     state: dict[str, Any] = {"shared": b""}
-    dcp.load(state, checkpoint_id=folder, process_group=group, no_dist=not dist.is_initialized())
+    _read(state, folder, group)
     return pickle.loads(state["shared"])
 
 
@@ -158,7 +159,7 @@ def load_pieces(
         for a, b, dtype in saved[name]:
             if a < stop and start < b:
                 tensors[f"{name}/{a}"] = torch.empty(b - a, dtype=dtype)
-    dcp.load(tensors, checkpoint_id=folder, process_group=group, no_dist=not dist.is_initialized())
+    _read(tensors, folder, group)
     parts = []
     for name, start, stop in wanted:
         part = torch.empty(stop - start, dtype=saved[name][0][2])
@@ -168,6 +169,13 @@ def load_pieces(
                 part[low - start : high - start] = tensors[f"{name}/{a}"][low - a : high - a]
         parts.append(part)
     return parts
+
+
+def _read(state: dict[str, Any], folder: str | Path, group: dist.ProcessGroup | None) -> None:
+    """Fill the dictionary's entries with what was saved under their names."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process, as intended
+        dcp.load(state, checkpoint_id=folder, process_group=group, no_dist=not dist.is_initialized())
 
 
 # --- Optimizer state ------------------------------------------------------------------------------
