@@ -408,7 +408,63 @@ def environment() -> str:
     return records.markdown_table(lines, {"what": "what", "value": HEADLINE_MACHINE}).rstrip()
 
 
+SCALING_MACHINES = ("h200-x8", "h200-x4", "h200-x2")  # of those measured, the first is shown
+
+
+def scaling_headline() -> str:
+    """Data parallelism on the most GPUs measured: tokens a second and the share of linear scaling, and where to read on."""
+    machine = _scaling_machine()
+    if machine is None:
+        return f"*Not measured yet: artifacts/{SCALING_MACHINES[-1]}/lm_matrix_results.csv is not there.*"
+    frame = _scaling_rows(machine)
+    lines = []
+    for (size, wrapper), rows in frame[frame.gpus == frame.gpus.max()].groupby(["size", "wrapper"], sort=False):
+        row = rows.iloc[0]
+        lines.append(
+            {
+                "size": size,
+                "wrapper": f"`{wrapper}`",
+                "step": records.spread(row.step_ms, row.p20_ms, row.p80_ms),
+                "tokens": f"{row.tokens_per_s:,.0f}",
+                "linear": f"{100 * row.scaling_efficiency:.1f}%",
+                "peak": f"{row.peak_mib:,.0f}",
+            }
+        )
+    columns = {"size": "model", "wrapper": "wrapper", "step": "step, ms", "tokens": "tokens/s"}
+    columns |= {"linear": "of linear scaling", "peak": "peak MiB a GPU"}
+    first = frame.iloc[0]
+    caption = f"A training step on {frame.gpus.max()} x {first.device}, {first['dtype']}; one GPU is measured in the same run."
+    return f"{caption}\n\n{records.markdown_table(lines, columns)}".rstrip()
+
+
+def scaling_figure() -> str:
+    """The speed-up over one GPU as a figure of the book, and links to the notebooks that were executed there."""
+    machine = _scaling_machine()
+    if machine is None:
+        return ""
+    names = ("lm_matrix", "data_parallel", "sharding")
+    executed = [name for name in names if (records.REPOSITORY / "book" / machine / f"{name}.ipynb").exists()]
+    links = ", ".join(f"[]({machine}/{name}.ipynb)" for name in executed)
+    figure = f"![Speed-up over one GPU](../artifacts/{machine}/lm_matrix_speedup.png)"
+    return f"{figure}\n\nRead on: {links}." if links else figure
+
+
+def _scaling_machine() -> str | None:
+    """The machine of the most GPUs whose LM matrix was measured."""
+    folder = records.REPOSITORY / "artifacts"
+    return next((name for name in SCALING_MACHINES if (folder / name / "lm_matrix_results.csv").exists()), None)
+
+
+def _scaling_rows(machine: str):
+    """What was measured, at the kernel that each size was measured with first."""
+    frame = records.read_results(records.REPOSITORY / "artifacts" / machine / "lm_matrix_results.csv")
+    frame = frame[frame.status == "ok"]
+    return frame[frame.kernel == frame.groupby("size").kernel.transform("first")]
+
+
 FILLS: dict[str, Callable[[], str]] = {
+    "scaling_headline": scaling_headline,
+    "scaling_figure": scaling_figure,
     "attention_headline": attention_headline,
     "attention_standings": attention_standings,
     "attention_throughput": attention_throughput,

@@ -1,9 +1,10 @@
 import json
 
 import nbformat
+import pandas as pd
 import pytest
 
-from lmsys import report
+from lmsys import records, report
 from lmsys.bench import attention
 from lmsys.records import REPOSITORY
 
@@ -61,3 +62,22 @@ def test_committed_notebooks_and_stamps_are_clean():
     for path in (REPOSITORY / "artifacts").glob("h200*/*.csv"):
         stamp = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         assert stamp["environment"]["gpu"] == "NVIDIA H200", path
+
+
+def test_the_most_gpus_measured_are_on_the_front_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "REPOSITORY", tmp_path)
+    assert "Not measured yet" in report.fill("scaling_headline") and report.fill("scaling_figure") == ""
+    for machine, gpus in (("h200-x2", 2), ("h200-x4", 4)):
+        columns = dict.fromkeys(records.SCHEMAS["lm_matrix_results"], 1.0) | {"device": "NVIDIA H200", "dtype": "bf16"}
+        path = tmp_path / "artifacts" / machine / "lm_matrix_results.csv"
+        path.parent.mkdir(parents=True)
+        rows = [("k", 1, "ok", 1.0), ("k", gpus, "ok", 0.987), ("plain", gpus, "ok", 0.5), ("k", gpus, "oom", 0.0)]
+        names = {"size": "gpt2", "wrapper": "flashddp"}
+        keys = ("kernel", "gpus", "status", "scaling_efficiency")
+        pd.DataFrame([columns | names | dict(zip(keys, row, strict=True)) for row in rows]).to_csv(path, index=False)
+    shown = report.fill("scaling_headline")
+    assert "4 x NVIDIA H200" in shown and shown.count("| gpt2 | `flashddp` |") == 1 and "98.7%" in shown
+    assert report.fill("scaling_figure") == "![Speed-up over one GPU](../artifacts/h200-x4/lm_matrix_speedup.png)"
+    (tmp_path / "book" / "h200-x4").mkdir(parents=True)
+    (tmp_path / "book" / "h200-x4" / "sharding.ipynb").touch()
+    assert report.fill("scaling_figure").endswith("Read on: [](h200-x4/sharding.ipynb).")
