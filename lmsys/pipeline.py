@@ -274,7 +274,7 @@ def _train_in_processes(
     """
     from lmsys import checkpoint
     from lmsys.parallel import group
-    from lmsys.train import CHECKPOINTS, read_history
+    from lmsys.train import CHECKPOINTS, History, logged
 
     resumed = checkpoint.latest(run_dir / CHECKPOINTS) if config.train.resume else None
     resumed_from = None if resumed is None else checkpoint.step_of(resumed)
@@ -289,17 +289,17 @@ def _train_in_processes(
     records.write_json(given / "config.json", settings)
     arguments = ["train", "--config", str(given / "config.json"), *(["--resume"] if config.train.resume else [])]
 
-    logged = resumed_from or 0
+    last = resumed_from or 0  # step that wandb has
 
     def on_line(line: str) -> None:
-        nonlocal logged
+        nonlocal last
         say(line)
         if wandb_run is None or not line.startswith("step "):  # before the first, the file may be an earlier run's
             return
-        for row in read_history(run_dir).rows:
-            if row["step"] > logged:
+        for row in logged(run_dir)[0]:
+            if row["step"] > last:
                 wandb_run.log({name: value for name, value in row.items() if value is not None}, step=row["step"])
-                logged = row["step"]
+                last = row["step"]
 
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
     environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
@@ -311,7 +311,7 @@ def _train_in_processes(
             kept = checkpoint.latest(run_dir / CHECKPOINTS)
             message += f" (run it again to go on from {kept})" if kept else " (no checkpoint was saved)"
         raise ChildProcessError(message) from None
-    return dataclasses.replace(read_history(run_dir), resumed_from=resumed_from)
+    return History(*logged(run_dir), checkpoint.latest(run_dir / CHECKPOINTS), resumed_from)
 
 
 def _quiet(_line: str) -> None:

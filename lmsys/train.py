@@ -120,7 +120,7 @@ def train(
     say = print if is_main else _quiet
 
     saved = _resume_point(config, train_tokens, run_dir, say)
-    rows, samples = _logged(run_dir, saved.step if saved else 0)
+    rows, samples = logged(run_dir, saved.step if saved else 0)
     if saved and saved.step >= steps:
         say(f"the run in {run_dir} is finished: step {saved.step} of {steps}; nothing to do")
         return History(rows, samples, saved.path, saved.step)
@@ -264,12 +264,6 @@ def total_steps(config: PipelineConfig, train_length: int, world_size: int = 1) 
     if config.train.steps is not None:
         return config.train.steps
     return max(1, math.ceil(config.train.epochs * train_length / _tokens_per_step(config, world_size)))
-
-
-def read_history(run_dir: Path) -> History:
-    """What the files of a run folder hold: of a run that other processes do or did."""
-    rows, samples = _logged(run_dir, math.inf)
-    return History(rows, samples, checkpoint.latest(run_dir / CHECKPOINTS))
 
 
 def init_wandb(config: PipelineConfig, run_dir: str | Path) -> Any:
@@ -432,13 +426,13 @@ class _Replica:
                 for prompt in settings.prompts
             ]
 
-    def _whole_model(self) -> TransformerLM:
-        """The model, to be called by rank 0 alone. Of a sharded one, a copy there, for which its GPU must have room."""
+    def _whole_model(self) -> TransformerLM | None:
+        """The model, to be called on rank 0 alone. Of a sharded one, a copy there, for which its GPU must have room."""
         if not self.fully_sharded:
             return self.model
         weights = self.module.full_state_dict()
         if self.rank != 0:
-            return self.model
+            return None
         with self.device:
             copy = TransformerLM(self.config.model, attention_kernel=self.config.train.attention_kernel)
         checkpoint.load_weights(copy, checkpoint.each_once(weights))
@@ -763,7 +757,7 @@ class _Log:
             self._files[index].flush()
 
 
-def _logged(run_dir: Path | None, step: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def logged(run_dir: Path | None, step: float = math.inf) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The rows and samples of a run folder up to a step; what an interrupted run logged after it is left out."""
     rows: list[dict[str, Any]] = []
     samples: list[dict[str, Any]] = []
