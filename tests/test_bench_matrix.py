@@ -95,6 +95,10 @@ def test_settings():
     assert all(work.compiled and work.dtype == "bf16" for work in chosen.workloads)
     sharded = {point.name: dict(point.options) for point in matrix.points(chosen)}
     assert sharded["fsdp"] == sharded["torch_fsdp2"] == {"compute_dtype": "bf16"} and sharded["flashddp"] == {}
+    of_plain = [point.name for point in matrix.points(chosen) if point.workload == chosen.workloads[1]]
+    assert of_plain == ["none", "naive", "flashddp", "torch_ddp"]
+    given = matrix.settings("full", wrappers=["fsdp"], device="cpu")
+    assert {point.name for point in matrix.points(given)} == {"none", "fsdp"}
     own = matrix.settings("smoke", shape={"d_model": 32, "d_ff": 64, "num_layers": 1, "num_heads": 2}, vocab_size=99)
     assert own.workloads[0].model == ModelConfig(32, 64, 1, 2, 512, 99) and own.workloads[0].size == "custom"
     product = matrix.settings("smoke", sizes=["tiny", "mini"], kernels=["vectorized_torch", "flash_attention_torch"])

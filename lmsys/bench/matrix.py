@@ -37,6 +37,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {
         "cells": {"tiny": (_PLAIN,)},
         "wrappers": ("naive", "flashddp", f"flashddp{ZERO1}"),
+        "brief": ("naive", "flashddp", f"flashddp{ZERO1}"),
         "batch": {"tiny": 2},
         "context_length": {"tiny": 32},
         "vocab_size": 256,
@@ -49,6 +50,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "cpu": {
         "cells": {"tiny": (_PLAIN, "flash_attention_torch")},
         "wrappers": WRAPPERS,
+        "brief": ("naive", "flashddp", "torch_ddp"),
         "batch": {"tiny": 4},
         "context_length": {"tiny": 64},
         "vocab_size": 1024,
@@ -61,14 +63,15 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "full": {
         "cells": {"gpt2": (_TRITON, _PLAIN), "gpt2-medium": (_TRITON,), "xl": (_TRITON,)},
         "wrappers": WRAPPERS,
+        "brief": ("naive", "flashddp", "torch_ddp"),
         "batch": {"gpt2": 32, "gpt2-medium": 16, "xl": 4},
         "context_length": {"gpt2": 1024, "gpt2-medium": 1024, "xl": 512},
         "vocab_size": None,
         "dtype": "bf16",
         "compiled": True,
         "learning_rate": 3e-4,
-        "steps": 8,
-        "timed_steps": 20,
+        "steps": 6,
+        "timed_steps": 15,
     },
 }
 _OTHER_BATCH, _OTHER_CONTEXT = 4, 512  # of sizes that a preset does not name
@@ -81,10 +84,16 @@ class MatrixSettings:
     scale: str
     workloads: tuple[Workload, ...]
     wrappers: tuple[str, ...]
+    brief_wrappers: tuple[str, ...]  # of the kernels after a size's first
     gpus: tuple[int, ...]
     steps: int
     timed_steps: int
     device: str
+
+    def wrappers_of(self, workload: Workload) -> tuple[str, ...]:
+        """The wrappers that a workload is measured under on several GPUs."""
+        first = next(known for known in self.workloads if known.size == workload.size)
+        return self.wrappers if workload == first else self.brief_wrappers
 
     @property
     def smallest(self) -> int:
@@ -117,7 +126,8 @@ def settings(
 
     Args:
         kernels: of every size; None: the scale's, which are more than one for its first size only.
-        wrappers: of several GPUs, from lmsys.parallel; +zero1 after a name adds the sharded optimizer. One GPU takes none.
+        wrappers: of several GPUs, from lmsys.parallel; +zero1 after a name adds the sharded optimizer. One GPU takes none. None: the
+            scale's, of which the kernels after a size's first get fewer.
         gpus: numbers of GPUs (of processes, on a CPU).
         steps, epochs: of training before the timing: steps, or passes over train_tokens by the largest number of GPUs.
         batch: sequences a GPU. shape: a model of one's own, fields of ModelConfig such as d_model, in place of sizes.
@@ -180,7 +190,8 @@ def settings(
     for path in (train_tokens, valid_tokens):
         if path is not None:
             _check_tokens(path, workloads)
-    return MatrixSettings(scale, tuple(workloads), chosen_wrappers, counts, steps, timed_steps, device)
+    brief = preset["brief"] if wrappers is None else chosen_wrappers
+    return MatrixSettings(scale, tuple(workloads), chosen_wrappers, brief, counts, steps, timed_steps, device)
 
 
 def _own_shape(shape: Mapping[str, Any], vocab_size: int | None, context_length: int) -> ModelConfig:
@@ -217,7 +228,9 @@ def _check_tokens(path: str, workloads: Sequence[Workload]) -> None:
 def points(matrix: MatrixSettings) -> list[TrainPoint]:
     """The points of a matrix, one GPU before several."""
     return replicas.points_of(
-        matrix.workloads, matrix.gpus, lambda workload: [variant(name, workload) for name in matrix.wrappers]
+        matrix.workloads,
+        matrix.gpus,
+        lambda workload: [variant(name, workload) for name in matrix.wrappers_of(workload)],
     )
 
 

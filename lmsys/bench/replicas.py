@@ -276,13 +276,16 @@ class Plan:
 
 
 def train(process: Process, point: TrainPoint, plan: Plan) -> dict[str, Any] | None:
-    """Train and time one point; see Replica.measure. A point on one GPU is rank 0's."""
-    if point.gpus == 1 and process.world_size > 1:
-        if process.rank > 0:
-            return None
+    """Train and time one point; see Replica.measure. A point on one GPU is rank 0's; the others compile meanwhile."""
+    waits = point.gpus == 1 and process.rank > 0
+    if waits and not point.workload.compiled:
+        return None
+    if point.gpus == 1:
         process = Process(0, process.local_rank, 1, 1, process.device, "")
     replica = Replica(process, point, plan)
-    result = replica.measure()
+    result = None if waits else replica.measure()
+    if waits:
+        replica.step(replica.batches[0])
     replica.close()
     return result
 
