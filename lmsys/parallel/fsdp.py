@@ -34,8 +34,8 @@ Activation checkpointing and compile by block (block.compile(), before or after)
 outside of what is compiled. A module compiled whole is not supported. Under autocast give its dtype as compute_dtype, or the
 casts that autocast keeps are a second model.
 
-Limits: a block must be called, not have its weights read by others (tied weights are found and kept with the rest); the
-optimizer must be elementwise, as for ZeRO-1 by elements; requires_grad is read once; no CUDA graphs around blocks; the module
+Limits: a block must be called, not have its weights read by others (tied weights are found and kept with the rest), and return
+tensors or lists, tuples and dictionaries of them; the optimizer must be elementwise, as for ZeRO-1 by elements; requires_grad is read once; no CUDA graphs around blocks; the module
 can no longer be pickled, cast or moved; double backward is not supported.
 """
 
@@ -463,7 +463,7 @@ class FullyShardedModule(nn.Module):
         for tensor in trained:
             tensor.register_hook(functools.partial(self._before_backward, unit, call))
         is_last = call.position == len(self._order) - 1 and self._order[-1] is unit
-        if not (is_last and trained):
+        if not (is_last and trained):  # the last one's backward comes next
             unit.free()
         return output
 
@@ -1002,10 +1002,10 @@ def _blocks(module: nn.Module) -> dict[str, nn.Module]:
         is_container = isinstance(part, (nn.ModuleList, nn.Sequential))
         for name, child in part.named_children():
             child_path = f"{path}.{name}" if path else name
-            if is_container and not isinstance(child, nn.ModuleList) and child not in blocks.values():
-                blocks[child_path] = child
-            else:
+            if not is_container or isinstance(child, nn.ModuleList):
                 search(child, child_path)
+            elif child not in blocks.values():
+                blocks[child_path] = child
 
     search(module, "")
     return blocks

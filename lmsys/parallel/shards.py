@@ -21,7 +21,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 ALIGNMENT = (
-    64  # elements: the start of each tensor in a flat buffer, at least 128 bytes; kernels read 16 bytes at a time
+    64  # elements, where a tensor starts in a flat buffer: at least 128 bytes, of which kernels read 16 at a time
 )
 
 
