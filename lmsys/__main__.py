@@ -186,6 +186,60 @@ def leaderboard(arguments: argparse.Namespace) -> None:
     _print_written([folder / f"{boards.NAME}.csv", boards.write_report(frame, folder)])
 
 
+def lm_matrix(arguments: argparse.Namespace) -> None:
+    from lmsys.bench import matrix
+    from lmsys.records import artifacts_dir
+
+    own = {name: getattr(arguments, name) for name in ("d_model", "d_ff", "num_layers", "num_heads")}
+    chosen = matrix.settings(
+        scale=arguments.scale,
+        kernels=arguments.kernels,
+        wrappers=arguments.wrappers,
+        sizes=arguments.sizes,
+        gpus=arguments.gpus,
+        steps=arguments.steps,
+        epochs=arguments.epochs,
+        timed_steps=arguments.timed_steps,
+        batch=arguments.batch_size,
+        context_length=arguments.context_length,
+        vocab_size=arguments.vocab_size,
+        shape={name: value for name, value in own.items() if value is not None} or None,
+        dtype=arguments.dtype,
+        compiled=arguments.compile,
+        learning_rate=arguments.learning_rate,
+        train_tokens=arguments.train_tokens,
+        valid_tokens=arguments.valid_tokens,
+        device=arguments.device,
+        seed=arguments.seed,
+    )
+    folder = artifacts_dir(arguments.machine)
+    frame, losses = matrix.run(chosen, folder, on_row=lambda row: print(matrix.row_line(row), flush=True))
+    for sentence in matrix.conclusions(frame):
+        print(sentence.replace("**", ""))
+    _print_written([folder / f"{matrix.NAME}.csv", *matrix.write_report(frame, losses, folder).values()])
+
+
+def collectives(arguments: argparse.Namespace) -> None:
+    from lmsys import plots
+    from lmsys.bench import collectives
+    from lmsys.records import artifacts_dir
+
+    chosen = collectives.settings(
+        scale=arguments.scale,
+        ops=arguments.ops,
+        sizes_mib=arguments.sizes_mib,
+        gpus=arguments.gpus,
+        samples=arguments.samples,
+        device=arguments.device,
+    )
+    folder = artifacts_dir(arguments.machine)
+    frame = collectives.run(chosen, folder, on_row=lambda row: print(collectives.row_line(row), flush=True))
+    for sentence in collectives.conclusions(frame):
+        print(sentence)
+    figure = plots.save(plots.collectives(frame), folder / "collectives.png")
+    _print_written([folder / f"{collectives.NAME}.csv", figure])
+
+
 def bench_tokenizer(arguments: argparse.Namespace) -> None:
     from lmsys.bench import tokenizer
     from lmsys.records import artifacts_dir
@@ -408,6 +462,52 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--rep_ms", type=int, default=1000, help="do_bench's sampling time, ms (default: 1000)")
     added.add_argument("--seed", type=int, default=0, help="of the inputs (default: 0)")
     added.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add_machine(added)
+
+    added = command(
+        "lm-matrix",
+        lm_matrix,
+        "Time a training step under kernels, data-parallel wrappers, model sizes and numbers of GPUs",
+        "Starts its processes itself. All points train on the same data, and must reach the same loss, before they are timed.",
+        "lm-matrix --sizes gpt2 --wrappers flashddp torch_ddp --gpus 1 2 --batch_size 32",
+    )
+    add_scale(added, "auto")
+    added.add_argument("--kernels", nargs="+", metavar="K", help="attention kernels (default: the scale's)")
+    added.add_argument(
+        "--wrappers", nargs="+", metavar="W", help="of several GPUs; NAME+zero1 shards the optimizer (default: all)"
+    )
+    added.add_argument("--sizes", nargs="+", metavar="S", help=f"model sizes: {', '.join(MODEL_SIZES)}")
+    for name in ("d_model", "d_ff", "num_layers", "num_heads"):
+        added.add_argument(f"--{name}", type=int, help=f"{name} of a model of your own, in place of --sizes")
+    added.add_argument("--gpus", nargs="+", type=int, metavar="N", help="numbers of GPUs (default: 1, 2, 4, 8)")
+    added.add_argument("--train_tokens", help="a .npy file of token ids (default: a pattern that can be learned)")
+    added.add_argument("--valid_tokens", help="a .npy file of token ids for a validation loss")
+    added.add_argument("--steps", type=int, help="of training before the timing (default: the scale's)")
+    added.add_argument("--epochs", type=float, help="passes over --train_tokens, instead of --steps")
+    added.add_argument("--timed_steps", type=int, help="default: the scale's")
+    added.add_argument("--batch_size", type=int, help="sequences a GPU (default: the size's)")
+    added.add_argument("--context_length", type=int, help="tokens of a sequence (default: the size's)")
+    added.add_argument("--vocab_size", type=int, help="vocabulary (default: the size's)")
+    added.add_argument("--learning_rate", type=float, help="default: the scale's")
+    added.add_argument("--dtype", choices=("fp32", "bf16"), help="bf16 is autocast; parameters stay fp32")
+    added.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile, block by block")
+    added.add_argument("--seed", type=int, default=0, help="of weights and data (default: 0)")
+    added.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    add_machine(added)
+
+    added = command(
+        "collectives",
+        collectives,
+        "Time all-reduce, reduce-scatter and all-gather over sizes and numbers of GPUs",
+        "Bus bandwidth as nccl-tests counts it; NCCL on GPUs, Gloo between processes on a CPU.",
+        "collectives --gpus 2 4 --sizes_mib 1 64 1024",
+    )
+    add_scale(added, "auto")
+    added.add_argument("--ops", nargs="+", metavar="OP", help="all_reduce, reduce_scatter, all_gather (default: all)")
+    added.add_argument("--sizes_mib", nargs="+", type=float, metavar="MIB", help="message sizes (default: the scale's)")
+    added.add_argument("--gpus", nargs="+", type=int, metavar="N", help="numbers of GPUs (default: 2, 4, 8)")
+    added.add_argument("--samples", type=int, help="of each point at most (default: the scale's)")
+    added.add_argument("--device", default="auto", help="auto, cpu or cuda")
     add_machine(added)
 
     added = command(

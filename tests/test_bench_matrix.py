@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lmsys.__main__ import main
 from lmsys.bench import matrix
 from lmsys.config import ModelConfig
 
@@ -131,3 +132,23 @@ def test_settings_say_what_is_wrong(tmp_path):
     for message, given in wrong.items():
         with pytest.raises(ValueError, match=message):
             matrix.settings("smoke", device="cpu", **given)
+
+
+def test_the_command_takes_a_model_of_ones_own(measured, capsys, output_root, monkeypatch):
+    asked = []
+    monkeypatch.setattr(matrix, "run", lambda chosen, folder, on_row: asked.append(chosen) or measured[1:3])
+    arguments = "--d_model 16 --d_ff 32 --num_layers 1 --num_heads 1 --vocab_size 50 --context_length 8 --batch_size 3"
+    arguments += " --wrappers flat --steps 5 --timed_steps 4 --gpus 1 2 --device cpu --dtype bf16 --compile --seed 7"
+    assert main(["lm-matrix", "--scale", "smoke", *arguments.split()]) == 0
+    (workload,) = asked[0].workloads
+    assert workload.model == ModelConfig(16, 32, 1, 1, 8, 50)
+    assert (workload.local_batch, workload.dtype, workload.compiled, workload.seed) == (3, "bf16", True, 7)
+    assert (asked[0].wrappers, asked[0].gpus, asked[0].steps, asked[0].timed_steps) == (("flat",), (1, 2), 5, 4)
+    assert "final losses of 5 runs" in capsys.readouterr().out
+    assert (output_root / "artifacts" / "local" / "lm_matrix_report.md").exists()
+    for arguments, message in (
+        ("lm-matrix --scale smoke --d_model 16 --sizes tiny", "not both"),
+        ("collectives --scale smoke --gpus 1 --device cpu", "needs two processes"),
+    ):
+        assert main(arguments.split()) == 2
+        assert message in capsys.readouterr().err
