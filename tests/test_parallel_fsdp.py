@@ -155,9 +155,9 @@ def whole_parameters(process) -> dict:
     return {"same": same, "outputs": outputs, "free": free, "dtype": half.dtype}
 
 
-def half_precision(process, steps=STEPS) -> dict:
+def half_precision(process, **options) -> dict:
     """Parameters after steps in fp16, less those of the twin whose matrices and biases are cast to fp16 for its computation."""
-    state = trained(process, toy(), steps=steps, compute_dtype=torch.float16)
+    state = trained(process, toy(), compute_dtype=torch.float16, **options)
     module = toy()
     optimizer = sgd([parameter for parameter in module.parameters() if parameter.requires_grad])
     norms = ("norm.weight", "norm.bias")
@@ -172,7 +172,7 @@ def half_precision(process, steps=STEPS) -> dict:
     for block in module.blocks:
         block.norm.register_forward_pre_hook(norm_in_fp32)
         block.norm.register_forward_hook(lambda norm, args, output: output.half())
-    for step in range(steps):
+    for step in range(STEPS):
         optimizer.zero_grad()
         twin_loss(forward, step, process.world_size).backward()
         optimizer.step()
@@ -181,8 +181,8 @@ def half_precision(process, steps=STEPS) -> dict:
     return {"difference": max((state[name] - p).abs().max().item() for name, p in module.named_parameters())}
 
 
-def language_model(process, compiled, tied=False) -> float:
-    """A TransformerLM after steps of AdamW in two groups, less its twin on the whole batch."""
+def language_model(process, compiled=None, tied=False) -> float:
+    """A TransformerLM after steps of AdamW in two groups, less its twin on the whole batch. compiled: before or after wrapping."""
     models = []
     tokens = torch.randint(
         0, TINY.vocab_size, (STEPS, 4, TINY.context_length + 1), generator=torch.Generator().manual_seed(0)
@@ -193,9 +193,12 @@ def language_model(process, compiled, tied=False) -> float:
         if compiled and sharded:
             torch._dynamo.reset()
             torch._dynamo.utils.counters.clear()
+        if compiled == "before" and sharded:
             model.compile_blocks(backend="aot_eager", fullgraph=True)
         if sharded:
             trained_model = fully_shard(model)
+        if compiled == "after" and sharded:
+            model.compile_blocks(backend="aot_eager", fullgraph=True)
         optimizer = AdamW(parameter_groups(trained_model, 0.1), lr=1e-2)
         for ids in tokens:
             ids = share(ids, process.rank, process.world_size) if sharded else ids
@@ -327,9 +330,11 @@ def two_ranks(process) -> dict:
     results["memory"] = memory(process)
     results["whole"] = whole_parameters(process)
     results["half"] = half_precision(process)
-    results["model"] = language_model(process, False)
-    results["tied_model"] = language_model(process, False, tied=True)
-    results["compiled"] = language_model(process, True)
+    results["half_reduced_in_fp32"] = half_precision(process, communication_dtype=torch.float32)
+    results["model"] = language_model(process)
+    results["tied_model"] = language_model(process, tied=True)
+    results["compiled_before"] = language_model(process, "before")
+    results["compiled_after"] = language_model(process, "after")
     results["odd"] = odd_modules(process)
     results["peer"] = peer(process)
     results["mistakes"] = mistakes(process)
@@ -388,9 +393,10 @@ def test_gather_full_params(results):
 
 def test_half_precision_equals_its_twin(results):
     assert results[0]["half"]["difference"] < 1e-4
+    assert results[0]["half_reduced_in_fp32"]["difference"] < 1e-4
 
 
-@pytest.mark.parametrize("name", ["model", "tied_model", "compiled"])
+@pytest.mark.parametrize("name", ["model", "tied_model", "compiled_before", "compiled_after"])
 def test_transformer(results, name):
     assert results[0][name] < 1e-4  # AdamW's first steps are lr sign(g), whatever the size of g
 
