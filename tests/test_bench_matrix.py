@@ -81,8 +81,9 @@ def test_failed_points_are_said():
         base | {"wrapper": "naive", "gpus": 2, "status": "oom", "note": "full"},
     ]
     said = matrix.conclusions(pd.DataFrame(rows))
-    assert said[0] == "xl, k, 2 GPUs: **flashddp** is the fastest at 10.0 ms, 90.0% of linear scaling."
-    assert "1.100 times the speed of torch_ddp; its peak memory is +10.0% of one GPU's" in said[1]
+    assert said[0] == "xl, k, one GPU: 9.00 ms a step, 1 tokens/s, 100.0% MFU."
+    assert said[1] == "xl, k, 2 GPUs: **flashddp** is the fastest at 10.0 ms, 90.0% of linear scaling."
+    assert "1.100 times the speed of torch_ddp; its peak memory is +10.0% of one GPU's" in said[2]
     assert said[-1] == "xl, k, naive, 2 GPU(s): oom, full"
     assert "| oom |" in matrix.table(pd.DataFrame(rows))
 

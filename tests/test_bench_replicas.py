@@ -84,6 +84,13 @@ def test_process_counts():
         replicas.process_counts("cuda:1", None)
 
 
+def test_one_gpu_leaves_several_processes_to_the_cpu(monkeypatch):
+    for count, expected in ((0, ("full", "auto")), (1, ("cpu", "cpu")), (2, ("full", "auto"))):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        assert replicas.several("full", "auto") == expected
+        assert replicas.several("smoke", "cuda") == ("smoke", "cuda")
+
+
 def test_points_share_groups_and_one_gpu_is_measured_once():
     points = replicas.points_of([WORKLOAD], (1, 2, 4), lambda workload: [{"wrapper": "naive"}])
     assert [(p.wrapper, p.gpus, p.processes) for p in points] == [("none", 1, 2), ("naive", 2, 2), ("naive", 4, 4)]

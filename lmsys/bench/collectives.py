@@ -26,7 +26,7 @@ from torch import Tensor
 from lmsys import cost, records
 from lmsys.bench import replicas
 from lmsys.bench.measure import quantiles
-from lmsys.config import require, resolve_scale, unknown_name
+from lmsys.config import require, unknown_name
 from lmsys.device import device_name, resolve_device
 from lmsys.parallel.group import Process
 
@@ -72,10 +72,12 @@ def settings(
 
     Args:
         gpus: numbers of processes, each with its GPU; None: 2, 4, 8 as far as there are GPUs; 2 on a CPU.
+        device: auto is the CPU on a machine with one GPU.
     Raises:
         ValueError: an unknown name, more processes than GPUs, a number out of range.
     """
-    values = dict(_PRESETS[resolve_scale(scale)])
+    scale, device = replicas.several(scale, device)
+    values = dict(_PRESETS[scale])
     if sizes_mib is not None:
         values["sizes_mib"] = tuple(sizes_mib)
     if samples is not None:
@@ -93,7 +95,7 @@ def settings(
         len(many) > 0,
         f"gpus are {counts}: a collective needs two processes or more, which this machine has no GPUs for",
     )
-    return CollectiveSettings(resolve_scale(scale), ops, gpus=many, device=device, **values)
+    return CollectiveSettings(scale, ops, gpus=many, device=device, **values)
 
 
 @dataclass(frozen=True)

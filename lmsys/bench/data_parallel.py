@@ -25,7 +25,7 @@ from lmsys import cost, records
 from lmsys.bench import replicas, timeline
 from lmsys.bench.measure import quantiles
 from lmsys.bench.replicas import Plan, TrainPoint, Workload
-from lmsys.config import model_size, require, resolve_scale, unknown_name
+from lmsys.config import model_size, require, unknown_name
 from lmsys.device import resolve_device
 
 NAME, TIMELINE = "data_parallel_results", "data_parallel_timeline"
@@ -133,10 +133,11 @@ def settings(
     Args:
         size, batch, context_length: of the course's studies; scaling_size: of scaling, at the scale's own batch and context.
         gpus: numbers of GPUs of scaling; the others use the smallest of them above one.
+        device: auto is the CPU on a machine with one GPU.
     Raises:
         ValueError: an unknown name, a number out of range, or fewer than two GPUs.
     """
-    scale = resolve_scale(scale)
+    scale, device = replicas.several(scale, device)
     given = {
         "size": size,
         "scaling_size": scaling_size,

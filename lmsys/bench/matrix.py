@@ -337,8 +337,13 @@ def conclusions(frame) -> list[str]:
     said = []
     ok = frame[frame.status == "ok"]
     for (size, kernel, processes), group in ok.groupby(["size", "kernel", "processes"], sort=False):
-        several = group[group.gpus > 1].set_index("wrapper")
+        one, several = group[group.gpus == 1], group[group.gpus > 1].set_index("wrapper")
         where = f"{size}, {kernel}, {processes} GPUs"
+        if len(one):
+            said.append(
+                f"{size}, {kernel}, one GPU: {records.significant(one.step_ms.iloc[0])} ms a step, {one.tokens_per_s.iloc[0]:,.0f} tokens/s"
+                + ("." if math.isnan(one.mfu.iloc[0]) else f", {100 * one.mfu.iloc[0]:.1f}% MFU.")
+            )
         if several.empty:
             continue
         best = several.step_ms.idxmin()
@@ -346,8 +351,8 @@ def conclusions(frame) -> list[str]:
         if not math.isnan(several.scaling_efficiency[best]):
             text += f", {100 * several.scaling_efficiency[best]:.1f}% of linear scaling"
         said.append(text + ".")
-        said += _beside(several, where, "flashddp", ("naive", "torch_ddp"), group)
-        said += _beside(several, where, "fsdp", ("torch_fsdp2",), group)
+        said += _beside(several, where, "flashddp", ("naive", "torch_ddp"), one)
+        said += _beside(several, where, "fsdp", ("torch_fsdp2",), one)
         if len(group) > 1:
             spread = (group.final_loss.max() - group.final_loss.min()) / group.final_loss.min()
             said.append(
@@ -358,14 +363,13 @@ def conclusions(frame) -> list[str]:
     return said
 
 
-def _beside(several, where: str, ours: str, others: Sequence[str], group) -> list[str]:
+def _beside(several, where: str, ours: str, others: Sequence[str], one) -> list[str]:
     """One of ours beside its peers, and its memory beside that of one GPU."""
     there = [name for name in others if name in several.index]
     if ours not in several.index or not there:
         return []
     ratios = [f"{several.step_ms[name] / several.step_ms[ours]:.3f} times the speed of {name}" for name in there]
     text = f"{where}: {ours} has {', '.join(ratios)}"
-    one = group[group.gpus == 1]
     if len(one):
         text += f"; its peak memory is {100 * (several.peak_mib[ours] / one.peak_mib.iloc[0] - 1):+.1f}% of one GPU's"
     return [text + "."]

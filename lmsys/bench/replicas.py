@@ -35,7 +35,7 @@ from lmsys.attention import check_support
 from lmsys.bench.attention import DTYPES as TORCH_DTYPES
 from lmsys.bench.measure import _peak_bytes_cpu as peak_bytes_cpu
 from lmsys.bench.measure import is_out_of_memory, quantiles
-from lmsys.config import ModelConfig, require
+from lmsys.config import ModelConfig, require, resolve_scale
 from lmsys.data import BatchSampler, sequential_batches
 from lmsys.device import device_name, peak_flops, resolve_device
 from lmsys.model import TransformerLM, cross_entropy
@@ -62,6 +62,17 @@ def process_counts(device: str, given: Sequence[int] | None) -> tuple[int, ...]:
         require(here is None or n <= here, f"gpus {n} is more than this machine has: {here}")
     require(len(given) > 0, "gpus must not be empty")
     return tuple(sorted(set(given)))
+
+
+def several(scale: str, device: str) -> tuple[str, str]:
+    """The scale, resolved, and the device of what needs several processes.
+
+    A machine with one GPU has none for a second process: device auto is then its CPU, and the scale full that of a CPU.
+    """
+    scale = resolve_scale(scale)
+    if device == "auto" and torch.cuda.device_count() == 1:
+        return ("cpu" if scale == "full" else scale), "cpu"
+    return scale, device
 
 
 # --- Points, one after the other ------------------------------------------------------------------
@@ -609,13 +620,14 @@ def exposed_ms(point: TrainPoint, result: dict[str, Any], one_gpu: dict[str, Any
 def method(plan: Plan, device: torch.device) -> dict[str, str]:
     """How train() measures, for the stamp of a result."""
     gpu = device.type == "cuda"
+    quiet = f"step less the step under no_sync ({plan.quiet_steps} samples); " if plan.quiet_steps else ""
     return {
         "timer": f"{'CUDA events' if gpu else 'time.perf_counter'} between steps; of each step the largest over the ranks",
         "warmup": f"{plan.loss_steps} steps of training and 3 more",
         "samples": f"{plan.timed_steps}",
         "statistic": "median, 20th and 80th percentile",
         "step": "forward, backward, gradient synchronization, AdamW (torch's); inputs on the device; gradients are not clipped",
-        "exposed_comm_ms": f"step less the step under no_sync ({plan.quiet_steps} samples); of sharded wrappers, less the step of one GPU",
+        "exposed_comm_ms": f"{quiet}of sharded wrappers, step less the step of one GPU",
         "memory": "peak allocated of a step, the largest over the ranks"
         + ("" if gpu else " (live tensors and the profiler)"),
         "final_loss": f"of step {plan.loss_steps} from the same weights on the same data, as many sequences a step on one GPU as on all",

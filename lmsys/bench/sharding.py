@@ -26,7 +26,7 @@ from lmsys.bench import replicas, timeline
 from lmsys.bench.attention import DTYPES as TORCH_DTYPES
 from lmsys.bench.measure import measure
 from lmsys.bench.replicas import Plan, TrainPoint, Workload
-from lmsys.config import model_size, require, resolve_scale, unknown_name
+from lmsys.config import model_size, require, unknown_name
 from lmsys.device import resolve_device
 
 NAME, MEMORY, TIMELINE, PARALLELISM = (
@@ -123,10 +123,11 @@ def settings(
 
     Args:
         variants: of VARIANTS. gpus: numbers of GPUs; one of them is measured without sharding.
+        device: auto is the CPU on a machine with one GPU.
     Raises:
         ValueError: an unknown name, a number out of range, or fewer than two GPUs.
     """
-    scale = resolve_scale(scale)
+    scale, device = replicas.several(scale, device)
     given = {
         "size": size,
         "kernel": kernel,

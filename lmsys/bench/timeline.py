@@ -1,8 +1,8 @@
 """What computes and what communicates during a training step, from PyTorch's profiler: intervals, and how much of them overlaps.
 
-On a GPU the intervals are those of kernels: NCCL's communicate, all others compute. On a CPU, those of operators of the calling thread
-(compute) and of Gloo's collectives, which run in threads of their own; a Gloo interval begins when the collective is queued, so that
-several of them overlap each other. The profiler slows the host down, so that a traced step takes longer than a timed one.
+On a GPU the intervals are those of kernels: NCCL's communicate, which includes waiting for a peer, all others compute. On a CPU, those of
+operators of the calling thread (compute) and of Gloo's collectives, which run in threads of their own; a Gloo interval begins when the
+collective is queued, so that several of them overlap each other. The profiler slows the host down: a traced step takes longer than a timed one.
 """
 
 from __future__ import annotations
