@@ -104,7 +104,8 @@ def in_two_processes(process, folder, alone):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
         results["compiled"] = run(folder / "compiled", **seldom, **COMPILED)
-    results["bf16"] = run(ddp_wrapper="fsdp", dtype="bf16")
+    for name in ("fsdp", "torch_fsdp2"):
+        results[f"{name}, bf16"] = run(ddp_wrapper=name, dtype="bf16")
     results["bf16 gradients"] = run(ddp_wrapper="flashddp", communication_dtype="bf16")
     with pytest.raises(Interrupted):
         run(folder / "resumed", interrupt_at(4), ddp_wrapper="flashddp", sharded_optimizer=True)
@@ -168,7 +169,8 @@ def test_a_compiled_model_trains_alike(alone, together):
 
 def test_bf16_reaches_the_wrapper(alone, together):
     """Whole parameters, or gradients on their way, in bf16: close, and not the same."""
-    expected = {"bf16": run(dtype="bf16"), "bf16 gradients": alone[0]}
+    rounded = run(dtype="bf16")
+    expected = {"fsdp, bf16": rounded, "torch_fsdp2, bf16": rounded, "bf16 gradients": alone[0]}
     for name, history in expected.items():
         ours, theirs = (np.array([row["train_loss"] for row in each.rows]) for each in (together[0][name][0], history))
         assert 1e-6 < np.abs(ours / theirs - 1).max() < 5e-3, name

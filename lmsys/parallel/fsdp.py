@@ -887,7 +887,10 @@ class TorchFSDP2(nn.Module):
         kind = next(module.parameters()).device.type
         options = {
             "mesh": DeviceMesh.from_group(group or dist.group.WORLD, kind),
-            "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=communication_dtype),
+            # Inputs of blocks stay as they are: a table of angles must not be rounded, and autocast casts what products take.
+            "mp_policy": MixedPrecisionPolicy(
+                param_dtype=compute_dtype, reduce_dtype=communication_dtype, cast_forward_inputs=False
+            ),
         }
         for block in _blocks(module).values():
             if any(True for _ in block.parameters()):
