@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from lmsys.bench.standings import GROUPS, PORTABLE, of_group, with_series
-from lmsys.records import atomic_path
+from lmsys.records import atomic_path, units
 
 # Okabe and Ito's colour-blind safe palette; the last two extend it.
 COLOURS = {
@@ -545,7 +545,7 @@ def _wrapper_colour(name: str) -> str:
 def _matrix_panels(frame):
     """(title, rows) for each size, kernel and number of processes, one GPU first."""
     return [
-        (f"{size}, {kernel}, {processes} GPUs" if processes > 1 else f"{size}, {kernel}", group)
+        (f"{size}, {kernel}, {processes} {units(frame)[1]}" if processes > 1 else f"{size}, {kernel}", group)
         for (size, kernel, processes), group in frame.groupby(["size", "kernel", "processes"], sort=False)
     ]
 
@@ -567,7 +567,7 @@ def _matrix_bars(frame, value, label: str, note) -> Figure:
             text = note(row) if row.status == "ok" else row.status
             at = value(row) if row.status == "ok" else 0.0
             axis.annotate(f" {text}", (at, y), va="center", fontsize=8)
-        names = ["one GPU" if row.gpus == 1 else row.wrapper for row in group.itertuples()]
+        names = [f"one {units(frame)[0]}" if row.gpus == 1 else row.wrapper for row in group.itertuples()]
         axis.set_yticks(range(len(group)), names, fontsize=8)
         axis.set_ylim(len(group) - 0.5, -0.5)
         axis.set_xlim(0, 1.3 * highest)
@@ -603,7 +603,7 @@ def matrix_memory(frame) -> Figure:
     return _matrix_bars(
         frame,
         lambda row: row.peak_mib / per,
-        f"peak memory a GPU, {unit}",
+        f"peak memory a {units(frame)[0]}, {unit}",
         lambda row: f"{row.peak_mib / per:.4g} {unit}",
     )
 
@@ -644,12 +644,12 @@ def matrix_speedup(frame) -> Figure:
                 color=_wrapper_colour(wrapper),
                 hatch="////" if wrapper in PEER_WRAPPERS else None,
                 edgecolor="white",
-                label="one GPU" if wrapper == "none" else wrapper,
+                label=f"one {units(frame)[0]}" if wrapper == "none" else wrapper,
             )
             axis.annotate(f"{height:.2f}", (x, height), ha="center", va="bottom", fontsize=7)
     axis.axhline(ok.gpus.max(), color="#999999", linestyle=":", label="linear")
     axis.set_xticks(range(len(sizes)), sizes)
-    axis.set_ylabel(f"speed-up of {ok.gpus.max()} GPUs over one")
+    axis.set_ylabel(f"speed-up of {ok.gpus.max()} {units(frame)[1]} over one")
     _legend(figure, axes.flat)
     figure.suptitle(_setting(frame), fontsize=9, color="#555555")
     return figure
@@ -667,7 +667,7 @@ def matrix_convergence(losses) -> Figure:
                 color=_wrapper_colour(wrapper),
                 linestyle="--" if wrapper in PEER_WRAPPERS else "-",
                 linewidth=max(1.0, 6.0 - 0.6 * width),  # later lines are thinner, so that equal ones all show
-                label="one GPU, the same batches" if gpus == 1 else wrapper,
+                label=f"one {units(losses)[0]}, the same batches" if gpus == 1 else wrapper,
             )
         axis.set_ylabel("loss, nats a token")
         axis.set_title(title, loc="left", fontsize=10)
@@ -741,7 +741,8 @@ def step_breakdown(frame) -> Figure:
                 [row.step_ms - exposed + row.model_ms] * 2, [y - 0.4, y + 0.4], color="black", label="by the model"
             )
         axis.annotate(f" {row.step_ms:.4g} ms", (row.step_ms, y), va="center", fontsize=8)
-    axis.set_yticks(range(len(frame)), ["one GPU" if row.gpus == 1 else row.wrapper for row in frame.itertuples()])
+    names = [f"one {units(frame)[0]}" if row.gpus == 1 else row.wrapper for row in frame.itertuples()]
+    axis.set_yticks(range(len(frame)), names)
     axis.set_ylim(len(frame) - 0.5, -0.5)
     axis.set_xlim(0, 1.15 * frame.step_ms.max())
     axis.grid(False, axis="y")
@@ -799,7 +800,7 @@ def scaling(frame) -> Figure:
         )
     axis.set_xticks(counts)
     axis.set_ylim(bottom=0)
-    axis.set_xlabel("GPUs")
+    axis.set_xlabel(units(frame)[1])
     axis.set_ylabel("thousand tokens/s")
     axis.legend(frameon=False, fontsize=8)
     axis.set_title(f"{frame['size'].iloc[0]}, {_setting(frame)}", loc="left", fontsize=10)
@@ -820,7 +821,7 @@ def sharding_memory(memory) -> Figure:
             if point not in rows.index:
                 continue
             x = j + (i - (len(series) - 1) / 2) * width
-            label = name if gpus == 1 else f"{name}, {gpus} GPUs"
+            label = name if gpus == 1 else f"{name}, {gpus} {units(memory)[1]}"
             axis.bar(x, rows.measured_mib[point] / per, 0.92 * width, color=colours[i % len(colours)], label=label)
             if not np.isnan(rows.predicted_mib[point]):
                 height = rows.predicted_mib[point] / per
@@ -828,7 +829,7 @@ def sharding_memory(memory) -> Figure:
                     [x - width / 2, x + width / 2], [height] * 2, color="black", linewidth=1.6, label="by formula"
                 )
     axis.set_xticks(range(len(points)), points)
-    axis.set_ylabel(f"memory a GPU, {unit}")
+    axis.set_ylabel(f"memory a {units(memory)[0]}, {unit}")
     axis.set_title(memory["size"].iloc[0], loc="left", fontsize=10)
     _legend(figure, axes.flat)
     return figure
@@ -843,11 +844,11 @@ def sharding_speed(frame) -> Figure:
     for row in ok.itertuples():
         x, y = row.peak_mib / per, row.step_ms
         axis.plot(x, y, "o", color=_wrapper_colour(row.wrapper), markersize=8)
-        name = row.sharding if row.gpus == 1 else f"{row.sharding}, {row.gpus} GPUs"
+        name = row.sharding if row.gpus == 1 else f"{row.sharding}, {row.gpus} {units(frame)[1]}"
         axis.annotate(f" {name}", (x, y), fontsize=8, va="bottom")
     axis.set_xlim(0, 1.25 * ok.peak_mib.max() / per)
     axis.set_ylim(0, 1.15 * ok.step_ms.max())
-    axis.set_xlabel(f"peak memory a GPU, {unit}")
+    axis.set_xlabel(f"peak memory a {units(frame)[0]}, {unit}")
     axis.set_ylabel("time of a step, ms")
     axis.set_title(f"{ok['size'].iloc[0]}, {_setting(ok)}", loc="left", fontsize=10)
     return figure

@@ -280,6 +280,13 @@ def read_results(path: str | Path):
     return frame
 
 
+def units(frame) -> tuple[str, str]:
+    """What the column gpus counts in rows with a column device, one and several: processes where that is this machine's CPU."""
+    from lmsys.device import cpu_name
+
+    return ("process", "processes") if set(frame.device) == {cpu_name()} else ("GPU", "GPUs")
+
+
 def markdown_table(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str] | None = None) -> str:
     """Rows as a Markdown table. columns: key -> heading; by default the keys of the first row."""
     rows = list(rows)

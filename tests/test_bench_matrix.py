@@ -73,7 +73,7 @@ def test_a_loss_of_its_own_is_an_error():
 
 def test_failed_points_are_said():
     base = dict.fromkeys(("step_ms", "p20_ms", "p80_ms", "tokens_per_s", "mfu", "peak_mib", "final_loss"), 1.0)
-    base |= {"size": "xl", "kernel": "k", "processes": 2, "exposed_comm_ms": math.nan, "status": "ok", "note": ""}
+    base |= {"size": "xl", "kernel": "k", "processes": 2, "exposed_comm_ms": math.nan, "status": "ok", "note": "", "device": "NVIDIA H200"}
     rows = [
         base | {"wrapper": "none", "gpus": 1, "step_ms": 9.0, "scaling_efficiency": 1.0},
         base | {"wrapper": "flashddp", "gpus": 2, "step_ms": 10.0, "scaling_efficiency": 0.9, "peak_mib": 1.1},
@@ -83,8 +83,8 @@ def test_failed_points_are_said():
     said = matrix.conclusions(pd.DataFrame(rows))
     assert said[0] == "xl, k, one GPU: 9.00 ms a step, 1 tokens/s, 100.0% MFU."
     assert said[1] == "xl, k, 2 GPUs: **flashddp** is the fastest at 10.0 ms, 90.0% of linear scaling."
-    assert "1.100 times the speed of torch_ddp; its peak memory is +10.0% of one GPU's" in said[2]
-    assert said[-1] == "xl, k, naive, 2 GPU(s): oom, full"
+    assert "1.100 times the speed of torch_ddp; its peak memory is +10.0% of one alone" in said[2]
+    assert said[-1] == "xl, k, naive x2: oom, full"
     assert "| oom |" in matrix.table(pd.DataFrame(rows))
 
 

@@ -17,7 +17,7 @@ def measured(tmp_path_factory):
 def test_memory_is_what_the_formulas_say(measured):
     _, frame, memory, _, _ = measured
     assert (frame.status == "ok").all(), frame.note.tolist()
-    assert list(frame.sharding) == ["one GPU", *VARIANTS]
+    assert list(frame.sharding) == ["not sharded", *VARIANTS]
     held = memory[memory.point != sharding.PEAK]
     assert len(held) == 18
     for row in held.itertuples():

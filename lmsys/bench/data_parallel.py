@@ -286,7 +286,7 @@ def model_ms(point: TrainPoint, links: dict[tuple[str, int], cost.Link], backwar
 
 def row_line(row: dict[str, Any]) -> str:
     """One row as a line of progress."""
-    what = f"{row['size']:<8} {row['wrapper']:<10} {row['options']:<44} {row['gpus']} GPU(s)"
+    what = f"{row['size']:<8} {row['wrapper']:<10} {row['options']:<44} x{row['gpus']}"
     if row["status"] != "ok":
         return f"{what} {row['status']}: {row['note']}"
     return f"{what} {row['step_ms']:>9.4g} ms [{row['p20_ms']:.4g}, {row['p80_ms']:.4g}], exposed {row['exposed_comm_ms']:.3g} ms"
@@ -295,7 +295,7 @@ def row_line(row: dict[str, Any]) -> str:
 def table(frame, study: str) -> str:
     """A study's rows as Markdown."""
     columns = {
-        "gpus": "GPUs",
+        "gpus": records.units(frame)[1],
         "wrapper": "wrapper",
         "options": "options",
         "step": "step, ms",
@@ -348,7 +348,7 @@ def conclusions(frame, study: str) -> list[str]:
         several
     )
     for row in rows[rows.status != "ok"].itertuples():
-        said.append(f"{row.wrapper} {_text(row.options)} on {row.gpus} GPU(s): {row.status}, {row.note}")
+        said.append(f"{row.wrapper} {_text(row.options)} x{row.gpus}: {row.status}, {row.note}")
     return said
 
 
@@ -405,7 +405,7 @@ def _of_options(rows) -> list[str]:
 
 def _of_scaling(rows) -> list[str]:
     return [
-        f"{row.wrapper} on {row.gpus} GPUs: {_percent(row.scaling_efficiency)} of linear scaling."
+        f"{row.wrapper} on {row.gpus} {records.units(rows)[1]}: {_percent(row.scaling_efficiency)} of linear scaling."
         for row in rows.itertuples()
         if not math.isnan(row.scaling_efficiency)
     ]

@@ -254,7 +254,7 @@ def run(
         "parameters": dataclasses.asdict(matrix),
     }
     results = records.ResultWriter(NAME, folder, **stamp, extra_columns=EXTRA_COLUMNS)
-    losses = records.ResultWriter(LOSSES, folder, **stamp, extra_columns=("processes",))
+    losses = records.ResultWriter(LOSSES, folder, **stamp, extra_columns=("processes", "device"))
     expected: dict[Workload, float] = {}
     with results, losses:
         for point, row, result in replicas.rows(points(matrix), plan, device=matrix.device, limit_s=_LIMIT_S):
@@ -265,7 +265,7 @@ def run(
                 row |= _disagreement(row, expected[point.workload])
             results.write(row)
             for step, loss in enumerate(result.get("losses", ()), start=1):
-                key = {name: row[name] for name in ("kernel", "wrapper", "gpus", "size", "processes")}
+                key = {name: row[name] for name in ("kernel", "wrapper", "gpus", "size", "processes", "device")}
                 losses.write(key | {"step": step, "loss": loss})
             if on_row:
                 on_row(row)
@@ -277,7 +277,7 @@ def _disagreement(row: dict[str, Any], expected: float) -> dict[str, Any]:
     off = abs(row["final_loss"] - expected) / expected
     if off <= _TOLERANCE[row["dtype"]]:
         return {}
-    note = f"wrong: the final loss is {row['final_loss']:.6g}, on one GPU with the same batches {expected:.6g}"
+    note = f"wrong: the final loss is {row['final_loss']:.6g}, alone with the same batches {expected:.6g}"
     return {"status": "error", "note": note}
 
 
@@ -286,7 +286,7 @@ def _disagreement(row: dict[str, Any], expected: float) -> dict[str, Any]:
 
 def row_line(row: dict[str, Any]) -> str:
     """One row as a line of progress."""
-    what = f"{row['size']:<12} {row['kernel']:<24} {row['wrapper']:<16} {row['gpus']} GPU(s)"
+    what = f"{row['size']:<12} {row['kernel']:<24} {row['wrapper']:<16} x{row['gpus']}"
     if row["status"] != "ok":
         return f"{what} {row['status']}: {row['note']}"
     efficiency = row.get("scaling_efficiency")
@@ -301,7 +301,7 @@ def table(frame) -> str:
     columns = {
         "size": "size",
         "kernel": "kernel",
-        "gpus": "GPUs",
+        "gpus": records.units(frame)[1],
         "wrapper": "wrapper",
         "step": "step, ms",
         "tokens": "tokens/s",
@@ -336,12 +336,13 @@ def conclusions(frame) -> list[str]:
     """What the rows show, in sentences made from their numbers."""
     said = []
     ok = frame[frame.status == "ok"]
+    unit, units = records.units(frame)
     for (size, kernel, processes), group in ok.groupby(["size", "kernel", "processes"], sort=False):
         one, several = group[group.gpus == 1], group[group.gpus > 1].set_index("wrapper")
-        where = f"{size}, {kernel}, {processes} GPUs"
+        where = f"{size}, {kernel}, {processes} {units}"
         if len(one):
             said.append(
-                f"{size}, {kernel}, one GPU: {records.significant(one.step_ms.iloc[0])} ms a step, {one.tokens_per_s.iloc[0]:,.0f} tokens/s"
+                f"{size}, {kernel}, one {unit}: {records.significant(one.step_ms.iloc[0])} ms a step, {one.tokens_per_s.iloc[0]:,.0f} tokens/s"
                 + ("." if math.isnan(one.mfu.iloc[0]) else f", {100 * one.mfu.iloc[0]:.1f}% MFU.")
             )
         if several.empty:
@@ -359,7 +360,7 @@ def conclusions(frame) -> list[str]:
                 f"{where}: the final losses of {len(group)} runs on the same batches differ by at most {spread:.1e} of their value."
             )
     for row in frame[frame.status != "ok"].itertuples():
-        said.append(f"{row.size}, {row.kernel}, {row.wrapper}, {row.gpus} GPU(s): {row.status}, {row.note}")
+        said.append(f"{row.size}, {row.kernel}, {row.wrapper} x{row.gpus}: {row.status}, {row.note}")
     return said
 
 
@@ -371,7 +372,7 @@ def _beside(several, where: str, ours: str, others: Sequence[str], one) -> list[
     ratios = [f"{several.step_ms[name] / several.step_ms[ours]:.3f} times the speed of {name}" for name in there]
     text = f"{where}: {ours} has {', '.join(ratios)}"
     if len(one):
-        text += f"; its peak memory is {100 * (several.peak_mib[ours] / one.peak_mib.iloc[0] - 1):+.1f}% of one GPU's"
+        text += f"; its peak memory is {100 * (several.peak_mib[ours] / one.peak_mib.iloc[0] - 1):+.1f}% of one alone"
     return [text + "."]
 
 

@@ -163,7 +163,7 @@ def settings(
 def points(chosen: ShardingSettings) -> dict[TrainPoint, str]:
     """The points, and the name of the sharding that each shows."""
     workload, n = chosen.workload, min(count for count in chosen.gpus if count > 1)
-    found = {TrainPoint(workload, "none", 1, n): "one GPU"}
+    found = {TrainPoint(workload, "none", 1, n): "not sharded"}
     for count in chosen.gpus:
         for name in chosen.variants if count > 1 else ():
             fields = VARIANTS[name][1]
@@ -185,7 +185,7 @@ def run(
         "parameters": dataclasses.asdict(chosen),
     }
     results = records.ResultWriter(NAME, folder, **stamp, extra_columns=EXTRA_COLUMNS)
-    memory = records.ResultWriter(MEMORY, folder, **stamp)
+    memory = records.ResultWriter(MEMORY, folder, **stamp, extra_columns=("device",))
     traces = records.ResultWriter(TIMELINE, folder, **stamp)
     names = points(chosen)
     replicated: dict[int, float] = {}  # peak in bytes by number of GPUs
@@ -197,7 +197,7 @@ def run(
                 if name == "replicated":
                     replicated[point.gpus] = result["peak_bytes"]
                 for line in _memory_rows(point, name, result, replicated.get(point.gpus)):
-                    memory.write(line)
+                    memory.write(line | {"device": row["device"]})
                 if result.get("timeline"):
                     overlap = timeline.overlap(result["timeline"])
                     row["traced_comm_ms"], row["traced_hidden_ms"] = overlap["communication_ms"], overlap["hidden_ms"]
@@ -240,7 +240,7 @@ def _memory_rows(
 
 def row_line(row: dict[str, Any]) -> str:
     """One row as a line of progress."""
-    what = f"{row['sharding']:<12} {row['wrapper']:<16} {row['gpus']} GPU(s)"
+    what = f"{row['sharding']:<12} {row['wrapper']:<16} x{row['gpus']}"
     if row["status"] != "ok":
         return f"{what} {row['status']}: {row['note']}"
     return f"{what} {row['step_ms']:>9.4g} ms [{row['p20_ms']:.4g}, {row['p80_ms']:.4g}] {row['peak_mib']:>9,.0f} MiB"
@@ -248,9 +248,9 @@ def row_line(row: dict[str, Any]) -> str:
 
 def memory_table(memory) -> str:
     """Memory at each point of the first step, measured and (by formula), MiB, as Markdown."""
-    lines = []
+    lines, (_, units) = [], records.units(memory)
     for (name, gpus), group in memory.groupby(["sharding", "gpus"], sort=False):
-        line = {"sharding": name, "GPUs": gpus}
+        line = {"sharding": name, units: gpus}
         for row in group.itertuples():
             computed = "" if math.isnan(row.predicted_mib) else f" ({records.significant(row.predicted_mib)})"
             line[row.point] = f"{records.significant(row.measured_mib)}{computed}"
@@ -259,7 +259,7 @@ def memory_table(memory) -> str:
 
 
 def state_table(chosen: ShardingSettings) -> str:
-    """What the state is made of by formula, MiB a GPU, as Markdown."""
+    """What the state is made of by formula, MiB on each of N devices, as Markdown."""
     config = chosen.workload.model
     lines = []
     for gpus in chosen.gpus:
@@ -267,7 +267,7 @@ def state_table(chosen: ShardingSettings) -> str:
             state = cost.training_state(config, name, gpus)
             parts = {part: records.significant(size / 2**20) for part, size in state.items()}
             lines.append(
-                {"sharding": name, "GPUs": gpus} | parts | {"sum": records.significant(sum(state.values()) / 2**20)}
+                {"sharding": name, "N": gpus} | parts | {"sum": records.significant(sum(state.values()) / 2**20)}
             )
     return records.markdown_table(lines)
 
@@ -277,7 +277,7 @@ def speed_table(frame) -> str:
     columns = {
         "sharding": "sharding",
         "wrapper": "wrapper",
-        "gpus": "GPUs",
+        "gpus": records.units(frame)[1],
         "step": "step, ms",
         "tokens": "tokens/s",
         "efficiency": "of linear",
@@ -310,13 +310,14 @@ def memory_conclusions(memory) -> list[str]:
         said.append(
             f"Outside the peak the formulas are off by at most {100 * off.max():.1f}% ({worst.sharding}, {worst.point})."
         )
+    _, units = records.units(memory)
     for gpus, group in memory[memory.gpus > 1].groupby("gpus", sort=False):
         peaks = group[group.point == PEAK].set_index("sharding")
         for name in [name for name in peaks.index if name != "replicated" and "replicated" in peaks.index]:
             saved = peaks.measured_mib["replicated"] - peaks.measured_mib[name]
             expected = peaks.measured_mib["replicated"] - peaks.predicted_mib[name]
             said.append(
-                f"{name} on {gpus} GPUs takes {records.significant(saved)} MiB less at the peak than replicated training; "
+                f"{name} on {gpus} {units} takes {records.significant(saved)} MiB less at the peak than replicated training; "
                 f"the formulas expect {records.significant(expected)} MiB."
             )
         after = group[group.point == cost.MEMORY_POINTS[2]].set_index("sharding").measured_mib
@@ -339,7 +340,7 @@ def speed_conclusions(frame) -> list[str]:
             if {ours, other} <= set(by.index):
                 ratio, memory = by.step_ms[ours] / by.step_ms[other], by.peak_mib[ours] / by.peak_mib[other]
                 said.append(
-                    f"On {gpus} GPUs a step of {ours} takes {ratio:.3f} times as long as one of {other}, with {memory:.3f} times its peak memory."
+                    f"On {gpus} {records.units(frame)[1]} a step of {ours} takes {ratio:.3f} times as long as one of {other}, with {memory:.3f} times its peak memory."
                 )
         for name in [name for name in by.index if by.traced_comm_ms[name] > 0]:
             row = by.loc[name]
@@ -348,7 +349,7 @@ def speed_conclusions(frame) -> list[str]:
                 "beside computation."
             )
     for row in frame[frame.status != "ok"].itertuples():
-        said.append(f"{row.sharding} ({row.wrapper}) on {row.gpus} GPU(s): {row.status}, {row.note}")
+        said.append(f"{row.sharding} ({row.wrapper}) x{row.gpus}: {row.status}, {row.note}")
     return said
 
 
