@@ -727,19 +727,10 @@ def step_breakdown(frame) -> Figure:
     axis = axes[0, 0]
     for y, row in enumerate(frame.itertuples()):
         exposed = 0.0 if np.isnan(row.exposed_comm_ms) else max(0.0, row.exposed_comm_ms)
-        axis.barh(y, row.step_ms - exposed, 0.6, color="#bbbbbb", label="computation")
-        axis.barh(
-            y,
-            exposed,
-            0.6,
-            left=row.step_ms - exposed,
-            color=_wrapper_colour(row.wrapper),
-            label="communication exposed",
-        )
+        axis.barh(y, row.step_ms - exposed, 0.6, color="#bbbbbb")
+        axis.barh(y, exposed, 0.6, left=row.step_ms - exposed, color=_wrapper_colour(row.wrapper))
         if not np.isnan(row.model_ms) and row.gpus > 1:
-            axis.plot(
-                [row.step_ms - exposed + row.model_ms] * 2, [y - 0.4, y + 0.4], color="black", label="by the model"
-            )
+            axis.plot([row.step_ms - exposed + row.model_ms] * 2, [y - 0.4, y + 0.4], color="black")
         axis.annotate(f" {row.step_ms:.4g} ms", (row.step_ms, y), va="center", fontsize=8)
     names = [f"one {units(frame)[0]}" if row.gpus == 1 else row.wrapper for row in frame.itertuples()]
     axis.set_yticks(range(len(frame)), names)
@@ -755,9 +746,7 @@ def step_breakdown(frame) -> Figure:
 
 def bucket_sizes(frame) -> Figure:
     """Time of flashddp's step, and the communication exposed in it and by the model, against the bucket size."""
-    several = frame[frame.gpus > 1]
-    sizes = [float(o.removeprefix("bucket_size_mb=")) if isinstance(o, str) and o else 25.0 for o in several.options]
-    several = several.assign(bucket_mb=sizes).sort_values("bucket_mb")
+    several = frame[frame.gpus > 1].sort_values("bucket_mb")
     figure, axes = _figure(11.0, 4.0, 1, 2)
     step, exposed = axes[0]
     step.errorbar(

@@ -15,6 +15,7 @@ lmsys.bench.collectives measured on the same machine and the backward pass of on
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,15 +28,26 @@ from lmsys.bench.measure import quantiles
 from lmsys.bench.replicas import Plan, TrainPoint, Workload
 from lmsys.config import model_size, require, unknown_name
 from lmsys.device import resolve_device
+from lmsys.parallel.ddp import FlashDDP
 
 NAME, TIMELINE = "data_parallel_results", "data_parallel_timeline"
 STUDIES = ("wrappers", "buckets", "options", "scaling")
 WRAPPERS = ("naive", "flat", "overlap", "flashddp", "torch_ddp")
 EXTRA_COLUMNS = (
-    *("processes", "backward_ms", "finish_ms", "model_ms", "traced_comm_ms", "traced_hidden_ms", "device", "note"),
+    *(
+        "processes",
+        "bucket_mb",
+        "backward_ms",
+        "finish_ms",
+        "model_ms",
+        "traced_comm_ms",
+        "traced_hidden_ms",
+        "device",
+        "note",
+    ),
 )
 _LIMIT_S = 240.0  # of one point, compilation included
-_BUCKET_MB = 25.0  # flashddp's own
+_BUCKET_MB = inspect.signature(FlashDDP).parameters["bucket_size_mb"].default
 
 Options = tuple[tuple[str, Any], ...]
 _EVERYWHERE: tuple[Options, ...] = (
@@ -243,6 +255,8 @@ def run(
     with results, traces:
         for point, row, result in replicas.rows(list(studies), plan, device=chosen.device, limit_s=_LIMIT_S):
             row |= {"processes": point.processes, "options": option_text(point.options)}
+            if point.wrapper == "flashddp":
+                row["bucket_mb"] = bucket_mb(point)
             if row["status"] == "ok":
                 row |= {f"{part}_ms": quantiles(result[f"{part}_ms"])[0] for part in ("backward", "finish")}
                 if point.gpus == 1:
@@ -261,6 +275,11 @@ def run(
     return records.read_results(results.path), records.read_results(traces.path)
 
 
+def bucket_mb(point: TrainPoint) -> float:
+    """The bucket size of flashddp, 10^6 bytes."""
+    return float(dict(point.options).get("bucket_size_mb", _BUCKET_MB))
+
+
 def option_text(options: Options) -> str:
     """Options as a cell: bucket_size_mb=10."""
     return " ".join(f"{name}={value}" for name, value in options)
@@ -273,9 +292,7 @@ def model_ms(point: TrainPoint, links: dict[tuple[str, int], cost.Link], backwar
         return 0.0 if point.gpus == 1 else None
     sizes, options = cost.parameter_sizes(point.workload.model), dict(point.options)
     element = 2 if options.get("communication_dtype") == "bf16" else 4
-    bucket_bytes = {"naive": 0.0, "overlap": 0.0, "flat": math.inf}.get(
-        point.wrapper, 1e6 * options.get("bucket_size_mb", _BUCKET_MB)
-    )
+    bucket_bytes = {"naive": 0.0, "overlap": 0.0, "flat": math.inf}.get(point.wrapper, 1e6 * bucket_mb(point))
     messages = cost.buckets(sizes, element, bucket_bytes)
     hidden = 0.0 if point.wrapper in ("naive", "flat") else backward_s
     return 1e3 * cost.exposed_communication(messages, link, point.gpus, hidden)
@@ -378,17 +395,11 @@ def _of_buckets(rows) -> list[str]:
     if rows.empty:
         return []
     best = rows.loc[rows.step_ms.idxmin()]
-    sizes = {row.Index: bucket_mb(row.options) for row in rows.itertuples()}
     slowest = rows.loc[rows.step_ms.idxmax()]
     return [
-        f"The fastest bucket size is {sizes[best.name]:g} MB, {records.significant(best.step_ms)} ms a step; the slowest, "
-        f"{sizes[slowest.name]:g} MB, takes {records.significant(slowest.step_ms)} ms."
+        f"The fastest bucket size is {best.bucket_mb:g} MB, {records.significant(best.step_ms)} ms a step; the slowest, "
+        f"{slowest.bucket_mb:g} MB, takes {records.significant(slowest.step_ms)} ms."
     ]
-
-
-def bucket_mb(options: Any) -> float:
-    """The bucket size of a row's options."""
-    return float(options.removeprefix("bucket_size_mb=")) if _text(options) else _BUCKET_MB
 
 
 def _of_options(rows) -> list[str]:
