@@ -184,3 +184,11 @@ def test_a_gpus_trace_tells_nccl_from_the_rest():
     assert ("phase", "backward", 2.0, 5.0) in found and ("communication", "NCCL", 4.0, 3.0) in found
     assert timeline.overlap(rows) == {"communication_ms": 3.0, "hidden_ms": pytest.approx(1.0)}
     assert sum(row["duration_ms"] for row in rows if row["lane"] == "compute") == pytest.approx(1.99 + 2.9 + 1.0)
+
+
+def test_the_stamp_says_what_mfu_is_against(monkeypatch):
+    plan = replicas.Plan(1, 1, 0)
+    assert "not known" in replicas.method(plan, torch.device("cpu"), "bf16")["mfu"]
+    monkeypatch.setattr(replicas, "device_name", lambda device: "NVIDIA H200")
+    assert replicas.method(plan, torch.device("cuda"), "bf16")["mfu"] == "against 989.5 TFLOP/s a GPU"
+    assert replicas.method(plan, torch.device("cuda"), "fp32")["mfu"] == "against 494.7 TFLOP/s a GPU"

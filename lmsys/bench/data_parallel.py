@@ -245,7 +245,7 @@ def run(
     links: what collectives.links made of this machine's times; a number of GPUs without one gets no model_ms.
     """
     plan = Plan(chosen.steps, chosen.timed_steps, quiet_steps=max(2, chosen.timed_steps // 2))
-    method = replicas.method(plan, resolve_device(chosen.device))
+    method = replicas.method(plan, resolve_device(chosen.device), chosen.workload.dtype)
     fitted = {f"{op} of {n}": dataclasses.asdict(link) for (op, n), link in links.items()}
     parameters = dataclasses.asdict(chosen) | {"links": fitted}
     results = records.ResultWriter(NAME, folder, method=method, parameters=parameters, extra_columns=EXTRA_COLUMNS)

@@ -250,7 +250,7 @@ def run(
     """Run a matrix; write lm_matrix_results.csv and lm_matrix_losses.csv to folder; return both as DataFrames."""
     plan = Plan(matrix.steps, matrix.timed_steps, quiet_steps=max(2, matrix.timed_steps // 2))
     stamp = {
-        "method": replicas.method(plan, resolve_device(matrix.device)),
+        "method": replicas.method(plan, resolve_device(matrix.device), matrix.workloads[0].dtype),
         "parameters": dataclasses.asdict(matrix),
     }
     results = records.ResultWriter(NAME, folder, **stamp, extra_columns=EXTRA_COLUMNS)

@@ -589,8 +589,7 @@ def _row(
         return row
     median, p20, p80 = quantiles(result["times_ms"])
     rate = point.gpus * workload.local_batch * model.context_length / median * 1e3
-    tensor_cores = "tf32" if workload.dtype == "fp32" and device.type == "cuda" else workload.dtype
-    flops, peak = cost.train_flops_per_token(model), peak_flops(device_name(device), tensor_cores)
+    flops, peak = cost.train_flops_per_token(model), _peak_flops(device, workload.dtype)
     row |= {
         "step_ms": median,
         "p20_ms": p20,
@@ -617,9 +616,15 @@ def exposed_ms(point: TrainPoint, result: dict[str, Any], one_gpu: dict[str, Any
     return None if one_gpu is None else median - quantiles(one_gpu["times_ms"])[0]
 
 
-def method(plan: Plan, device: torch.device) -> dict[str, str]:
+def _peak_flops(device: torch.device, dtype: str) -> float | None:
+    """What MFU is measured against: the dense peak of the GPU's matrix units, which take fp32 as TF32; None where it is not known."""
+    return peak_flops(device_name(device), "tf32" if dtype == "fp32" and device.type == "cuda" else dtype)
+
+
+def method(plan: Plan, device: torch.device, dtype: str) -> dict[str, str]:
     """How train() measures, for the stamp of a result."""
     gpu = device.type == "cuda"
+    peak = _peak_flops(device, dtype)
     quiet = f"step less the step under no_sync ({plan.quiet_steps} samples); " if plan.quiet_steps else ""
     return {
         "timer": f"{'CUDA events' if gpu else 'time.perf_counter'} between steps; of each step the largest over the ranks",
@@ -627,6 +632,9 @@ def method(plan: Plan, device: torch.device) -> dict[str, str]:
         "samples": f"{plan.timed_steps}",
         "statistic": "median, 20th and 80th percentile",
         "step": "forward, backward, gradient synchronization, AdamW (torch's); inputs on the device; gradients are not clipped",
+        "mfu": "none: the peak of this device is not known"
+        if peak is None
+        else f"against {peak / 1e12:g} TFLOP/s a GPU",
         "exposed_comm_ms": f"{quiet}of sharded wrappers, step less the step of one GPU",
         "memory": "peak allocated of a step, the largest over the ranks"
         + ("" if gpu else " (live tensors and the profiler)"),

@@ -181,7 +181,7 @@ def run(
     """Run the points; write sharding_results.csv, sharding_memory.csv and sharding_timeline.csv; return them as DataFrames."""
     plan = Plan(chosen.steps, chosen.timed_steps, quiet_steps=0)
     stamp = {
-        "method": replicas.method(plan, resolve_device(chosen.device)),
+        "method": replicas.method(plan, resolve_device(chosen.device), chosen.workload.dtype),
         "parameters": dataclasses.asdict(chosen),
     }
     results = records.ResultWriter(NAME, folder, **stamp, extra_columns=EXTRA_COLUMNS)
