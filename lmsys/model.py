@@ -11,11 +11,13 @@ Legend: B batch, T tokens, V vocabulary, H heads, D head_dim, d = d_model = H D,
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lmsys.attention import check_support, get_kernel
 from lmsys.config import ModelConfig
@@ -165,6 +167,7 @@ class TransformerLM(nn.Module):
             raise ValueError("model.vocab_size is not set: give it the tokenizer's vocabulary size")
         self.config = config
         self.compiled = False
+        self.checkpointing: tuple[int | None, bool] = (None, False)
         std = config.d_model**-0.5 if config.tie_embeddings else 1.0
         self.token_embeddings = Embedding(config.vocab_size, config.d_model, std)
         self.rope = RotaryEmbedding(config.head_dim, config.context_length, config.rope_theta)
@@ -193,8 +196,14 @@ class TransformerLM(nn.Module):
             self._check(ids)
         x = self.token_embeddings(ids)
         cos, sin = self.rope.cos[:length], self.rope.sin[:length]
-        for layer in self.layers:
-            x = layer(x, cos, sin)
+        size, nested = self.checkpointing
+        if size is None or not torch.is_grad_enabled():
+            x = _run(self.layers, x, cos, sin)
+        elif nested:
+            x = _run_halves(self.layers, x, cos, sin, size)
+        else:
+            for start in range(0, len(self.layers), size):
+                x = _recomputed(_run, self.layers[start : start + size], x, cos, sin)
         return self.ln_final(x)
 
     def _check(self, ids: Tensor) -> None:
@@ -233,6 +242,22 @@ class TransformerLM(nn.Module):
             layer.compile(**options)
         self.compiled = True
 
+    def checkpoint_blocks(self, size: int | None, *, nested: bool = False) -> None:
+        """Activation checkpointing: keep for the backward pass the input of each group of `size` blocks, and compute the rest again in it.
+
+        Args:
+            size: None keeps everything.
+            nested: halve the blocks, each half a checkpoint whose recomputation halves it again, down to `size` blocks: memory of
+                O(log L) inputs and `size` blocks for O(L log L) block forwards (Griewank and Walther's recursion, ACM TOMS 26:1,
+                without their schedule for a fixed number of inputs).
+        Raises:
+            ValueError: a size below 1.
+        Source of the flat form: Chen et al., arXiv 1604.06174. Outputs and gradients are the same numbers, as no block draws random ones.
+        """
+        if size is not None and size < 1:
+            raise ValueError(f"checkpointed groups of {size} blocks; give 1 or more, or None to keep everything")
+        self.checkpointing = size, nested
+
     def num_parameters(self) -> int:
         """Parameters, a tied head counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
@@ -241,6 +266,27 @@ class TransformerLM(nn.Module):
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean of -log softmax(logits)[target] over all tokens, in fp32. logits: (..., V); targets: (...) int64."""
     return -logits.float().log_softmax(-1).gather(-1, targets.unsqueeze(-1)).mean()
+
+
+def _run(layers: Sequence[nn.Module], x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    for layer in layers:
+        x = layer(x, cos, sin)
+    return x
+
+
+def _run_halves(layers: Sequence[nn.Module], x: Tensor, cos: Tensor, sin: Tensor, size: int) -> Tensor:
+    """Checkpoint each half of the layers, in which the same is done, until no more than size are left."""
+    if len(layers) <= size:
+        return _run(layers, x, cos, sin)
+    middle = len(layers) // 2
+    for half in (layers[:middle], layers[middle:]):
+        x = _recomputed(_run_halves, half, x, cos, sin, size)
+    return x
+
+
+def _recomputed(function: Any, *args: Any) -> Tensor:
+    """function(*args), whose saved tensors the backward pass computes anew. No block draws random numbers: none are restored."""
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def _truncated_normal(weight: Tensor, std: float) -> None:
