@@ -304,7 +304,7 @@ class PipelineConfig:
 
 # --- Presets --------------------------------------------------------------------------------------
 
-# The course's 2025 table (CS336 assignment 2, section 1.1.2): d_model, d_ff, layers, heads.
+# The course's 2025 table (CS336 assignment 2, section 1.1.2): d_model, d_ff, layers, heads. Its 2026 table calls 2.7b xl, and adds 10b.
 # gpt2 and gpt2-medium are nanoGPT's 124M and 350M shapes; tiny and mini are for the CPU.
 MODEL_SIZES = {
     "tiny": (64, 192, 2, 2),
@@ -314,6 +314,7 @@ MODEL_SIZES = {
     "large": (1280, 5120, 36, 20),
     "xl": (1600, 6400, 48, 25),
     "2.7b": (2560, 10240, 32, 32),
+    "10b": (4608, 12288, 50, 36),
     "gpt2": (768, 3072, 12, 12),
     "gpt2-medium": (1024, 4096, 24, 16),
 }

@@ -18,12 +18,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-STATUSES = ("ok", "oom", "unsupported", "error")
+STATUSES = ("ok", "oom", "oom_skipped", "unsupported", "error")
 
 _STEP_COLUMNS = (
     *("kernel", "wrapper", "gpus", "size", "context_length", "local_batch", "dtype", "compiled", "status"),
     *("step_ms", "p20_ms", "p80_ms", "samples", "tokens_per_s", "mfu", "exposed_comm_ms", "peak_mib"),
     *("scaling_efficiency", "final_loss"),
+)
+_MODEL_COLUMNS = (
+    *("size", "context_length", "batch", "dtype", "compiled", "mode", "warmup", "status"),
+    *("mean_ms", "std_ms", "median_ms", "samples", "tokens_per_s", "mfu", "peak_mib"),
 )
 _TIMELINE_COLUMNS = ("wrapper", "lane", "name", "start_ms", "duration_ms")
 
@@ -87,6 +91,10 @@ SCHEMAS: dict[str, tuple[str, ...]] = {
         *("implementation", "batch", "seq_len", "head_dim", "dtype", "causal", "pass", "status"),
         *("median_ms", "p20_ms", "p80_ms", "samples", "tflops", "peak_mib"),
     ),
+    "model_benchmark_results": _MODEL_COLUMNS,
+    "model_benchmark_repeat": _MODEL_COLUMNS,
+    "model_benchmark_warmup": ("size", "context_length", "batch", "dtype", "mode", "step", "time_ms"),
+    "model_benchmark_first_step": ("name", "first_ms", "later_ms", "first_calls", "later_calls"),
     "collectives_results": (
         *("backend", "op", "gpus", "size_mib", "status", "median_ms", "p20_ms", "p80_ms", "samples", "busbw_gb_s"),
     ),
@@ -97,6 +105,9 @@ SCHEMAS: dict[str, tuple[str, ...]] = {
     "sharding_results": ("sharding", *_STEP_COLUMNS),
     "sharding_memory": ("sharding", "wrapper", "gpus", "size", "point", "status", "measured_mib", "predicted_mib"),
     "sharding_timeline": _TIMELINE_COLUMNS,
+    "mixed_precision_sums": ("accumulator", "addend", "cast", "additions", "sum", "error", "spacing"),
+    "mixed_precision_dtypes": ("autocast", "tensor", "dtype", "device_type", "device"),
+    "mixed_precision_layer_norm": ("what", "value", "dtype", "statistics", "error", "lost", "square_overflows"),
     "sharding_parallelism": ("strategy", "pass", "tokens", "devices", "compute_ms", "communication_ms", "bound"),
 }
 
