@@ -869,3 +869,67 @@ def parallelism(frame) -> Figure:
         axis.set_title(f"{which.capitalize()}, {rows.tokens.iloc[0]:,.0f} tokens", loc="left", fontsize=10)
     _legend(figure, axes.flat)
     return figure
+
+
+_PRECISION_COLOURS = {
+    "fp32": "#000000",
+    "fp16": "#D55E00",
+    "fp16 into fp32": "#0072B2",
+    "fp16 into fp32, cast first": "#56B4E9",
+    "bf16": "#009E73",
+}
+
+
+def partial_sums(frame) -> Figure:
+    """The same number added again and again: partial sums, and their errors beside the spacing of the accumulator's numbers."""
+    figure, axes = _figure(11.0, 4.2, 1, 2)
+    values, errors = axes[0]
+    for name, rows in frame.groupby("name", sort=False):
+        style = {
+            "color": _PRECISION_COLOURS.get(name, "#444444"),
+            "linestyle": "--" if name.endswith("first") else "-",
+            "linewidth": 2.4 if name == "fp16 into fp32" else 1.4,
+            "label": name,
+        }
+        values.plot(rows.additions, rows["sum"], **style)
+        errors.plot(rows.additions, rows.error.abs().clip(lower=1e-9), **style)
+        if rows.accumulator.iloc[0] == rows.addend.iloc[0] != "fp32":
+            errors.plot(
+                rows.additions,
+                rows.spacing,
+                color=style["color"],
+                linestyle=":",
+                linewidth=1,
+                label=f"spacing of {name}",
+            )
+    values.plot(rows.additions, rows["sum"] - rows.error, color="#999999", linestyle=":", label="truth")
+    values.set_ylabel("partial sum")
+    errors.set_ylabel("distance from the truth")
+    errors.set_yscale("log")
+    errors.set_ylim(bottom=1e-8)
+    for axis in (values, errors):
+        axis.set_xlabel("additions")
+    _legend(figure, axes.flat)
+    return figure
+
+
+def layer_norm_errors(frame) -> Figure:
+    """Error of layer norm against the input's standard deviation and mean; a colour a dtype, a line style for what is in fp32."""
+    figure, axes = _figure(11.0, 4.4, 1, 2)
+    styles = {"all low": "-", "sums fp32": "--", "inside fp32": ":"}
+    said = {"all low": "all of it", "sums fp32": "all but the sums", "inside fp32": "input and output alone"}
+    labels = {"scale": "standard deviation of the input, mean 0", "mean": "mean of the input, standard deviation 1"}
+    for axis, (what, label) in zip(axes[0], labels.items(), strict=True):
+        for (dtype, statistics), rows in frame[frame.what == what].groupby(["dtype", "statistics"], sort=False):
+            colour = _PRECISION_COLOURS[dtype]
+            axis.plot(
+                rows.value, rows.error, color=colour, linestyle=styles[statistics], label=f"{dtype}: {said[statistics]}"
+            )
+            lost = rows[rows.lost]
+            axis.plot(lost.value, lost.error, "x", color=colour)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xlabel(label)
+        axis.set_ylabel("relative error of layer norm (x: nothing is left)")
+    _legend(figure, axes.flat)
+    return figure

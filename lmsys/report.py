@@ -31,6 +31,7 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
     "lm_matrix": {"smoke": {}, "cpu": {}, "full": {}},
     "data_parallel": {"smoke": {}, "cpu": {}, "full": {}},
     "sharding": {"smoke": {}, "cpu": {}, "full": {}},
+    "mixed_precision": {"smoke": {}, "cpu": {}, "full": {}},
 }
 HEADLINE_MACHINE = "h200"
 
