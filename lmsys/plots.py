@@ -933,3 +933,122 @@ def layer_norm_errors(frame) -> Figure:
         axis.set_ylabel("relative error of layer norm (x: nothing is left)")
     _legend(figure, axes.flat)
     return figure
+
+
+# Of kinds of kernels, in every figure of the profile.
+_CATEGORY_COLOURS = {
+    "matrix products": "#0072B2",
+    "softmax": "#D55E00",
+    "fused attention": "#882255",
+    "element-wise": "#56B4E9",
+    "copies and casts": "#F0C808",
+    "reductions": "#009E73",
+    "lookups": "#CC79A7",
+    "optimizer": "#999999",
+    "other": "#444444",
+    "other kernels": "#56B4E9",
+}
+
+
+def profile_share(kernels) -> Figure:
+    """The share of each kind of kernel in a forward pass and in a training step, at each point."""
+    modes = list(dict.fromkeys(kernels["mode"]))
+    points = kernels[["size", "dtype", "context_length"]].drop_duplicates()
+    figure, axes = _figure(5.6 * len(modes), 0.32 * len(points) + 1.8, 1, len(modes))
+    for axis, mode in zip(axes[0], modes, strict=True):
+        rows = kernels[kernels["mode"] == mode]
+        sums = rows.groupby(["size", "dtype", "context_length", "category"]).total_ms.sum()
+        for y, point in enumerate(points.itertuples(index=False, name=None)):
+            left = 0.0
+            for kind, colour in _CATEGORY_COLOURS.items():
+                if (*point, kind) not in sums.index:
+                    continue
+                share = 100 * sums[(*point, kind)] / sums[point].sum()
+                axis.barh(y, share, 0.8, left=left, color=colour, label=kind)
+                if share > 7:
+                    axis.annotate(
+                        f"{share:.0f}", (left + share / 2, y), ha="center", va="center", fontsize=7, color="white"
+                    )
+                left += share
+        axis.set_yticks(
+            range(len(points)), [f"{s}, {d}, {c:,}" for s, d, c in points.itertuples(index=False, name=None)]
+        )
+        axis.set_ylim(len(points) - 0.5, -0.5)
+        axis.set_xlim(0, 100)
+        axis.grid(False, axis="y")
+        axis.set_xlabel("% of the time in kernels")
+        axis.set_title({"inference": "forward pass", "training": "training step"}[mode], loc="left", fontsize=10)
+    _legend(figure, axes.flat)
+    return figure
+
+
+def profile_attention(rows) -> Figure:
+    """Softmax over matrix products in attention: their times beside their FLOPs, at each point."""
+    figure, axes = _figure(7.2, 0.5 * len(rows) + 1.5)
+    axis = axes[0, 0]
+    for y, row in enumerate(rows):
+        for offset, (key, colour, label) in enumerate(
+            (("ms", _CATEGORY_COLOURS["softmax"], "time"), ("gflop", "#999999", "FLOPs"))
+        ):
+            ratio = 100 * row[f"softmax_{key}"] / row[f"matmul_{key}"]
+            axis.barh(y + 0.4 * offset - 0.2, ratio, 0.38, color=colour, label=label)
+            axis.annotate(f" {ratio:.3g}%", (ratio, y + 0.4 * offset - 0.2), va="center", fontsize=8)
+    axis.set_yticks(range(len(rows)), [f"{row['size']}, {row['dtype']}, {row['context_length']:,}" for row in rows])
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.margins(x=0.12)
+    axis.grid(False, axis="y")
+    axis.set_xlabel("softmax, in % of the two matrix products of attention")
+    _legend(figure, axes.flat)
+    return figure
+
+
+def profile_timeline(lanes) -> Figure:
+    """A training step of each size and precision: its phases, and when each kind of kernel ran."""
+    points = list(lanes[["size", "context_length", "dtype"]].drop_duplicates().itertuples(index=False, name=None))
+    figure, axes = _figure(11.0, 1.5 * len(points) + 0.8, len(points))
+    names = ["other kernels", "softmax", "matrix products", "phase"]
+    shades = {"forward": "#cccccc", "loss": "#444444", "backward": "#999999", "optimizer": "#666666"}
+    for axis, (size, context, dtype) in zip(axes[:, 0], points, strict=True):
+        rows = lanes[(lanes["size"] == size) & (lanes.context_length == context) & (lanes.dtype == dtype)]
+        rows = rows[rows.lane != "layer"]
+        end = (rows.start_ms + rows.duration_ms).max()
+        for (lane, name), spans in rows.groupby(["lane", "name"], sort=False):
+            colour = shades[name] if lane == "phase" else _CATEGORY_COLOURS[name]
+            axis.broken_barh(
+                list(zip(spans.start_ms, spans.duration_ms, strict=True)),
+                (names.index(lane) - 0.4, 0.8),
+                facecolors=colour,
+            )
+            if lane == "phase" and spans.duration_ms.sum() > 0.06 * end:
+                middle = spans.start_ms.iloc[0] + spans.duration_ms.sum() / 2
+                axis.annotate(name, (middle, names.index(lane)), ha="center", va="center", fontsize=7)
+        axis.set_yticks(range(len(names)), names, fontsize=8)
+        axis.set_ylim(-0.6, len(names) - 0.4)
+        axis.set_xlim(0, end)
+        axis.grid(False, axis="y")
+        axis.set_title(f"{size}, {context:,} tokens, {dtype}", loc="left", fontsize=10)
+    axes[-1, 0].set_xlabel("ms from the beginning of the step, under the profiler")
+    return figure
+
+
+def profile_layer(lanes) -> Figure:
+    """The forward pass of a layer in the middle, kernel by kernel: a lane for each part, a colour for each kind."""
+    lanes = lanes[lanes.lane == "layer"]
+    points = list(lanes[["size", "context_length", "dtype"]].drop_duplicates().itertuples(index=False, name=None))
+    figure, axes = _figure(11.0, 2.3 * len(points) + 0.6, len(points))
+    for axis, (size, context, dtype) in zip(axes[:, 0], points, strict=True):
+        rows = lanes[(lanes["size"] == size) & (lanes.context_length == context) & (lanes.dtype == dtype)]
+        split = rows.name.str.split(": ", expand=True)
+        parts = list(dict.fromkeys(split[0]))
+        start = rows.start_ms.min()
+        for (part, kind), spans in rows.groupby([split[0], split[1]], sort=False):
+            bars = list(zip((spans.start_ms - start) * 1e3, spans.duration_ms * 1e3, strict=True))
+            colour = _CATEGORY_COLOURS[kind]
+            axis.broken_barh(bars, (parts.index(part) - 0.4, 0.8), facecolors=colour, label=kind)
+        axis.set_yticks(range(len(parts)), parts, fontsize=8)
+        axis.set_ylim(len(parts) - 0.4, -0.6)
+        axis.grid(False, axis="y")
+        axis.set_title(f"one layer of {size}, {context:,} tokens, {dtype}", loc="left", fontsize=10)
+    axes[-1, 0].set_xlabel("µs from the beginning of the layer")
+    _legend(figure, axes.flat)
+    return figure

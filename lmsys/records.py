@@ -108,6 +108,27 @@ SCHEMAS: dict[str, tuple[str, ...]] = {
     "mixed_precision_sums": ("accumulator", "addend", "cast", "additions", "sum", "error", "spacing"),
     "mixed_precision_dtypes": ("autocast", "tensor", "dtype", "device_type", "device"),
     "mixed_precision_layer_norm": ("what", "value", "dtype", "statistics", "error", "lost", "square_overflows"),
+    "profiling_results": (
+        *(
+            "size",
+            "context_length",
+            "batch",
+            "dtype",
+            "mode",
+            "phase",
+            "status",
+            "timed_ms",
+            "p20_ms",
+            "p80_ms",
+            "samples",
+        ),
+        *("traced_ms", "busy_ms", "kernels", "kernel_ms", "matmul_ms"),
+    ),
+    "profiling_kernels": (
+        *("size", "context_length", "batch", "dtype", "mode", "phase", "part", "category", "operator", "name"),
+        *("count", "total_ms"),
+    ),
+    "profiling_timeline": ("size", "context_length", "dtype", "lane", "name", "start_ms", "duration_ms"),
     "sharding_parallelism": ("strategy", "pass", "tokens", "devices", "compute_ms", "communication_ms", "bound"),
 }
 
