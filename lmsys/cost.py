@@ -215,6 +215,125 @@ def memory_at(config: ModelConfig, sharding: str, gpus: int) -> dict[str, float]
     return dict(zip(MEMORY_POINTS, sums, strict=True))
 
 
+# --- Activations ----------------------------------------------------------------------------------
+
+
+def residual_stream_bytes(config: ModelConfig, batch: int, context_length: int) -> int:
+    """Bytes of what flows from block to block: B T d elements of fp32, under autocast too, as the embedding is a lookup in fp32."""
+    return 4 * batch * context_length * config.d_model
+
+
+def block_residuals(
+    config: ModelConfig, batch: int, context_length: int, dtype: str, *, scores: bool, fp32_softmax: bool = False
+) -> dict[str, float]:
+    """Bytes that one eager block of TransformerLM keeps for its backward pass, its input among them, parameters not.
+
+    Counted from the operations of lmsys.model, each tensor once. e: 4 bytes of an element in fp32, 2 in bf16 under autocast.
+
+    Args:
+        dtype: fp32 or bf16.
+        scores: attention keeps the T x T probabilities and the mask, as vectorized_torch does; else Q, K, V, output and log-sum-exp.
+        fp32_softmax: autocast makes the probabilities in fp32 and casts them, and both are kept: so on a GPU, not on a CPU.
+    """
+    d, f, heads, length = config.d_model, config.d_ff, config.num_heads, context_length
+    tokens, low = batch * length, dtype != "fp32"
+    e = 2 if low else 4
+    square = float(batch * heads * length * length)
+    parts = {
+        "input and mid-block stream": 2.0 * 4 * tokens * d,
+        "norms": 2.0 * 4 * tokens * (d + 1),  # the normalized values before the gain, and 1 / rms
+        "inputs of products": e
+        * tokens
+        * d
+        * (3.0 if low else 2.0),  # each product casts its input: one for QKV, two of W1 and W3
+        "rotation": 4.0 * length * d / heads,  # cos + i sin, (T, D / 2) of complex64
+        "feed-forward": 4.0 * e * tokens * f,  # W1 x, its silu, W3 x and their product
+        "cast weights": 2.0 * (4 * d * d + 3 * d * f) if low else 0.0,
+    }
+    if scores:
+        probabilities = square * (e + (4 if low and fp32_softmax else 0))
+        # Scaled Q, K and V in the order of batched products, and the output in that of the projection.
+        parts["attention"] = 4.0 * e * tokens * d + probabilities + length * length
+    else:
+        # The product's output, which V is a view of; rotated Q and K; the output, which the projection reads too; the log-sum-exp.
+        parts["attention"] = 6.0 * e * tokens * d + 4.0 * tokens * heads
+    return parts
+
+
+def head_residuals(config: ModelConfig, batch: int, context_length: int, dtype: str) -> float:
+    """Bytes that the last norm, the head and the loss keep for the backward pass: fp32 log-probabilities above all."""
+    tokens, d, low = batch * context_length, config.d_model, dtype != "fp32"
+    norm = 4.0 * tokens * (2 * d + 1) + (2 if low else 4) * tokens * d
+    return norm + 4.0 * tokens * _vocab(config) + (2.0 * _vocab(config) * d if low else 0.0)
+
+
+@dataclass(frozen=True)
+class Checkpointing:
+    """Which blocks keep what, as TransformerLM.checkpoint_blocks(size, nested=nested) has it: what each costs in memory and time."""
+
+    num_blocks: int
+    size: int | None = None
+    nested: bool = False
+
+    def backward(self) -> list[tuple[int, int]]:
+        """(inputs kept, blocks whose residuals are there) when the backward pass comes to each block, from the last to the first."""
+        found = []
+        for first, last, inputs in self._leaves():
+            found += [(inputs, block - first + 1) for block in reversed(range(first, last))]
+        return found
+
+    def _leaves(self) -> list[tuple[int, int, int]]:
+        """(first block, end, inputs kept by then) of each group that is run without further checkpoints, from the last to the first."""
+        n = self.num_blocks
+        if self.size is None:
+            return [(0, n, 1)]
+        if self.nested:
+            return self._halves(0, n, 1)
+        return [
+            (first, min(first + self.size, n), first // self.size + 1) for first in reversed(range(0, n, self.size))
+        ]
+
+    def _halves(self, first: int, last: int, inputs: int) -> list[tuple[int, int, int]]:
+        if last - first <= self.size:
+            return [(first, last, inputs)]
+        middle = first + (last - first) // 2  # the second half's input is one more, the first's is the whole's
+        return self._halves(middle, last, inputs + 1) + self._halves(first, middle, inputs)
+
+    def forwards(self) -> int:
+        """Block forwards of a step: those of the forward pass and those that the backward pass does again.
+
+        A recomputation ends with the last tensor that it has to find: that of two halves runs the first one only, to get the second's input.
+        """
+        n = self.num_blocks
+        if self.size is None or (self.nested and n <= self.size):
+            return n
+        return n + (sum(self._again(half) for half in (n // 2, n - n // 2)) if self.nested else n)
+
+    def _again(self, blocks: int) -> int:
+        if blocks <= self.size:
+            return blocks
+        half = blocks // 2
+        return half + self._again(half) + self._again(blocks - half)
+
+    def peaks(
+        self, stream: float, residuals: float, head: float, gradient: float, head_gradient: float
+    ) -> tuple[float, float]:
+        """Bytes at the most during a step: of activations alone, and of activations with the gradients made by then.
+
+        The step's two kinds of moments: the loss, when the head's residuals are there; the backward pass of each block.
+
+        Args:
+            stream: bytes of a block's input. residuals: of a block, its input included. head: of norm, head and loss.
+            gradient: of a block's parameters. head_gradient: of the head's.
+        """
+        first = self.backward()[0]
+        at_loss = stream * first[0] + (residuals * self.num_blocks - stream if self.size is None else 0.0) + head
+        activations = [stream * (inputs - 1) + residuals * blocks for inputs, blocks in self.backward()]
+        gradients = [head_gradient + gradient * done for done in range(self.num_blocks)]
+        whole = [a + g for a, g in zip(activations, gradients, strict=True)]
+        return max(at_loss, *activations), max(at_loss, *whole)
+
+
 # --- Parallel feed-forward layers -----------------------------------------------------------------
 #
 # The course's analysis (CS336, assignment 2: communication_accounting of 2025, section 8 of 2026), which follows "How to Scale Your
