@@ -1007,7 +1007,7 @@ def profile_timeline(lanes) -> Figure:
     points = list(lanes[["size", "context_length", "dtype"]].drop_duplicates().itertuples(index=False, name=None))
     figure, axes = _figure(11.0, 1.5 * len(points) + 0.8, len(points))
     names = ["other kernels", "softmax", "matrix products", "phase"]
-    shades = {"forward": "#cccccc", "loss": "#444444", "backward": "#999999", "optimizer": "#666666"}
+    shades = {"forward": "#cccccc", "loss": "#d8b890", "backward": "#999999", "optimizer": "#666666"}
     for axis, (size, context, dtype) in zip(axes[:, 0], points, strict=True):
         rows = lanes[(lanes["size"] == size) & (lanes.context_length == context) & (lanes.dtype == dtype)]
         rows = rows[rows.lane != "layer"]

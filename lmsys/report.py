@@ -32,6 +32,7 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
     "data_parallel": {"smoke": {}, "cpu": {}, "full": {}},
     "sharding": {"smoke": {}, "cpu": {}, "full": {}},
     "mixed_precision": {"smoke": {}, "cpu": {}, "full": {}},
+    "profiling": {"smoke": {}, "cpu": {}, "full": {}},
 }
 HEADLINE_MACHINE = "h200"
 

@@ -51,6 +51,9 @@ MATMUL = "matrix products"
 ATTENTION_PARTS = ("scores", "scale and mask", "softmax", "values")
 _PREFIX = "lmsys."  # of the ranges, as lmsys.bench.timeline writes them
 _NODE = "autograd::engine::evaluate_function: "
+_NO_OPERATOR = re.compile(
+    r"cu(da)?[A-Z]|\[|Activity Buffer|Lazy Function|Runtime Triggered"
+)  # CUDA's calls, which have ids of their own
 _SOFTMAX_FLOPS = 5  # an element: maximum, difference, exponential, sum, quotient
 
 # Kind of kernel -> the operators that launch it. The first that matches counts; what none matches is "other".
@@ -63,7 +66,6 @@ CATEGORIES: tuple[tuple[str, re.Pattern], ...] = tuple(
             "fused attention",
             r"aten::_(scaled_dot_product|flash_attention|cudnn_attention|efficient_attention)|.*[Aa]ttention",
         ),
-        ("optimizer", r"aten::_(foreach|fused)_"),
         ("copies and casts", r"aten::(copy_|_to_copy|clone|cat|stack|fill_|zero_|zeros_like|contiguous)$"),
         ("reductions", r"aten::(sum|mean|max|amax|norm|linalg_vector_norm|cumsum|any|all)$"),
         (
@@ -232,7 +234,7 @@ class Kernel:
 
     @property
     def category(self) -> str:
-        return category(self.operator)
+        return self.phase if self.phase == "optimizer" else category(self.operator)
 
 
 @dataclass
@@ -285,8 +287,7 @@ def attribute(events: Iterable[Any], gpu: bool) -> Trace:
     ops, launched = [], []
     for event in events:
         if event.device_type() == torch.autograd.DeviceType.CPU:
-            # What has a linked correlation id is a call of the CUDA runtime, made by the operator of that id.
-            if event.linked_correlation_id() == 0 and not event.name().startswith("["):
+            if not _NO_OPERATOR.match(event.name()):
                 ops.append(
                     _Op(
                         event.correlation_id(),
@@ -599,7 +600,7 @@ def timeline_rows(kernels: Sequence[Kernel]) -> list[dict[str, Any]]:
 
 
 def row_line(row: dict[str, Any]) -> str:
-    """One line of progress; None for the phases, which belong to a step's line."""
+    """One line of progress."""
     name = f"{row['size']}, {row['context_length']} tokens, {row['dtype']}, {row['mode']}, {row['phase']}"
     if row["status"] != "ok":
         return f"{name}: {row['status']}"
@@ -897,7 +898,7 @@ _NSYS_REPORTS = ("cuda_gpu_kern_sum", "nvtx_kern_sum")
 
 def nsys_commands(chosen: ProfileSettings, mode: str = "full_step") -> list[str]:
     """For each size at the longest context: the step with its NVTX ranges under `nsys profile`, and the summaries of what it wrote."""
-    dtype, context = chosen.dtypes[-1], chosen.contexts[-1]
+    context = chosen.contexts[-1]
     commands = []
     for size in chosen.sizes:
         name = f"profile-{size}-{context}"
