@@ -73,7 +73,15 @@ def test_a_loss_of_its_own_is_an_error():
 
 def test_failed_points_are_said():
     base = dict.fromkeys(("step_ms", "p20_ms", "p80_ms", "tokens_per_s", "mfu", "peak_mib", "final_loss"), 1.0)
-    base |= {"size": "xl", "kernel": "k", "processes": 2, "exposed_comm_ms": math.nan, "status": "ok", "note": "", "device": "NVIDIA H200"}
+    base |= {
+        "size": "xl",
+        "kernel": "k",
+        "processes": 2,
+        "exposed_comm_ms": math.nan,
+        "status": "ok",
+        "note": "",
+        "device": "NVIDIA H200",
+    }
     rows = [
         base | {"wrapper": "none", "gpus": 1, "step_ms": 9.0, "scaling_efficiency": 1.0},
         base | {"wrapper": "flashddp", "gpus": 2, "step_ms": 10.0, "scaling_efficiency": 0.9, "peak_mib": 1.1},
