@@ -4,6 +4,9 @@ As in Triton's do_bench, each sample on a GPU starts with a cold L2 (a buffer la
 pair of events, and nothing synchronizes between samples. The buffer is written several times, so that the host is ahead
 of the GPU by half a millisecond, as it is inside a training step; launches that take longer than that show in the time.
 Memory is measured in a call of its own, before the timed ones.
+
+measure_steps() times a training step as the course's benchmarking_script does: by the host's clock, read before and after each step
+when the device has finished, so that a step's launches count as far as the device waits for them. All steps are kept, warm-up too.
 """
 
 from __future__ import annotations
@@ -11,14 +14,17 @@ from __future__ import annotations
 import gc
 import math
 import os
+import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from lmsys.device import _output
 
 _L2_FLUSH_BYTES = 256 * 2**20  # several times the largest L2 of a GPU today (60 MB on an H200)
 _L2_FLUSHES = 8  # 8 x 256 MiB at 4 TB/s: half a millisecond on an H200
@@ -39,6 +45,23 @@ class Measurement:
     @property
     def samples(self) -> int:
         return len(self.times_ms)
+
+    @property
+    def mean_ms(self) -> float | None:
+        return statistics.fmean(self.times_ms) if self.times_ms else None
+
+    @property
+    def std_ms(self) -> float | None:
+        """Standard deviation of the samples, with n - 1; None for fewer than two."""
+        return statistics.stdev(self.times_ms) if self.samples > 1 else None
+
+
+@dataclass(frozen=True)
+class StepMeasurement(Measurement):
+    """What a step took. warmup_ms: the untimed steps, the first of which compiles. reserved_mib: of the GPU's allocator."""
+
+    warmup_ms: list[float] = field(default_factory=list)
+    reserved_mib: float | None = None
 
 
 def method(device: torch.device, warmup: int, iterations: int) -> dict[str, Any]:
@@ -185,3 +208,104 @@ def _without_native_stderr():
         os.dup2(saved, 2)
         os.close(saved)
         os.close(null)
+
+
+# --- Steps ----------------------------------------------------------------------------------------
+
+
+class StepClock:
+    """The host's clock, read when the device has nothing left to do."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def read_s(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def overhead_ms(self, steps: int = 100) -> float:
+        """The median time of a step that does nothing: what the clock adds to every step."""
+        return statistics.median(time_steps(lambda: None, clock=self, warmup=5, steps=steps)[1])
+
+
+def time_steps(
+    step: Callable[[], Any],
+    *,
+    clock: StepClock,
+    warmup: int,
+    steps: int,
+    budget_s: float = math.inf,
+    warmed: Callable[[], Any] = lambda: None,
+) -> tuple[list[float], list[float]]:
+    """Milliseconds of each warm-up step and of each sample, the device idle before and after each.
+
+    Args:
+        budget_s: where the second warm-up step shows that more would take longer, fewer follow (not under three samples).
+        warmed: called between the warm-up and the samples.
+    """
+
+    def timed() -> float:
+        start = clock.read_s()
+        step()
+        return (clock.read_s() - start) * 1e3
+
+    first = [timed() for _ in range(min(warmup, 2))]
+    fit = budget_s / (first[1] / 1e3) if len(first) == 2 and first[1] > 0 else math.inf
+    first += [timed() for _ in range(int(min(warmup - len(first), fit)))]
+    warmed()
+    return first, [timed() for _ in range(int(min(steps, max(3, fit))))]
+
+
+def measure_steps(
+    step: Callable[[], Any],
+    *,
+    device: torch.device,
+    clock: StepClock,
+    warmup: int,
+    steps: int,
+    budget_s: float = math.inf,
+    resident: Callable[[], Iterable[torch.Tensor]] = tuple,
+) -> StepMeasurement:
+    """Time step() and its memory; what it raises, out of memory too, is the caller's.
+
+    On a GPU the peak is that of the samples; on a CPU, that of a further step under the profiler, over what is resident() before it.
+    """
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()  # a collection in one step would be that step's time
+    try:
+        reset = (lambda: torch.cuda.reset_peak_memory_stats(device)) if device.type == "cuda" else (lambda: None)
+        first, times = time_steps(step, clock=clock, warmup=warmup, steps=steps, budget_s=budget_s, warmed=reset)
+    finally:
+        if enabled:
+            gc.enable()
+    if device.type == "cuda":
+        peak, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device) / 2**20
+    else:
+        held = sum(tensor.numel() * tensor.element_size() for tensor in resident())
+        peak, reserved = held + _peak_bytes_cpu(step, lambda: ()), None
+    return StepMeasurement("ok", *quantiles(times), peak / 2**20, times, "", first, reserved)
+
+
+def gpu_state(device: torch.device) -> dict[str, Any] | None:
+    """Clocks, temperature, power and the processes that a GPU has now, as nvidia-smi says; None without one, or without the program."""
+    if device.type != "cuda":
+        return None
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    fields = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
+    found = _output("nvidia-smi", "-i", uuid, f"--query-gpu={','.join(fields)}", "--format=csv,noheader")
+    processes = _output("nvidia-smi", "-i", uuid, "--query-compute-apps=pid,used_memory", "--format=csv,noheader")
+    return None if found is None else _parsed_state(fields, found, processes or "")
+
+
+def _parsed_state(fields: Sequence[str], line: str, processes: str) -> dict[str, Any]:
+    """nvidia-smi's lines as a dict; `this` marks the process that asks, where the numbers are those that it knows itself by."""
+    state: dict[str, Any] = dict(zip(fields, (value.strip() for value in line.splitlines()[0].split(",")), strict=True))
+    state["processes"] = []
+    for entry in filter(None, processes.splitlines()):
+        pid, _, memory = entry.partition(",")
+        state["processes"].append(
+            {"pid": pid.strip(), "memory": memory.strip(), "this": pid.strip() == str(os.getpid())}
+        )
+    return state
