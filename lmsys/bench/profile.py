@@ -145,9 +145,9 @@ def settings(
     require(
         all(type(n) is int for n in values["contexts"]), f"contexts are {values['contexts']!r}; they must be integers"
     )
-    values["contexts"] = tuple(sorted(set(values["contexts"])))
     for name in ("sizes", "contexts", "dtypes"):
         require(len(values[name]) > 0, f"{name} must not be empty")
+    values["contexts"] = tuple(sorted(set(values["contexts"])))
     require(values["contexts"][0] >= 2, f"a context of {values['contexts'][0]} tokens; it must be at least 2")
     for name, least in (("batch", 1), ("samples", 3)):
         require(
