@@ -21,6 +21,7 @@ from typing import Any
 SCALES = ("auto", "smoke", "cpu", "full")
 DATASET_MODES = ("auto", "tinystories", "local_text", "local_npy", "stories")
 DTYPES = ("fp32", "bf16")
+TRAIN_DTYPES = (*DTYPES, "fp16")  # fp16: with a gradient scaler, for GPUs without bf16
 FULLY_SHARDED = ("fsdp", "torch_fsdp2")  # wrappers that shard parameters, gradients and optimizer state
 WRAPPER_OPTIONS = {  # settings of train that only some wrappers take
     "bucket_size_mb": ("flashddp", "torch_ddp"),
@@ -179,7 +180,9 @@ class TrainConfig:
     epochs: float | None = None  # passes over the training tokens, converted to steps once their number is known
     batch_size: int = 32  # sequences a process and micro-batch
     gradient_accumulation_steps: int = 1
-    dtype: str = "fp32"  # bf16: autocast, parameters stay fp32
+    dtype: str = (
+        "fp32"  # bf16, fp16: autocast, parameters stay fp32; fp16 scales the loss, and skips a step that overflows
+    )
     compile: bool = False  # torch.compile, block by block
     device: str = "auto"
     attention_kernel: str = "vectorized_torch"
@@ -211,8 +214,8 @@ class TrainConfig:
         require(self.epochs is None or self.epochs > 0, f"train.epochs is {self.epochs}; it must be positive")
         for name in ("batch_size", "gradient_accumulation_steps", "eval_batches", "log_interval", "keep_checkpoints"):
             require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; it must be at least 1")
-        if self.dtype not in DTYPES:
-            raise unknown_name("train.dtype", self.dtype, DTYPES)
+        if self.dtype not in TRAIN_DTYPES:
+            raise unknown_name("train.dtype", self.dtype, TRAIN_DTYPES)
         require(
             self.processes is None or self.processes >= 1,
             f"train.processes is {self.processes}; it must be at least 1, or null",
@@ -232,6 +235,11 @@ class TrainConfig:
                 "train.sharded_optimizer shares the optimizer's state among processes and train.ddp_wrapper 'none' is for "
                 "one; set train.ddp_wrapper=flashddp, or train.sharded_optimizer=false",
             )
+        require(
+            self.dtype != "fp16" or not (self.sharded_optimizer or self.ddp_wrapper in FULLY_SHARDED),
+            f"train.dtype 'fp16' skips steps whose gradients overflow, which each process must see whole; with {wrapper} and "
+            f"train.sharded_optimizer={str(self.sharded_optimizer).lower()} it sees its part: use train.dtype=bf16, or flashddp",
+        )
         require(
             self.sharded_optimizer or not self.reduce_scatter_gradients,
             "train.reduce_scatter_gradients is an option of train.sharded_optimizer; set that to true as well",

@@ -2,7 +2,8 @@
 
 A run folder holds metrics.csv (records.SCHEMAS["pipeline_metrics"]), samples.jsonl (step, prompt, text), checkpoints/, and
 wandb's files. A step reads gradient_accumulation_steps batches a process, clips the global gradient norm, and takes one
-AdamW step at the learning rate of the cosine schedule. The device is waited for only where a row of metrics is written.
+AdamW step at the learning rate of the cosine schedule. The device is waited for only where a row of metrics is written;
+with fp16 at each step, as torch's gradient scaler reads there whether a gradient overflowed and the step is to be skipped.
 
 Resuming is exact: on the CPU, with as many threads, an interrupted run gives the losses of an uninterrupted one bit for bit.
 fp32 on a CUDA GPU uses TF32 in matrix products (torch's precision "high"), as is the practice; MFU is then against the TF32
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
 
 COLUMNS = SCHEMAS["pipeline_metrics"]
 Result = TypeVar("Result")
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 METRICS_FILE, SAMPLES_FILE, CHECKPOINTS = "metrics.csv", "samples.jsonl", "checkpoints"
 
 
@@ -171,7 +173,8 @@ def train(
                 sampler_state=sampler.state_dict(),
                 rng=checkpoint.rng_state(),
                 config=config,
-                extra={"steps": steps, "train_tokens": fingerprint(train_tokens), "world_size": world_size},
+                extra={"steps": steps, "train_tokens": fingerprint(train_tokens), "world_size": world_size}
+                | {"scaler": replica.scaler.state_dict()},
                 keep_last=settings.keep_checkpoints,
             )
         )
@@ -194,7 +197,8 @@ def train(
             sampling = tokenizer is not None and _due(step, settings.sample_interval, steps)
             saving = run_dir is not None and _due(step, settings.checkpointing_interval, steps)
             if evaluating or sampling or saving or step % settings.log_interval == 0:
-                window, norm = _finite(step, losses, norms, last_checkpoint)  # waits for the device
+                # Waits for the device.
+                window, norm = _finite(step, losses, norms, last_checkpoint, skips=replica.scaler.is_enabled())
                 seconds = time.perf_counter() - window_started
                 rate = len(losses) * tokens_per_step / seconds
                 row = dict.fromkeys(COLUMNS) | {
@@ -325,6 +329,9 @@ class _Replica:
         self.optimizer = self._make_optimizer()
         if saved:
             self._load_optimizer(saved.optimizer)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.dtype == "fp16")
+        if saved and saved.extra.get("scaler"):
+            self.scaler.load_state_dict(saved.extra["scaler"])
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         optim = self.config.optim
@@ -365,7 +372,7 @@ class _Replica:
             with self._communicating(is_last=index == count - 1):
                 with autocast(self.device, self.config.train.dtype):
                     loss = self.loss_function(self.module(inputs), targets) / count
-                loss.backward()
+                self.scaler.scale(loss).backward()
             step_loss += loss.detach()
         if self.config.train.reduce_scatter_gradients:
             self.optimizer.finish_gradient_synchronization()
@@ -388,6 +395,7 @@ class _Replica:
     def update(self, learning_rate: float) -> Tensor:
         """Clip the gradients and take the optimizer's step. Returns the global gradient norm before clipping."""
         max_norm = self.config.optim.max_grad_norm
+        self.scaler.unscale_(self.optimizer)
         if self.fully_sharded:
             norm = self.module.clip_grad_norm_(max_norm)
         elif self.config.train.sharded_optimizer:
@@ -396,7 +404,8 @@ class _Replica:
             norm = clip_grad_norm(self.parameters, max_norm)
         for options in self.optimizer.param_groups:
             options["lr"] = learning_rate
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
@@ -500,7 +509,7 @@ def check_setup(config: PipelineConfig, world_size: int | None = None) -> torch.
     check_support(
         settings.attention_kernel,
         device=device,
-        dtype=torch.bfloat16 if settings.dtype == "bf16" else torch.float32,
+        dtype=_AUTOCAST.get(settings.dtype, torch.float32),
         head_dim=model.head_dim,
         heads=model.num_heads,
         kv_heads=model.num_heads,
@@ -605,21 +614,23 @@ def _extremes(tokens: np.ndarray, block: int = 1 << 24) -> tuple[int, int]:
 
 
 def _finite(
-    step: int, losses: list[Tensor], norms: list[Tensor], last_checkpoint: Path | None
-) -> tuple[list[float], float]:
+    step: int, losses: list[Tensor], norms: list[Tensor], last_checkpoint: Path | None, skips: bool
+) -> tuple[list[float], float | None]:
     """The losses of the steps up to `step`, means over the ranks, and the last of their gradient norms, as numbers.
 
+    skips: steps whose gradients overflow are skipped; the norm of the last is None where it did.
     Raises:
         FloatingPointError: one is not finite; in every process, as each has the same means.
     """
     pairs = group.mean_over_ranks(torch.stack([torch.stack(losses), torch.stack(norms)], -1)).tolist()
     for at, (loss, norm) in enumerate(pairs, start=step - len(pairs) + 1):
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        if not (math.isfinite(loss) and (skips or math.isfinite(norm))):
             what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm}"
             raise FloatingPointError(
                 f"{what} at step {at}; lower optim.learning_rate or warm up longer ({_kept(last_checkpoint)})"
             )
-    return [loss for loss, _ in pairs], pairs[-1][1]
+    last = pairs[-1][1]
+    return [loss for loss, _ in pairs], last if math.isfinite(last) else None
 
 
 def _kept(last_checkpoint: Path | None) -> str:
@@ -795,8 +806,8 @@ def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:
-    """The context in which a model of train.dtype computes: bf16 autocast, or nothing for fp32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
+    """The context in which a model of train.dtype computes: bf16 or fp16 autocast, or nothing for fp32."""
+    return torch.autocast(device.type, _AUTOCAST.get(dtype, torch.bfloat16), enabled=dtype in _AUTOCAST)
 
 
 @contextmanager

@@ -128,6 +128,8 @@ def test_bad_settings_are_errors(override, message):
         ("torch_fsdp2", "sharded_optimizer=true", "what train.ddp_wrapper 'torch_fsdp2' has sharded already"),
         ("fsdp", "communication_dtype=bf16", "'fsdp' does not take it"),
         ("flat", "bucket_size_mb=1", "'flat' does not take it"),
+        ("fsdp", "dtype=fp16", "each process must see whole; with train.ddp_wrapper 'fsdp'"),
+        ("flashddp", "dtype=fp8", "unknown train.dtype 'fp8'.*fp16"),
         ("flashddp", "bucket_size_mb=-1", "bucket_size_mb is -1.0; it must be positive, or 0"),
         ("flashddp", "communication_dtype=fp16", "unknown train.communication_dtype 'fp16'.*bf16"),
     ],

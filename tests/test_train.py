@@ -107,7 +107,7 @@ def test_only_the_newest_checkpoints_stay(tmp_path):
     assert saved_steps(tmp_path) == [8, 10]
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_exact_resume(tmp_path, dtype):
     """An interrupted run, resumed, equals an uninterrupted one bit for bit; samples and evaluation do not disturb it."""
     settings = {"dtype": dtype, "gradient_accumulation_steps": 2}
@@ -245,6 +245,41 @@ def test_settings_reach_the_optimizer():
     assert rates[:4] == pytest.approx([0.1, 0.2, 0.3, 0.4]) and rates[-1] == pytest.approx(0.04)
     assert rates[6] == pytest.approx(0.04 + 0.36 * (1 + math.cos(math.pi / 2)) / 2)
     assert all(row["grad_norm"] > 1e-3 for row in history.rows)  # reported as it was before clipping
+
+
+def test_fp16_skips_a_step_whose_gradients_overflow(tmp_path):
+    """A loss scale beyond fp16 makes the first gradients infinite: the weights stay, the scale halves, training goes on."""
+    scales, weights = [], []
+    make = training._Replica
+
+    class Watched(make):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-14)
+
+        def update(self, learning_rate):
+            before = [p.detach().clone() for p in self.parameters]
+            norm = super().update(learning_rate)
+            weights.append(all(torch.equal(a, b) for a, b in zip(before, self.parameters, strict=True)))
+            scales.append(self.scaler.get_scale())
+            return norm
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "_Replica", Watched)
+        history = run(tmp_path, train={"dtype": "fp16", "steps": 40})
+    skipped = [row["grad_norm"] is None for row in history.rows]
+    assert skipped[0] and weights == skipped and not any(skipped[4:])
+    assert scales[0] == 2.0**26 and scales[-1] <= scales[0]
+    assert history.rows[-1]["train_loss"] < 0.8 * history.rows[0]["train_loss"]
+    assert checkpoint.load(history.checkpoint).extra["scaler"]["scale"] == scales[-1]
+    rows, _ = training.logged(tmp_path)
+    assert rows[0]["grad_norm"] is None and rows[-1]["grad_norm"] == history.rows[-1]["grad_norm"]
+
+
+def test_fp16_is_near_fp32():
+    exact, half = run(), run(train={"dtype": "fp16"})
+    for a, b in zip(exact.rows, half.rows, strict=True):
+        assert b["train_loss"] == pytest.approx(a["train_loss"], rel=0.02)
 
 
 def test_bf16_autocast_trains():
