@@ -248,3 +248,19 @@ def test_names_of_kernels_are_short():
     name = "void at::native::(anonymous namespace)::softmax_warp_forward<float, float, float, 10, false, false>(float*, int)"
     assert profile.short_name(name) == "softmax_warp_forward<float, float, float, 10, false, false>"
     assert len(profile.short_name("x" * 300)) == 60
+
+
+def test_the_commands_for_nsight_systems_are_commands(monkeypatch):
+    """The part after nsys runs: with the CPU for a GPU, each names the ranges of the step, attention and its backward pass."""
+    from lmsys import __main__ as cli
+    from lmsys.bench import ranges
+
+    chosen = profile.settings("smoke", contexts=[8, 16], device="cpu")
+    profiled, *stats = profile.nsys_commands(chosen)
+    assert profiled.startswith("nsys profile --trace=cuda,nvtx ") and len(stats) == 2
+    pushed = []
+    push = ranges.push
+    monkeypatch.setattr(ranges, "push", lambda name: (pushed.append(name), push(name)))
+    arguments = profiled.split("python -m lmsys ")[1].split()
+    assert cli.main([*arguments, "--warmup", "1", "--steps", "1", "--device", "cpu", "--scale", "smoke"]) == 0
+    assert {"attention", "scores", "softmax", "values", "backward softmax", "backward scores", "block 0"} <= set(pushed)

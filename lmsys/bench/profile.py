@@ -896,23 +896,15 @@ def write_report(results, kernels, folder: str | Path) -> Path:
 _NSYS_REPORTS = ("cuda_gpu_kern_sum", "nvtx_kern_sum")
 
 
-def nsys_commands(chosen: ProfileSettings, mode: str = "full_step") -> list[str]:
-    """For each size at the longest context: the step with its NVTX ranges under `nsys profile`, and the summaries of what it wrote."""
-    context = chosen.contexts[-1]
+def nsys_commands(chosen: ProfileSettings) -> list[str]:
+    """For each size at the longest context: steps with their NVTX ranges under `nsys profile`, and the summaries of what it wrote."""
     commands = []
     for size in chosen.sizes:
-        name = f"profile-{size}-{context}"
+        name = f"profile-{size}-{chosen.contexts[-1]}"
         commands.append(
             f"nsys profile --trace=cuda,nvtx --force-overwrite=true --output={name} "
-            + benchmark_command(chosen, size, mode)
+            f"python -m lmsys benchmark --sizes {size} --contexts {chosen.contexts[-1]} --modes forward full_step "
+            f"--dtypes {chosen.dtypes[-1]} --batch_size {chosen.batch} --attention_kernels scaled_dot_prod_attention --nvtx"
         )
-        commands.append(f"nsys stats --report {','.join(_NSYS_REPORTS)} {name}.nsys-rep")
+        commands += [f"nsys stats --report {report} {name}.nsys-rep" for report in _NSYS_REPORTS]
     return commands
-
-
-def benchmark_command(chosen: ProfileSettings, size: str, mode: str) -> str:
-    """One point of `python -m lmsys benchmark`, with ranges."""
-    return (
-        f"python -m lmsys benchmark --sizes {size} --contexts {chosen.contexts[-1]} --modes {mode} "
-        f"--dtypes {chosen.dtypes[-1]} --batch {chosen.batch} --nvtx"
-    )
