@@ -55,23 +55,33 @@ def test_results_come_while_the_group_runs_and_leaving_ends_it():
     assert time.monotonic() - start < 10
 
 
-def train_and_count(process, wrappers):
+FREED = {
+    "flashddp": {"wrapper": "flashddp"},
+    "fsdp": {"wrapper": "fsdp"},
+    "zero2": {
+        "wrapper": "naive",
+        "sharded_optimizer": True,
+        "optimizer_options": (("reduce_scatter_gradients", True),),
+    },
+}
+
+
+def train_and_count(process):
     """How many parameters of each measured model are still there."""
     left = {}
-    for wrapper in wrappers:
-        replica = replicas.Replica(process, replicas.TrainPoint(WORKLOAD, wrapper, 2, 2), replicas.Plan(1, 1, 1))
+    for name, fields in FREED.items():
+        point = replicas.TrainPoint(WORKLOAD, gpus=2, processes=2, **fields)
+        replica = replicas.Replica(process, point, replicas.Plan(1, 1, 1))
         there = [weakref.ref(parameter) for parameter in replica.trained.parameters()]
         replica.measure()
-        replica.close()
         del replica
         gc.collect()
-        left[wrapper] = sum(parameter() is not None for parameter in there)
+        left[name] = sum(parameter() is not None for parameter in there)
     return left
 
 
 def test_a_measured_model_is_freed():
-    wrappers = ["flashddp", "fsdp"]
-    assert group.spawn(train_and_count, 2, wrappers, device="cpu", timeout_s=120)[1] == dict.fromkeys(wrappers, 0)
+    assert group.spawn(train_and_count, 2, device="cpu", timeout_s=120)[1] == dict.fromkeys(FREED, 0)
 
 
 def test_process_counts():

@@ -294,11 +294,10 @@ def train(process: Process, point: TrainPoint, plan: Plan) -> dict[str, Any] | N
     if point.gpus == 1:
         process = Process(0, process.local_rank, 1, 1, process.device, "")
     replica = Replica(process, point, plan)
-    result = None if waits else replica.measure()
-    if waits:
-        replica.step(replica.batches[0])
-    replica.close()
-    return result
+    if not waits:
+        return replica.measure()
+    replica.step(replica.batches[0])
+    return None
 
 
 _compiled_for: Workload | None = None  # of this process
@@ -325,12 +324,12 @@ class Replica:
 
         torch.manual_seed(workload.seed)
         with self.device:
-            self.model = TransformerLM(workload.model, attention_kernel=workload.kernel)
+            model = TransformerLM(workload.model, attention_kernel=workload.kernel)
         self.loss_function = cross_entropy
         if workload.compiled:
-            self.model.compile_blocks()
+            model.compile_blocks()
             self.loss_function = torch.compile(cross_entropy)
-        self.trained = parallel.wrap(self.model, point.wrapper, **_options(point.options))
+        self.trained = parallel.wrap(model, point.wrapper, **_options(point.options))
         self.optimizer = self._optimizer()
         self._remember("after init")
 
@@ -396,12 +395,6 @@ class Replica:
             result["quiet_ms"] = self._timed(timed, plan.quiet_steps, communicate=False)
         result["memory"] = dict(zip(self.memory, largest(self.process, list(self.memory.values())), strict=True))
         return result
-
-    def close(self) -> None:
-        """Let the memory go. A gradient's hook and the wrapper hold each other, through C++ where the collector does not look."""
-        for parameter in self.model.parameters():
-            if parameter._post_accumulate_grad_hooks:
-                parameter._post_accumulate_grad_hooks.clear()
 
     def step(
         self,

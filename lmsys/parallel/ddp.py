@@ -29,7 +29,6 @@ Limits: dense gradients; buffers are not synchronized after the start; requires_
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -39,6 +38,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lmsys.parallel.group import broadcast_from_rank0, check_same_everywhere
+from lmsys.parallel.hooks import on_gradient
 
 LAYOUTS = ("grouped", "flat")
 _ALIGNMENT = 32  # bytes, of a gradient in a buffer: vector loads of 16 bytes, and the sectors of a GPU's memory
@@ -286,7 +286,7 @@ class FlashDDP(DataParallel):
         self._buckets: list[_Bucket] = []  # in the order in which they leave
         self._next = 0  # the bucket to leave next
         for index, parameter in enumerate(self.trained):
-            parameter.register_post_accumulate_grad_hook(functools.partial(self._on_gradient, index))
+            on_gradient(parameter, self._on_gradient, index)
 
     @property
     def buckets(self) -> list[list[nn.Parameter]]:

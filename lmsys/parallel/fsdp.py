@@ -54,6 +54,7 @@ from torch import Tensor, nn
 
 from lmsys.parallel import shards
 from lmsys.parallel.group import broadcast_from_rank0, check_same_everywhere
+from lmsys.parallel.hooks import on_gradient
 from lmsys.parallel.shards import Piece, Shard, align
 
 # Vector-only modules of torch that do not take an input of another dtype than their weights' on every device.
@@ -358,7 +359,7 @@ class FullyShardedModule(nn.Module):
         for flat in self._flats:
             if flat.requires_grad:
                 for parameter in flat.parameters:
-                    parameter.register_post_accumulate_grad_hook(self._gradient_arrived)
+                    on_gradient(parameter, self._gradient_arrived)
 
         self._is_whole = False  # within gather_full_params
         module.register_state_dict_pre_hook(self._refuse_state_dict)

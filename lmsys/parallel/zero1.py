@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from lmsys.parallel import shards
 from lmsys.parallel.group import check_same_everywhere
+from lmsys.parallel.hooks import on_gradient
 from lmsys.parallel.shards import Shard, align
 
 PARTITIONS = ("elements", "parameters")
@@ -507,9 +508,7 @@ class _GradientExchange:
         self.order, self.completed = None, []
         self._expect(bucket)
         for parameter in bucket.parameters:
-            self.hooks.append(
-                parameter.register_post_accumulate_grad_hook(lambda arrived: self._arrived(bucket, arrived))
-            )
+            self.hooks.append(on_gradient(parameter, self._arrived, len(self.buckets) - 1))
 
     def close(self) -> None:
         for hook in self.hooks:
@@ -519,9 +518,10 @@ class _GradientExchange:
     def _expect(self, bucket: _Bucket) -> None:
         self.missing[bucket] = {id(parameter) for parameter in bucket.parameters}
 
-    def _arrived(self, bucket: _Bucket, parameter: Tensor) -> None:
+    def _arrived(self, index: int, parameter: Tensor) -> None:
         if self.paused:
             return
+        bucket = self.buckets[index]
         if any(flight.bucket is bucket for flight in self.flights):
             raise RuntimeError(
                 "a second backward pass before the step, and the first one's gradients are on their way; run all but the "
