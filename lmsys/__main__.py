@@ -13,10 +13,10 @@ from pathlib import Path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return its exit code: 0, or 2 for bad input and for a run that it made impossible."""
+    """Run one command; return its exit code: 0, 1 for a slowdown that compare found, 2 for bad input and a run that it made impossible."""
     arguments = _parser().parse_args(argv)
     try:
-        arguments.function(arguments)
+        return arguments.function(arguments) or 0
     except (ValueError, OSError, FloatingPointError) as error:  # bad input, or a loss that is not finite
         if os.environ.get("LMSYS_TRACEBACK"):
             raise
@@ -26,7 +26,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"lmsys {arguments.command}: interrupted; what was written so far stays", file=sys.stderr)
         return 130
-    return 0
 
 
 def _one_line(error: BaseException) -> str:
@@ -217,6 +216,53 @@ def lm_matrix(arguments: argparse.Namespace) -> None:
     for sentence in matrix.conclusions(frame):
         print(sentence.replace("**", ""))
     _print_written([folder / f"{matrix.NAME}.csv", *matrix.write_report(frame, losses, folder).values()])
+
+
+def benchmark(arguments: argparse.Namespace) -> None:
+    from lmsys.bench import model, model_report
+    from lmsys.records import artifacts_dir
+
+    chosen = model.settings(
+        scale=arguments.scale,
+        sizes=arguments.sizes,
+        contexts=arguments.contexts,
+        dtypes=arguments.dtypes,
+        modes=arguments.modes,
+        compiled=arguments.compile,
+        attention_kernels=arguments.attention_kernels,
+        checkpoint=arguments.checkpoint,
+        batch=arguments.batch_size,
+        vocab_size=arguments.vocab_size,
+        warmup=arguments.warmup,
+        steps=arguments.steps,
+        budget_s=arguments.budget_s,
+        nvtx=arguments.nvtx,
+        memory_profile=arguments.memory_profile,
+        trace=arguments.trace,
+        device=arguments.device,
+        seed=arguments.seed,
+    )
+    folder = artifacts_dir(arguments.machine)
+    frame = model.run(
+        chosen,
+        folder,
+        output_json=arguments.output_json,
+        on_row=lambda row: print(model_report.row_line(row), flush=True),
+    )
+    for sentence in model_report.conclusions(frame):
+        print(sentence.replace("**", ""))
+    _print_written([folder / f"{model.NAME}.csv", *model_report.write_report(frame, folder).values()])
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    from lmsys import records
+
+    found = records.compare(arguments.a, arguments.b, threshold=arguments.threshold)
+    print(records.comparison_table(found), end="")
+    worse = found[found.verdict.isin(records.VERDICTS[:2])]
+    counts = ", ".join(f"{(found.verdict == name).sum()} {name}" for name in records.VERDICTS)
+    print(f"{len(found)} rows: {counts}")
+    return 1 if len(worse) else 0
 
 
 def collectives(arguments: argparse.Namespace) -> None:
@@ -494,6 +540,57 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--seed", type=int, default=0, help="of weights and data (default: 0)")
     added.add_argument("--device", default="auto", help="auto, cpu or cuda")
     add_machine(added)
+
+    added = command(
+        "benchmark",
+        benchmark,
+        "Time the model: forward pass, forward and backward, full training step",
+        "Over sizes, contexts, precisions, compiled or not. Where one of these lists is given, every combination of them is measured.\n"
+        "For Nsight Systems: nsys profile --trace=cuda,nvtx python -m lmsys benchmark --nvtx ...",
+        "benchmark --sizes small medium --contexts 256 1024 --dtypes tf32 bf16 --modes full_step --compile no blocks",
+    )
+    add_scale(added, "auto")
+    added.add_argument("--sizes", nargs="+", metavar="S", help=f"model sizes: {', '.join(MODEL_SIZES)}")
+    added.add_argument("--contexts", nargs="+", type=int, metavar="T", help="tokens of a sequence")
+    added.add_argument("--dtypes", nargs="+", metavar="D", help="fp32, tf32, bf16, fp16 (the last two autocast)")
+    added.add_argument("--modes", nargs="+", metavar="M", help="forward, forward_backward, full_step (default: all)")
+    added.add_argument("--compile", nargs="+", metavar="C", help="no, blocks, model (default: no)")
+    added.add_argument(
+        "--attention_kernels", nargs="+", metavar="K", default=["vectorized_torch"], help="default: vectorized_torch"
+    )
+    added.add_argument("--checkpoint", type=int, metavar="N", help="activation checkpointing of groups of N blocks")
+    added.add_argument("--batch_size", type=int, help="sequences (default: the scale's)")
+    added.add_argument("--vocab_size", type=int, help="vocabulary (default: the size's)")
+    added.add_argument("--warmup", type=int, help="untimed steps of a point (default: 5)")
+    added.add_argument("--steps", type=int, help="timed steps of a point (default: 10)")
+    added.add_argument(
+        "--budget_s",
+        type=float,
+        help="a slow point gets fewer steps, about so many seconds of them (default: the scale's)",
+    )
+    added.add_argument("--nvtx", action="store_true", help="named ranges for Nsight Systems and PyTorch's profiler")
+    added.add_argument(
+        "--memory_profile",
+        action="store_true",
+        help="of a step of each point: allocator snapshot (.pickle, GPU) and figure",
+    )
+    added.add_argument("--trace", action="store_true", help="of a step of each point: Chrome trace")
+    added.add_argument("--output_json", metavar="PATH", help="also one JSON file with all samples")
+    added.add_argument("--seed", type=int, default=0, help="of weights and tokens (default: 0)")
+    added.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add_machine(added)
+
+    added = command(
+        "compare",
+        compare,
+        "Compare two result files row by row",
+        "Prints a table with both medians, their 20th and 80th percentile, and the ratio. Exit code 1 where a row of B is slower by more than\n"
+        "the threshold and beyond both spreads, or ran in A and does not in B.",
+        "compare artifacts/h200/model_benchmark_results.csv artifacts/local/model_benchmark_results.csv --threshold 0.05",
+    )
+    added.add_argument("a", metavar="A", help="a result file (.csv), the reference")
+    added.add_argument("b", metavar="B", help="another of the same kind")
+    added.add_argument("--threshold", type=float, default=0.05, help="slowdown that counts, as a share (default: 0.05)")
 
     added = command(
         "collectives",

@@ -1052,3 +1052,145 @@ def profile_layer(lanes) -> Figure:
     axes[-1, 0].set_xlabel("µs from the beginning of the layer")
     _legend(figure, axes.flat)
     return figure
+
+
+# --- notebooks/model_benchmark ------------------------------------------------------------------------
+
+_MODES = {"forward": "forward", "forward_backward": "forward and backward", "full_step": "full step"}
+_SIZE_COLOURS = ("#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9", "#882255", "#999999")
+_PRECISION_COLOURS = {"fp32": "#999999", "tf32": "#56B4E9", "bf16": "#D55E00", "fp16": "#E69F00"}
+
+
+def _by_mode(frame, height: float = 4.4):
+    """A figure with a panel a mode: (figure, [(axis, rows)])."""
+    modes = [name for name in _MODES if name in set(frame["mode"])]
+    figure, axes = _figure(4.4 * len(modes) + 0.6, height, 1, len(modes))
+    for axis, name in zip(axes[0], modes, strict=True):
+        axis.set_title(_MODES[name], loc="left", fontsize=10)
+    return figure, [(axis, frame[frame["mode"] == name]) for axis, name in zip(axes[0], modes, strict=True)]
+
+
+def benchmark_times(frame) -> Figure:
+    """Mean time of a step, eager, against the context: a panel a mode, a colour a size, a line style a precision; bars: std."""
+    frame = frame[(frame.status == "ok") & (frame.compiled == frame.compiled.iloc[0])]
+    sizes, dtypes = list(dict.fromkeys(frame["size"])), list(dict.fromkeys(frame["dtype"]))
+    figure, panels = _by_mode(frame)
+    for axis, shown in panels:
+        for (size, dtype), rows in shown.groupby(["size", "dtype"], sort=False):
+            rows = rows.sort_values("context_length")
+            axis.errorbar(
+                rows.context_length,
+                rows.mean_ms,
+                yerr=rows.std_ms.fillna(0.0),
+                color=_SIZE_COLOURS[sizes.index(size) % len(_SIZE_COLOURS)],
+                linestyle=("-", "--", ":", "-.")[dtypes.index(dtype) % 4],
+                marker="o",
+                markersize=3,
+                capsize=2,
+                linewidth=1.3,
+                label=f"{size}, {dtype}",
+            )
+        _log_lengths(axis, sorted(set(frame.context_length)))
+        axis.set_yscale("log")
+        axis.set_ylabel("ms, mean and standard deviation")
+    _legend(figure, [axis for axis, _ in panels])
+    figure.suptitle(_benchmark_setting(frame), fontsize=9, color="#555555")
+    return figure
+
+
+def _benchmark_setting(frame) -> str:
+    compiled = "eager" if set(frame.compiled) == {"no"} else "compiled: " + ", ".join(dict.fromkeys(frame.compiled))
+    kernels = ", ".join(dict.fromkeys(frame.kernel))
+    return f"batch {', '.join(map(str, dict.fromkeys(frame.batch)))}, {kernels}, {compiled}; {frame.device.iloc[0]}"
+
+
+def benchmark_precision(frame, context: int) -> Figure:
+    """Mean time of a step at one context, eager: a panel a mode, a group a size, a bar a precision."""
+    frame = frame[(frame.status == "ok") & (frame.compiled == "no") & (frame.context_length == context)]
+    sizes = list(dict.fromkeys(frame["size"]))
+    names = [name for name in _PRECISION_COLOURS if name in set(frame["dtype"])]
+    width = 0.84 / max(1, len(names))
+    figure, panels = _by_mode(frame)
+    for axis, shown in panels:
+        for i, name in enumerate(names):
+            rows = shown[shown["dtype"] == name]
+            x = [sizes.index(size) + (i - (len(names) - 1) / 2) * width for size in rows["size"]]
+            error = rows.std_ms.fillna(0.0)
+            axis.bar(x, rows.mean_ms, 0.92 * width, yerr=error, capsize=2, color=_PRECISION_COLOURS[name], label=name)
+            for at, value in zip(x, rows.mean_ms, strict=True):
+                axis.annotate(f"{value:.3g}", (at, value), ha="center", va="bottom", fontsize=6, rotation=90)
+        axis.set_yscale("log")
+        axis.margins(y=0.12)
+        axis.set_xticks(range(len(sizes)), sizes)
+        axis.set_ylabel("ms, mean and standard deviation")
+    _legend(figure, [axis for axis, _ in panels])
+    figure.suptitle(f"{context:,} tokens, {_benchmark_setting(frame)}", fontsize=9, color="#555555")
+    return figure
+
+
+def benchmark_compiled(gains) -> Figure:
+    """How many times as fast a step is compiled. gains: way of compiling -> rows with size, context_length, dtype, mode, speedup."""
+    import pandas as pd
+
+    frame = pd.concat([rows.assign(way=way) for way, rows in gains.items()], ignore_index=True)
+    series = list(dict.fromkeys(zip(frame.way, frame["dtype"], frame.context_length, strict=True)))
+    sizes, width = list(dict.fromkeys(frame["size"])), 0.86 / max(1, len(series))
+    figure, panels = _by_mode(frame)
+    for axis, shown in panels:
+        for i, (way, dtype, context) in enumerate(series):
+            rows = shown[(shown.way == way) & (shown["dtype"] == dtype) & (shown.context_length == context)]
+            x = [sizes.index(size) + (i - (len(series) - 1) / 2) * width for size in rows["size"]]
+            colour = _SIZE_COLOURS[i % len(_SIZE_COLOURS)]
+            axis.bar(x, rows.speedup, 0.92 * width, color=colour, label=f"{way}, {dtype}, {context:,} tokens")
+        axis.axhline(1.0, color="#444444", linewidth=0.8)
+        axis.set_xticks(range(len(sizes)), sizes)
+        axis.set_ylabel("speed over eager")
+    _legend(figure, [axis for axis, _ in panels])
+    return figure
+
+
+def benchmark_warmup(times, windows, steps: int) -> Figure:
+    """The first steps of a process one by one, and the mean that a benchmark of so many steps reports after each number of warm-ups."""
+    figure, axes = _figure(11.0, 4.2, 1, 2)
+    left, right = axes[0]
+    left.plot(times.step, times.time_ms, color="#0072B2", marker="o")
+    left.set_yscale("log")
+    left.set_xlabel("step of a fresh process")
+    left.set_ylabel("ms")
+    left.set_title("each step", loc="left", fontsize=10)
+    left.set_xticks(list(times.step))
+    x = range(len(windows))
+    means, stds = ([window[name] for window in windows] for name in ("mean_ms", "std_ms"))
+    low = [min(std, 0.9 * mean) for mean, std in zip(means, stds, strict=True)]  # a bar that ends above 0 on a log axis
+    right.errorbar(x, means, yerr=[low, stds], color="#D55E00", marker="o", linestyle="none", capsize=4)
+    right.set_yscale("log")
+    right.set_xticks(list(x), [str(window["warmup"]) for window in windows])
+    right.set_xlabel("warm-up steps")
+    right.set_ylabel(f"ms, mean and standard deviation of {steps} steps")
+    right.set_title("what is reported", loc="left", fontsize=10)
+    first = times.iloc[0]
+    name = f"{first['size']}, {first.batch} x {first.context_length} tokens, {first['dtype']}, {_MODES[first['mode']]}"
+    figure.suptitle(name, fontsize=9, color="#555555")
+    return figure
+
+
+def memory_timeline(timeline, title: str) -> Figure:
+    """Allocated memory during a step. timeline: time_ms, allocated_mib."""
+    per, unit = _memory_unit(timeline.allocated_mib)
+    figure, axes = _figure(9.0, 3.8)
+    axis = axes[0, 0]
+    axis.fill_between(timeline.time_ms, timeline.allocated_mib / per, step="post", color="#56B4E9", linewidth=0)
+    peak = timeline.allocated_mib.idxmax()
+    axis.annotate(
+        f"{timeline.allocated_mib[peak] / per:.4g} {unit}",
+        (timeline.time_ms[peak], timeline.allocated_mib[peak] / per),
+        ha="center",
+        va="bottom",
+        fontsize=8,
+    )
+    axis.set_ylim(bottom=0)
+    axis.margins(y=0.1)
+    axis.set_xlabel("time since the first allocation, ms")
+    axis.set_ylabel(f"allocated, {unit}")
+    axis.set_title(title, loc="left", fontsize=10)
+    return figure

@@ -129,6 +129,30 @@ SCHEMAS: dict[str, tuple[str, ...]] = {
         *("count", "total_ms"),
     ),
     "profiling_timeline": ("size", "context_length", "dtype", "lane", "name", "start_ms", "duration_ms"),
+    "memory_timeline": (
+        *("size", "context_length", "batch", "dtype", "kernel", "device", "mode", "change", "phase"),
+        *("parameters_mib", "optimizer_mib", "other_mib", "gradients_mib", "activations_mib", "temporary_mib"),
+    ),
+    "memory_peaks": (
+        *("size", "context_length", "batch", "dtype", "kernel", "device", "mode", "status", "peak_mib", "note"),
+    ),
+    "memory_allocations": (
+        *("size", "context_length", "batch", "dtype", "kernel", "device", "mode", "kind", "status"),
+        *("size_mib", "count", "category", "phase", "operator", "stack", "note"),
+    ),
+    "memory_blocks": (
+        *("size", "context_length", "batch", "dtype", "kernel", "device", "mode", "block"),
+        *("forward_mib", "backward_mib", "gradients_mib", "expected_gradients_mib"),
+    ),
+    "memory_residuals": (
+        *("size", "context_length", "batch", "dtype", "kernel", "device", "what", "mode", "status"),
+        *("shape", "tensor_dtype", "mib", "where", "note"),
+    ),
+    "memory_checkpointing": (
+        *("size", "context_length", "batch", "dtype", "kernel", "device", "strategy", "status"),
+        *("step_ms", "p20_ms", "p80_ms", "samples", "peak_mib", "activations_mib", "block_forwards", "loss"),
+        *("predicted_peak_mib", "predicted_activations_mib", "predicted_ms", "note"),
+    ),
     "sharding_parallelism": ("strategy", "pass", "tokens", "devices", "compute_ms", "communication_ms", "bound"),
 }
 
@@ -310,6 +334,100 @@ def read_results(path: str | Path):
     if wanted and tuple(frame.columns[: len(wanted)]) != wanted:
         raise ValueError(f"{path}: its first columns are {list(frame.columns[: len(wanted)])}, not {list(wanted)}")
     return frame
+
+
+# --- Two runs ---------------------------------------------------------------------------------------
+
+_TIMES = {"median_ms": ("p20_ms", "p80_ms"), "step_ms": ("p20_ms", "p80_ms"), "seconds": ("p20_s", "p80_s")}
+_FURTHER_KEYS = (
+    "kernel",
+    "checkpoint",
+    "tier",
+    "kv_heads",
+    "path",
+    "processes",
+    "options",
+)  # behind the schema's columns
+VERDICTS = ("slower", "gone", "faster", "same", "only in A", "only in B")  # the first two are a regression
+
+
+def compare(a: str | Path, b: str | Path, *, threshold: float = 0.05):
+    """Two result files of one kind, row by row, as a DataFrame: their key columns, medians a and b with spread, ratio b / a, verdict.
+
+    A row is slower (faster) where its median changed by more than threshold and the 20th to 80th percentiles of the two do not overlap; gone
+    where it was ok in a and is not in b.
+    Raises:
+        ValueError: a file that is missing, that holds no times, or whose rows cannot be told apart; files with no row in common.
+    """
+    import pandas as pd
+
+    if not threshold >= 0:
+        raise ValueError(f"threshold is {threshold}; it must be 0 or more, such as 0.05 for 5%")
+    tables = [_by_key(Path(path)) for path in (a, b)]
+    (keys, first, time), (other_keys, second, other_time) = tables
+    if (keys, time) != (other_keys, other_time):
+        raise ValueError(
+            f"{a} and {b} are results of different kinds: {', '.join(keys)} against {', '.join(other_keys)}"
+        )
+    if not set(first) & set(second):
+        raise ValueError(f"{a} and {b} have no row in common by {', '.join(keys)}")
+    rows = []
+    for key in dict.fromkeys((*first, *second)):
+        row = dict(zip(keys, key, strict=True))
+        for name, found in (("a", first.get(key)), ("b", second.get(key))):
+            row[name] = "" if found is None else found["status"] if found["status"] != "ok" else spread(*found["times"])
+        rows.append(row | _verdict(first.get(key), second.get(key), threshold))
+    return pd.DataFrame(rows)
+
+
+def _by_key(path: Path) -> tuple[list[str], dict[tuple, dict[str, Any]], str]:
+    """The columns that name a row, the rows by them, and the column of times."""
+    frame = read_results(path)
+    time = next((name for name in _TIMES if name in frame and set(_TIMES[name]) <= set(frame)), None)
+    if time is None or "status" not in frame:
+        known = "; ".join(", ".join((name, *spread)) for name, spread in _TIMES.items())
+        raise ValueError(f"{path} has no times to compare: it takes a column status and one of these: {known}")
+    columns = list(frame.columns)
+    keys = columns[: columns.index("status")]
+    keys += [name for name in _FURTHER_KEYS if name in columns and name not in keys]
+    found: dict[tuple, dict[str, Any]] = {}
+    for row in frame.to_dict("records"):
+        key = tuple(str(cell(row[name])) for name in keys)
+        if key in found:
+            raise ValueError(
+                f"{path} has two rows of {', '.join(keys)} = {', '.join(key)}; compare files of one run each"
+            )
+        found[key] = {"status": row["status"], "times": [row[name] for name in (time, *_TIMES[time])]}
+    return keys, found, time
+
+
+def _verdict(a: dict[str, Any] | None, b: dict[str, Any] | None, threshold: float) -> dict[str, Any]:
+    if a is None or b is None:
+        return {"ratio": math.nan, "verdict": "only in B" if a is None else "only in A"}
+    if a["status"] != "ok" or b["status"] != "ok":
+        return {"ratio": math.nan, "verdict": "gone" if a["status"] == "ok" else "same"}
+    (median_a, low_a, high_a), (median_b, low_b, high_b) = a["times"], b["times"]
+    ratio = median_b / median_a
+    verdict = "same"
+    if ratio > 1 + threshold and low_b > high_a:
+        verdict = "slower"
+    elif ratio < 1 / (1 + threshold) and high_b < low_a:
+        verdict = "faster"
+    return {"ratio": ratio, "verdict": verdict}
+
+
+def comparison_table(frame) -> str:
+    """What compare() gave, as Markdown, without the columns that are the same in every row."""
+    keys = [name for name in frame.columns if name not in ("a", "b", "ratio", "verdict")]
+    shown = [name for name in keys if frame[name].nunique() > 1] or keys[:1]
+    heads = {name: name for name in shown} | {"a": "A", "b": "B", "ratio": "B / A", "verdict": "verdict"}
+    lines = [
+        row | {"ratio": "" if math.isnan(row["ratio"]) else f"{row['ratio']:.3f}"} for row in frame.to_dict("records")
+    ]
+    return markdown_table(lines, heads)
+
+
+# --- Tables -----------------------------------------------------------------------------------------
 
 
 def units(frame) -> tuple[str, str]:
