@@ -31,8 +31,10 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
     "lm_matrix": {"smoke": {}, "cpu": {}, "full": {}},
     "data_parallel": {"smoke": {}, "cpu": {}, "full": {}},
     "sharding": {"smoke": {}, "cpu": {}, "full": {}},
+    "model_benchmark": {"smoke": {}, "cpu": {}, "full": {}},
     "mixed_precision": {"smoke": {}, "cpu": {}, "full": {}},
     "profiling": {"smoke": {}, "cpu": {}, "full": {}},
+    "speedrun_tinystories": {"smoke": {}, "cpu": {}, "full": {}},
 }
 HEADLINE_MACHINE = "h200"
 

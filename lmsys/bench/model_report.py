@@ -160,10 +160,7 @@ def conclusions(frame) -> list[str]:
                 f"The standard deviation is {100 * share.median():.1f}% of the mean at the median point, {100 * share.max():.0f}% at the worst."
             )
         said += _backward_said(ok)
-        for compiled in ("blocks", "model"):
-            found = paired(frame, "compiled", "no", compiled)
-            for mode, group in found.groupby("mode", sort=False):
-                said.append(f"Compiled ({compiled}), {mode}: {_range_said(group)}.")
+        said += compile_said(frame)
         said += _precision_said(frame)
         if ok.mfu.notna().any():
             best = ok.loc[ok.mfu.idxmax()]
@@ -176,6 +173,22 @@ def conclusions(frame) -> list[str]:
         points_ = f"{len(group)} point{'s' if len(group) > 1 else ''}"
         said.append(
             f"{points_} {status}, the first {first['size']} at {first.context_length:,} tokens, {first['dtype']}, {first['mode']}: {first.note}"
+        )
+    return said
+
+
+def compile_said(frame) -> list[str]:
+    """torch_compile (b): what compiling gains in each mode, and what it costs before the first step."""
+    said = []
+    for compiled in COMPILED[1:]:
+        for mode, group in paired(frame, "compiled", "no", compiled).groupby("mode", sort=False):
+            said.append(f"Compiled ({compiled}), {mode}: {_range_said(group)}.")
+    first = frame[(frame.status == "ok") & (frame.compiled != "no")]
+    if first.first_ms.notna().any():
+        longest = first.loc[first.first_ms.idxmax()]
+        said.append(
+            f"The longest first step of a compiled point took {longest.first_ms / 1e3:.1f} s ({longest['size']}, {longest['mode']}, "
+            f"compiled: {longest.compiled}); a compilation that an earlier run left in the cache on disk is not in it."
         )
     return said
 
