@@ -29,6 +29,9 @@ _MODEL_COLUMNS = (
     *("size", "context_length", "batch", "dtype", "compiled", "mode", "warmup", "status"),
     *("mean_ms", "std_ms", "median_ms", "samples", "tokens_per_s", "mfu", "peak_mib"),
 )
+_METRICS_COLUMNS = (
+    *("step", "tokens", "train_loss", "valid_loss", "learning_rate", "grad_norm", "tokens_per_s", "elapsed_s", "mfu"),
+)
 _TIMELINE_COLUMNS = ("wrapper", "lane", "name", "start_ms", "duration_ms")
 
 SCHEMAS: dict[str, tuple[str, ...]] = {
@@ -55,19 +58,12 @@ SCHEMAS: dict[str, tuple[str, ...]] = {
         *("o_error", "lse_error", "dq_error", "dk_error", "dv_error", "deterministic"),
     ),
     "leaderboard_results": (*("board", "implementation", "gpus", "status", "median_ms", "samples", "mfu", "peak_mib"),),
-    "pipeline_metrics": (
-        *(
-            "step",
-            "tokens",
-            "train_loss",
-            "valid_loss",
-            "learning_rate",
-            "grad_norm",
-            "tokens_per_s",
-            "elapsed_s",
-            "mfu",
-        ),
+    "pipeline_metrics": _METRICS_COLUMNS,
+    "speedrun_results": (
+        *("preset", "gpus", "minutes", "status", "steps", "tokens", "train_s", "tokens_per_s", "mfu"),
+        *("best_valid_loss", "best_step", "valid_loss", "bits_per_byte"),
     ),
+    "speedrun_metrics": _METRICS_COLUMNS,
     "tokenizer_benchmark_results": (
         *("implementation", "task", "workers", "vocab_size", "text_mb", "status"),
         *("seconds", "p20_s", "p80_s", "samples", "mb_per_s", "peak_mib"),
