@@ -416,7 +416,7 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--epochs", type=float, help="passes over the tokens (default: 1, unless --steps)")
     added.add_argument("--batch_size", type=int, help="sequences a batch")
     added.add_argument("--learning_rate", type=float, help="highest learning rate")
-    added.add_argument("--dtype", choices=("fp32", "bf16"), help="bf16 is autocast; parameters stay fp32")
+    added.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="bf16 and fp16 are autocast; parameters stay fp32")
     added.add_argument("--compile", action="store_true", default=None, help="torch.compile, block by block")
     added.add_argument("--device", help="auto, cpu, cuda or cuda:N")
     added.add_argument("--resume", action="store_true", help="continue the run folder's newest checkpoint")
