@@ -260,11 +260,14 @@ def block_residuals(
     return parts
 
 
-def head_residuals(config: ModelConfig, batch: int, context_length: int, dtype: str) -> float:
-    """Bytes that the last norm, the head and the loss keep for the backward pass: fp32 log-probabilities above all."""
+def head_peak(config: ModelConfig, batch: int, context_length: int, dtype: str) -> float:
+    """Bytes of the last norm, the head and the loss when the backward pass has come through log-softmax.
+
+    There are then three fp32 arrays of B T V: the log-probabilities, their gradient, and that of the logits.
+    """
     tokens, d, low = batch * context_length, config.d_model, dtype != "fp32"
     norm = 4.0 * tokens * (2 * d + 1) + (2 if low else 4) * tokens * d
-    return norm + 4.0 * tokens * _vocab(config) + (2.0 * _vocab(config) * d if low else 0.0)
+    return norm + 3 * 4.0 * tokens * _vocab(config) + (2.0 * _vocab(config) * d if low else 0.0)
 
 
 @dataclass(frozen=True)
@@ -323,7 +326,7 @@ class Checkpointing:
         The step's two kinds of moments: the loss, when the head's residuals are there; the backward pass of each block.
 
         Args:
-            stream: bytes of a block's input. residuals: of a block, its input included. head: of norm, head and loss.
+            stream: bytes of a block's input. residuals: of a block, its input included. head: head_peak().
             gradient: of a block's parameters. head_gradient: of the head's.
         """
         first = self.backward()[0]

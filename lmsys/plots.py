@@ -1194,3 +1194,107 @@ def memory_timeline(timeline, title: str) -> Figure:
     axis.set_ylabel(f"allocated, {unit}")
     axis.set_title(title, loc="left", fontsize=10)
     return figure
+
+
+_MEMORY_COLOURS = {
+    "parameters": "#0072B2",
+    "optimizer": "#56B4E9",
+    "other": "#999999",
+    "gradients": "#009E73",
+    "activations": "#D55E00",
+    "temporary": "#F0C808",
+}
+
+
+def memory_categories(frame) -> Figure:
+    """Live memory through a step, stacked by category: a row of panels a mode, a column a context. Phases are named at the bottom."""
+    modes, lengths = list(dict.fromkeys(frame["mode"])), list(dict.fromkeys(frame.context_length))
+    figure, axes = _figure(5.8 * len(lengths), 3.3 * len(modes) + 0.6, len(modes), len(lengths))
+    columns = [f"{name}_mib" for name in _MEMORY_COLOURS]
+    per, unit = _memory_unit(frame[columns].sum(axis=1))
+    for i, mode in enumerate(modes):
+        for j, length in enumerate(lengths):
+            axis = axes[i, j]
+            rows = frame[(frame["mode"] == mode) & (frame.context_length == length)]
+            if rows.empty:
+                axis.set_axis_off()
+                continue
+            axis.stackplot(
+                rows.change,
+                *(rows[column] / per for column in columns),
+                labels=list(_MEMORY_COLOURS),
+                colors=list(_MEMORY_COLOURS.values()),
+                linewidth=0,
+                step="post",
+            )
+            for phase, part in rows.groupby("phase", sort=False):
+                begin, end = part.change.min(), part.change.max()
+                axis.axvline(begin, color="black", linewidth=0.6, linestyle=":")
+                if end - begin > 0.05 * rows.change.max():
+                    axis.annotate(
+                        phase, ((begin + end) / 2, 0.02), xycoords=("data", "axes fraction"), ha="center", fontsize=8
+                    )
+            axis.set_xlim(0, rows.change.max())
+            axis.set_ylim(0, 1.05 * rows[columns].sum(axis=1).max() / per)
+            axis.set_ylabel(f"live memory, {unit}")
+            axis.set_title(f"{mode.replace('_', ' ')}, {length} tokens", loc="left", fontsize=10)
+            axis.set_xlabel("allocations and releases, in order")
+    _legend(figure, axes.flat)
+    first = frame.iloc[0]
+    figure.suptitle(
+        f"{first['size']}, batch {first.batch}, {first['dtype']}, {first.kernel}; {first.device}",
+        fontsize=9,
+        color="#555555",
+    )
+    return figure
+
+
+def memory_residuals(frame, top: int = 8) -> Figure:
+    """What one block keeps for its backward pass, by the line of code that keeps it."""
+    rows = frame.head(top)
+    figure, axes = _figure(10.0, 0.42 * len(rows) + 1.2)
+    axis = axes[0, 0]
+    per, unit = _memory_unit(rows.mib)
+    for y, row in enumerate(rows.itertuples()):
+        axis.barh(y, row.mib / per, 0.6, color="#D55E00")
+        axis.annotate(f" {100 * row.share:.1f}%", (row.mib / per, y), va="center", fontsize=8)
+    axis.set_yticks(
+        range(len(rows)), [text if len(text) <= 70 else text[:67] + "..." for text in rows["where"]], fontsize=8
+    )
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.set_xlim(0, 1.15 * rows.mib.max() / per)
+    axis.grid(False, axis="y")
+    axis.set_xlabel(f"kept by one block, {unit}")
+    return figure
+
+
+def checkpointing(frame) -> Figure:
+    """Peak memory, its activations and the time of a step of each checkpointing strategy: bars as measured, a line as predicted."""
+    figure, axes = _figure(12.0, 4.0, 1, 3)
+    panels = (
+        ("peak memory", "peak_mib", "predicted_peak_mib", "#0072B2"),
+        ("activations at their peak", "activations_mib", "predicted_activations_mib", "#D55E00"),
+        ("time of a step", "step_ms", "predicted_ms", "#999999"),
+    )
+    for axis, (title, measured, expected, colour) in zip(axes[0], panels, strict=True):
+        per, unit = (1, "ms") if measured == "step_ms" else _memory_unit(frame[measured].dropna())
+        for x, row in enumerate(frame.to_dict("records")):
+            if row["status"] == "ok":
+                axis.bar(x, row[measured] / per, 0.7, color=colour, label="measured")
+            else:
+                axis.annotate(row["status"], (x, 0), ha="center", va="bottom", fontsize=8)
+            if not np.isnan(row[expected]):
+                axis.plot(
+                    [x - 0.4, x + 0.4], [row[expected] / per] * 2, color="black", linewidth=1.6, label="predicted"
+                )
+        axis.set_xticks(range(len(frame)), frame["name"], rotation=35, ha="right", fontsize=8)
+        axis.set_ylabel(f"{title}, {unit}")
+        axis.set_ylim(bottom=0)
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    first = frame.iloc[0]
+    figure.suptitle(
+        f"{first['size']}, batch {first.batch} x {first.context_length} tokens, {first['dtype']}, {first.kernel}; {first.device}",
+        fontsize=9,
+        color="#555555",
+    )
+    return figure

@@ -33,6 +33,7 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
     "sharding": {"smoke": {}, "cpu": {}, "full": {}},
     "model_benchmark": {"smoke": {}, "cpu": {}, "full": {}},
     "mixed_precision": {"smoke": {}, "cpu": {}, "full": {}},
+    "memory": {"smoke": {}, "cpu": {}, "full": {}},
     "profiling": {"smoke": {}, "cpu": {}, "full": {}},
     "speedrun_tinystories": {"smoke": {}, "cpu": {}, "full": {}},
 }
