@@ -467,7 +467,15 @@ def _scaling_rows(machine: str):
     return frame[frame.kernel == frame.groupby("size").kernel.transform("first")]
 
 
+def assignment_table() -> str:
+    """The problems of the course's assignment and their answers."""
+    from lmsys import assignment
+
+    return assignment.table()
+
+
 FILLS: dict[str, Callable[[], str]] = {
+    "assignment_table": assignment_table,
     "scaling_headline": scaling_headline,
     "scaling_figure": scaling_figure,
     "attention_headline": attention_headline,
