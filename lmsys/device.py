@@ -25,6 +25,7 @@ PEAK_TFLOPS: dict[str, dict[str, float]] = {
     "NVIDIA A100-SXM4-40GB": {"bf16": 312.0, "fp16": 312.0, "tf32": 156.0, "fp32": 19.5},
     "NVIDIA A100 80GB PCIe": {"bf16": 312.0, "fp16": 312.0, "tf32": 156.0, "fp32": 19.5},
     "NVIDIA L4": {"bf16": 121.0, "fp16": 121.0, "tf32": 60.0, "fp32": 30.3},  # L4 datasheet, half of the sparse figures
+    "Tesla T4": {"fp16": 65.0, "fp32": 8.1},  # T4 datasheet; no bf16, no tf32
     "NVIDIA GeForce RTX 4090": {"bf16": 165.2, "fp16": 165.2, "tf32": 82.6, "fp32": 82.6},  # Ada whitepaper, appendix A
     "NVIDIA GeForce RTX 3090": {"bf16": 71.0, "fp16": 71.0, "tf32": 35.6, "fp32": 35.6},  # GA102 whitepaper, table 3
 }
