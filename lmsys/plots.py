@@ -1290,7 +1290,7 @@ def checkpointing(frame) -> Figure:
         axis.set_xticks(range(len(frame)), frame["name"], rotation=35, ha="right", fontsize=8)
         axis.set_ylabel(f"{title}, {unit}")
         axis.set_ylim(bottom=0)
-    axes[0, 0].legend(frameon=False, fontsize=8)
+    _legend(figure, axes[0, :1])
     first = frame.iloc[0]
     figure.suptitle(
         f"{first['size']}, batch {first.batch} x {first.context_length} tokens, {first['dtype']}, {first.kernel}; {first.device}",

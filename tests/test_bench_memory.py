@@ -181,7 +181,12 @@ def test_the_stream_is_found_where_blocks_add(measured):
     stream = results.allocations[results.allocations.kind == "stream"]
     size = 4 * chosen.batch * 32 * chosen.model.d_model / MIB
     assert stream.size_mib.tolist() == pytest.approx([size] * len(stream), rel=1e-5)
-    added = stream[(stream.operator == "aten::add") & stream["stack"].str.startswith("model.py")]
+    added = stream[stream.operator == "aten::add"]
+    assert added["stack"].str.contains(r"^model.py:\d+ TransformerBlock.forward < ").all()
+    assert (
+        f", {2 * chosen.model.num_layers} of them made where"
+        in memory.stream_conclusions(chosen, results.allocations)[0]
+    )
     assert added["count"].sum() == 2 * chosen.model.num_layers
 
 

@@ -17,6 +17,7 @@ rate 0, so that every step computes the same numbers.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
 import functools
@@ -78,7 +79,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "dtypes": DTYPES,
         "dtype": "fp32",
         "strategies": ("none", "1", "2", "nested"),
-        "steps": 5,
+        "steps": 3,
         "backend": "aot_eager_decomp_partition",
     },
     "full": {
@@ -91,7 +92,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "dtypes": DTYPES,
         "dtype": "bf16",
         "strategies": ("none", "1", "2", "4", "8", "nested"),
-        "steps": 4,
+        "steps": 3,
         "backend": "inductor",
     },
 }
@@ -327,9 +328,32 @@ def _names_to_where(names: Sequence[str]) -> tuple[str, ...]:
 
 @functools.cache
 def _frame(filename: str, line: int, name: str) -> str | None:
-    """'model.py:142 forward' of a frame in this package, None of others and of this module's."""
+    """'model.py:142 SwiGLU.forward' of a frame in this package, None of others and of this module's.
+
+    A profiler gives the line of the definition, the allocator's history that being executed.
+    """
     match = re.search(r"(?:^|/)lmsys/(.+\.py)$", filename)
-    return None if match is None or match[1] == "bench/memory.py" else f"{match[1]}:{line} {name}"
+    if match is None or match[1] == "bench/memory.py":
+        return None
+    around = [(first, full) for first, last, full in _functions(match[1]) if first <= line <= last]
+    return f"{match[1]}:{line} {max(around)[1] if around else name}"
+
+
+@functools.cache
+def _functions(path: str) -> list[tuple[int, int, str]]:
+    """(first line, last line, qualified name) of the functions of a file of this package."""
+    file = Path(records.__file__).parent / path
+    if not file.exists():
+        return []
+    found, left = [], [(node, "") for node in ast.parse(file.read_text(encoding="utf-8")).body]
+    while left:
+        node, prefix = left.pop()
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            first = min(item.lineno for item in (node, *node.decorator_list))
+            if isinstance(node, ast.FunctionDef):
+                found.append((first, node.end_lineno, prefix + node.name))
+            left += [(child, f"{prefix}{node.name}.") for child in node.body]
+    return found
 
 
 # --- A step, recorded -----------------------------------------------------------------------------
@@ -342,6 +366,12 @@ class Timeline:
     recording: Recording
     held: dict[str, int]
     gradients: frozenset[int]
+    allocator_peak: int | None = None  # bytes, as a GPU's allocator has counted them, with its rounding
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the most."""
+        return int(self.total.max()) if self.allocator_peak is None else self.allocator_peak
 
     @functools.cached_property
     def allocations(self) -> list[tuple[Change, int, int]]:
@@ -466,20 +496,27 @@ class Bench:
                 addresses.update(grad.untyped_storage().data_ptr() for grad in grads if grad is not None)
 
         with _block_marks(self.model, recorder), recorder.recording() as recording:
-            self.step(mode, batch, dtype, mark)
-        return Timeline(recording, held, frozenset(addresses))
+            peak = self._allocator_peak(lambda: self.step(mode, batch, dtype, mark))
+        return Timeline(recording, held, frozenset(addresses), peak)
 
-    def peak(self, mode: str, context_length: int, dtype: str) -> float:
-        """Bytes at the most during a step."""
+    def peak(self, mode: str, context_length: int, dtype: str) -> int:
+        """Bytes at the most during a step; on a GPU, unlike a timeline, without a record."""
         if self.device.type != "cuda":
-            return float(self.timeline(mode, context_length, dtype).total.max())
+            return self.timeline(mode, context_length, dtype).peak
         batch = self.batch(context_length)
         self.step(mode, batch, dtype)
         release(self.device)
+        return self._allocator_peak(lambda: self.step(mode, batch, dtype))
+
+    def _allocator_peak(self, work: Callable[[], Any]) -> int | None:
+        """Call work(); bytes at the most meanwhile, or None where no allocator counts them."""
+        if self.device.type != "cuda":
+            work()
+            return None
         torch.cuda.reset_peak_memory_stats(self.device)
-        self.step(mode, batch, dtype)
+        work()
         torch.cuda.synchronize(self.device)
-        return float(torch.cuda.max_memory_allocated(self.device))
+        return torch.cuda.max_memory_allocated(self.device)
 
     def times_ms(self, work: Callable[[], Any], steps: int) -> list[float]:
         """Milliseconds of each of so many calls, after one that is not counted."""
@@ -846,19 +883,17 @@ def checkpointing_rows(bench: Bench) -> Iterator[dict[str, Any]]:
             model(batch[0])
 
     def measure() -> dict[str, Any]:
-        loss = bench.step("full_step", batch, chosen.dtype).item()
-        peak = bench.peak("full_step", length, chosen.dtype)
-        timeline = bench.timeline("full_step", length, chosen.dtype)
-        times = bench.times_ms(lambda: bench.step("full_step", batch, chosen.dtype), chosen.steps)
+        timeline, losses = bench.timeline("full_step", length, chosen.dtype), []
+        times = bench.times_ms(lambda: losses.append(bench.step("full_step", batch, chosen.dtype)), chosen.steps)
         median, p20, p80 = quantiles(times)
         return {
             "step_ms": median,
             "p20_ms": p20,
             "p80_ms": p80,
             "samples": len(times),
-            "peak_mib": peak / 2**20,
+            "peak_mib": timeline.peak / 2**20,
             "activations_mib": timeline.peak_activations / 2**20,
-            "loss": loss,
+            "loss": losses[-1].item(),
         }
 
     for strategy in chosen.strategies:
@@ -960,9 +995,11 @@ def stream_conclusions(chosen: MemorySettings, allocations) -> list[str]:
     for length in chosen.timeline_contexts:
         size = cost.residual_stream_bytes(chosen.model, chosen.batch, length) / 2**20
         rows = allocations[(allocations.kind == "stream") & (allocations.context_length == length)]
+        added = rows[rows["stack"].astype(str).str.fullmatch(r"model\.py:\d+ TransformerBlock\.forward( < .*)?")]
         said.append(
             f"{chosen.batch} x {length} x {chosen.model.d_model} elements of 4 bytes over 2^20 are {_mib(size)} MiB; {int(rows['count'].sum())} "
-            "activations that the forward pass of a training step leaves have exactly that size."
+            f"activations that the forward pass of a training step leaves have exactly that size, {int(added['count'].sum())} of them made where one of "
+            f"the {chosen.model.num_layers} blocks adds to its input."
         )
     return said
 
