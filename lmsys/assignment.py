@@ -439,7 +439,7 @@ def _how(part: Part) -> str:
     if part.notebook is None:
         return "Not measured yet; no notebook runs it so far."
     machine = SEVERAL[0] if part.several else MACHINE
-    return f"Not measured yet: `python -m lmsys report {part.notebook} --scale full --machine {machine}` will."
+    return f"Not measured yet; `python -m lmsys report {part.notebook} --scale full --machine {machine}` measures it."
 
 
 def where(problem: Problem) -> str:
@@ -450,20 +450,20 @@ def where(problem: Problem) -> str:
             machines = SEVERAL if part.several else (MACHINE,)
             executed = (f"{machine}/{part.notebook}.ipynb" for machine in machines)
             link = next((name for name in executed if (records.REPOSITORY / "book" / name).exists()), None)
-            found.append(f"[{part.notebook}]({link})" if link else f"`notebooks/{part.notebook}.ipynb`")
+            found.append(f"[{part.notebook}]({link})" if link else f"`{part.notebook}`")
     return ", ".join(dict.fromkeys([*found, *(f"`{name}`" for name in problem.code)]))
 
 
 def table() -> str:
-    """Every problem: its points in each edition, where it is answered, and the answer."""
+    """Every problem: its points in each edition, the answer, and where it is worked out."""
     lines = []
     for problem in PROBLEMS:
         shown = ["" if count is None else "optional" if problem.optional else str(count) for count in problem.points]
+        place = where(problem)
         lines.append(
-            {"problem": f"`{problem.name}`"}
+            {"problem": problem.name.replace("_", "\\_<wbr>")}  # long names may break, so that the answers have room
             | dict(zip(EDITIONS, shown, strict=True))
-            | {"where": where(problem), "answer": answer(problem)}
+            | {"answer, and where": answer(problem) + (f" *In* {place}." if place else "")}
         )
     sums = {edition: str(points(edition)) for edition in EDITIONS}
-    lines.append({"problem": "all"} | sums | {"where": "", "answer": ""})
-    return records.markdown_table(lines).rstrip()
+    return records.markdown_table([*lines, {"problem": "all"} | sums]).rstrip()

@@ -50,9 +50,9 @@ def test_without_results_each_problem_names_what_brings_them(artifacts):
         text = assignment.answer(problem)
         for part in problem.parts:
             if part.notebook is not None:
-                assert f"Not measured yet: `python -m lmsys report {part.notebook} --scale full --machine h200" in text
+                assert f"Not measured yet; `python -m lmsys report {part.notebook} --scale full --machine h200" in text
         assert text
-    assert "h200-x2` will" in answer("fsdp_accounting")
+    assert "h200-x2` measures it" in answer("fsdp_accounting")
     assert assignment.table().count("\n") == len(PROBLEMS) + 2
 
 
@@ -106,7 +106,9 @@ def test_measured_numbers_reach_the_table(artifacts, tmp_path):
     executed = tmp_path / "book" / "h200-x2" / "data_parallel.ipynb"
     executed.parent.mkdir(parents=True)
     executed.write_text(json.dumps({}))
-    assert "| `naive_ddp_benchmarking` | 3 | 3 | [data_parallel](h200-x2/data_parallel.ipynb) |" in assignment.table()
+    row = next(line for line in assignment.table().splitlines() if "(25.0%)" in line)
+    assert row.startswith("| naive\\_<wbr>ddp\\_<wbr>benchmarking | 3 | 3 | `naive`, xl on 2 GPUs")
+    assert row.endswith("*In* [data_parallel](h200-x2/data_parallel.ipynb). |")
 
 
 def test_answers_of_whole_experiments(artifacts, tmp_path):
