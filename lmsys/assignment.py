@@ -7,7 +7,7 @@ calculated use lmsys.cost.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,18 @@ def _rows(frame, **columns: Any):
     return frame
 
 
+def _joined(letter: str, sentences: Iterable[str]) -> list[str]:
+    """The sentences as the answer to one letter of a problem.
+
+    Raises:
+        _Missing: there are none.
+    """
+    text = " ".join(sentences)
+    if not text:
+        raise _Missing
+    return [f"({letter}) {text}"]
+
+
 # --- Answers --------------------------------------------------------------------------------------
 
 
@@ -83,10 +95,10 @@ def _benchmarking_script() -> list[str]:
 
 def _warmup() -> list[str]:
     frame = _one("model_benchmark_warmup").sort_values("step")
-    first, last = frame.time_ms.iloc[0], frame.time_ms.iloc[1:].median()
+    first, second, later = frame.time_ms.iloc[0], frame.time_ms.iloc[1], frame.time_ms.iloc[2:].median()
     return [
-        f"Without warm-up the first step counts, which takes {records.significant(first)} ms where the later ones take "
-        f"{records.significant(last)} ms; after one or two the rest of what is made once (algorithms, memory) still comes."
+        f"Without warm-up the first step counts, which takes {records.significant(first)} ms; the second takes "
+        f"{records.significant(second)} ms and the later ones {records.significant(later)} ms."
     ]
 
 
@@ -109,13 +121,13 @@ def _accumulation() -> list[str]:
 def _autocast_dtypes() -> list[str]:
     from lmsys.bench import precision
 
-    return [f"(a) {sentence}" for sentence in precision.dtypes_conclusions(_one("mixed_precision_dtypes"))[:1]]
+    return _joined("a", precision.dtypes_conclusions(_one("mixed_precision_dtypes"))[:1])
 
 
 def _layer_norm() -> list[str]:
     from lmsys.bench import precision
 
-    return [f"(b) {sentence}" for sentence in precision.layer_norm_conclusions(_one("mixed_precision_layer_norm"))[:1]]
+    return _joined("b", precision.layer_norm_conclusions(_one("mixed_precision_layer_norm"))[:1])
 
 
 def _mixed_precision_speed() -> list[str]:
@@ -162,13 +174,13 @@ def _compiled_attention() -> list[str]:
     from lmsys.bench import flash_report
 
     said = flash_report.course_conclusions(_one("pytorch_attention_results"))
-    return [f"(a) {sentence}" for sentence in said if "torch.compile against eager" in sentence]
+    return _joined("a", (sentence for sentence in said if "torch.compile against eager" in sentence))
 
 
 def _compiled_model() -> list[str]:
     from lmsys.bench import model_report
 
-    return [f"(b) {' '.join(model_report.compile_said(_one('model_benchmark_results')))}"]
+    return _joined("b", model_report.compile_said(_one("model_benchmark_results")))
 
 
 def _flash(which: str) -> Callable[[], list[str]]:
@@ -246,14 +258,14 @@ def _sharding_memory() -> list[str]:
     from lmsys.bench import sharding
 
     said = sharding.memory_conclusions(_many("sharding_memory"))
-    return ["(a) " + " ".join(sentence for sentence in said if "zero1" in sentence)]
+    return _joined("a", (sentence for sentence in said if "zero1" in sentence))
 
 
 def _sharding_speed() -> list[str]:
     from lmsys.bench import sharding
 
     said = sharding.speed_conclusions(_many("sharding_results"))
-    return ["(b) " + " ".join(sentence for sentence in said if "step of zero1" in sentence)]
+    return _joined("b", (sentence for sentence in said if "step of zero1" in sentence))
 
 
 def _zero_stages() -> list[str]:
@@ -267,13 +279,13 @@ def _fsdp_memory() -> list[str]:
     from lmsys.bench import sharding
 
     said = sharding.memory_conclusions(_many("sharding_memory"))
-    return ["(a) " + " ".join(sentence for sentence in said if sentence.startswith("fsdp on"))]
+    return _joined("a", (sentence for sentence in said if sentence.startswith("fsdp on")))
 
 
 def _fsdp_gathers() -> list[str]:
     from lmsys.bench import sharding
 
-    return ["(b) " + " ".join(sharding.forward_gather(_many("sharding_timeline")))]
+    return _joined("b", sharding.forward_gather(_many("sharding_timeline")))
 
 
 def _ring() -> list[str]:

@@ -76,8 +76,12 @@ def test_measured_numbers_reach_the_table(artifacts, tmp_path):
         "h200", "model_benchmark_warmup", [{"step": i, "time_ms": ms} for i, ms in enumerate((900.0, 12.0, 10.0, 11.0))]
     )
     text = answer("benchmarking_script")
-    assert "small 10.0 ± 0.50 and 21.0 ms" in text and "takes 900 ms where the later ones take 11.0 ms" in text
+    assert (
+        "small 10.0 ± 0.50 and 21.0 ms" in text
+        and "takes 900 ms; the second takes 12.0 ms and the later ones 10.5 ms" in text
+    )
     assert "Not measured" not in text
+    assert "report model_benchmark" in answer("torch_compile")  # no compiled point in these rows
     assert "(c) Forward and backward in bf16, times as fast as in fp32 at 512 tokens: small 1.55." in answer(
         "benchmarking_mixed_precision"
     )

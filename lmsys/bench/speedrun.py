@@ -154,7 +154,8 @@ def settings(
         flags |= {"train.ddp_wrapper": "flashddp", "train.processes": processes}
     if minutes is not None:
         flags["train.steps"] = layers["optim"]["warmup_steps"]  # the warm-up; the rest is planned from it
-    config = cfg.pipeline_config("full", pipeline.DEFAULT_CONFIG, (*given, *(overrides or ())), flags)
+    base = preset if preset in ("smoke", "cpu") else "full"
+    config = cfg.pipeline_config(base, pipeline.DEFAULT_CONFIG, (*given, *(overrides or ())), flags)
     return Speedrun(scale, preset, minutes, epochs, config)
 
 
