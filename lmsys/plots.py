@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from lmsys.bench.standings import GROUPS, PORTABLE, of_group, with_series
-from lmsys.records import atomic_path, units
+from lmsys.records import atomic_path, significant, units
 
 # Okabe and Ito's colour-blind safe palette; the last two extend it.
 COLOURS = {
@@ -1064,15 +1064,17 @@ _PRECISION_COLOURS = {"fp32": "#999999", "tf32": "#56B4E9", "bf16": "#D55E00", "
 def _by_mode(frame, height: float = 4.4):
     """A figure with a panel a mode: (figure, [(axis, rows)])."""
     modes = [name for name in _MODES if name in set(frame["mode"])]
-    figure, axes = _figure(4.4 * len(modes) + 0.6, height, 1, len(modes))
+    figure, axes = _figure(max(6.4, 4.4 * len(modes) + 0.6), height, 1, len(modes))
     for axis, name in zip(axes[0], modes, strict=True):
         axis.set_title(_MODES[name], loc="left", fontsize=10)
     return figure, [(axis, frame[frame["mode"] == name]) for axis, name in zip(axes[0], modes, strict=True)]
 
 
 def benchmark_times(frame) -> Figure:
-    """Mean time of a step, eager, against the context: a panel a mode, a colour a size, a line style a precision; bars: std."""
+    """Mean time of a step against the context, eager where that was measured: a panel a mode, a colour a size, a line style a precision; bars: std."""
     frame = frame[(frame.status == "ok") & (frame.compiled == frame.compiled.iloc[0])]
+    lengths = frame.groupby("dtype").context_length.transform("nunique")
+    frame = frame[lengths == lengths.max()]  # a precision of fewer contexts is benchmark_precision's
     sizes, dtypes = list(dict.fromkeys(frame["size"])), list(dict.fromkeys(frame["dtype"]))
     figure, panels = _by_mode(frame)
     for axis, shown in panels:
@@ -1105,24 +1107,27 @@ def _benchmark_setting(frame) -> str:
 
 
 def benchmark_precision(frame, context: int) -> Figure:
-    """Mean time of a step at one context, eager: a panel a mode, a group a size, a bar a precision."""
+    """Speed in each precision over the widest at one context, eager: a panel a mode, a group a size; over each bar the time in ms."""
     frame = frame[(frame.status == "ok") & (frame.compiled == "no") & (frame.context_length == context)]
     sizes = list(dict.fromkeys(frame["size"]))
     names = [name for name in _PRECISION_COLOURS if name in set(frame["dtype"])]
     width = 0.84 / max(1, len(names))
     figure, panels = _by_mode(frame)
     for axis, shown in panels:
+        widest = shown[shown["dtype"] == names[0]].set_index("size").mean_ms
         for i, name in enumerate(names):
-            rows = shown[shown["dtype"] == name]
+            rows = shown[(shown["dtype"] == name) & shown["size"].isin(widest.index)]
             x = [sizes.index(size) + (i - (len(names) - 1) / 2) * width for size in rows["size"]]
-            error = rows.std_ms.fillna(0.0)
-            axis.bar(x, rows.mean_ms, 0.92 * width, yerr=error, capsize=2, color=_PRECISION_COLOURS[name], label=name)
-            for at, value in zip(x, rows.mean_ms, strict=True):
-                axis.annotate(f"{value:.3g}", (at, value), ha="center", va="bottom", fontsize=6, rotation=90)
-        axis.set_yscale("log")
-        axis.margins(y=0.12)
+            speed = [widest[row.size_] / row.mean_ms for row in rows.rename(columns={"size": "size_"}).itertuples()]
+            error = (rows.std_ms / rows.mean_ms).fillna(0.0) * speed
+            axis.bar(x, speed, 0.92 * width, yerr=error, capsize=2, color=_PRECISION_COLOURS[name], label=name)
+            for at, height, over, value in zip(x, speed, error, rows.mean_ms, strict=True):
+                axis.annotate(
+                    f" {significant(value)}", (at, height + over), ha="center", va="bottom", fontsize=6, rotation=90
+                )
+        axis.margins(y=0.15)
         axis.set_xticks(range(len(sizes)), sizes)
-        axis.set_ylabel("ms, mean and standard deviation")
+        axis.set_ylabel(f"speed over {names[0]}; above the bars, ms")
     _legend(figure, [axis for axis, _ in panels])
     figure.suptitle(f"{context:,} tokens, {_benchmark_setting(frame)}", fontsize=9, color="#555555")
     return figure
@@ -1134,7 +1139,7 @@ def benchmark_compiled(gains) -> Figure:
 
     frame = pd.concat([rows.assign(way=way) for way, rows in gains.items()], ignore_index=True)
     series = list(dict.fromkeys(zip(frame.way, frame["dtype"], frame.context_length, strict=True)))
-    sizes, width = list(dict.fromkeys(frame["size"])), 0.86 / max(1, len(series))
+    sizes, width = list(dict.fromkeys(frame["size"])), min(0.3, 0.86 / max(1, len(series)))
     figure, panels = _by_mode(frame)
     for axis, shown in panels:
         for i, (way, dtype, context) in enumerate(series):

@@ -126,7 +126,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     },
     "cpu": {
         "grids": (
-            Grid(("tiny", "mini"), (64, 128, 256), ("fp32", "bf16")),
+            Grid(("tiny", "mini"), (64, 128), ("fp32", "bf16")),
             Grid(("tiny",), (64,), ("fp32",), ("forward",), ("blocks",)),  # compiling C++ takes seconds
         ),
         "repeat": Grid(("tiny", "mini"), (128,), ("fp32",), ("full_step",)),
@@ -134,7 +134,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "batch": 2,
         "warmup": 5,
         "steps": 10,
-        "budget_s": 0.1,
+        "budget_s": 0.05,
         "compile_ahead": 0,
     },
     "full": {

@@ -149,6 +149,16 @@ def first_step_table(paid, most: int = 10) -> str:
     return records.markdown_table(lines, heads)
 
 
+def first_step_said(paid, most: int = 10) -> str:
+    """How much host time the first step spent beyond a later one, and how much of that the lines of the table explain."""
+    more = (paid.first_ms - paid.later_ms).clip(lower=0)
+    shown = min(most, len(paid))
+    return (
+        f"Under the profiler the first step took {paid.first_ms.sum():,.1f} ms of host time, the later one {paid.later_ms.sum():,.1f} ms. "
+        f"These {shown} lines are {100 * more.head(shown).sum() / more.sum():.0f}% of what the first one spent more on."
+    )
+
+
 def conclusions(frame) -> list[str]:
     """What the rows show, in sentences made from their numbers."""
     said = []
