@@ -207,6 +207,20 @@ def test_checkpointing_is_predicted_and_measured(measured):
     assert frame.peak_mib["1"] < frame.peak_mib["none"] and frame.block_forwards.tolist() == [2, 4, 4]
 
 
+def test_the_cache_of_casts_outlives_checkpoints_and_is_predicted():
+    shape = {"size": "mini", "vocab_size": 64, "timeline_contexts": [16], "dtype": "bf16"}
+    chosen = memory.settings("smoke", device="cpu", strategies=["none", "1", "1 cached"], steps=1, **shape)
+    bench = memory.Bench(chosen)
+    bench.make_optimizer()
+    rows = {row["strategy"]: row for row in memory.checkpointing_rows(bench)}
+    casts = cost.block_residuals(chosen.model, 2, 16, "bf16", scores=True)["cast weights"] / MIB
+    predicted = {name: row["predicted_activations_mib"] for name, row in rows.items()}
+    measured = {name: row["activations_mib"] for name, row in rows.items()}
+    assert measured["none"] == pytest.approx(predicted["none"], rel=1e-3)
+    assert measured["1 cached"] - measured["1"] > casts > 0 and predicted["1 cached"] > predicted["1"]
+    assert memory.strategy_name("1 cached") == "each block, casts cached"
+
+
 def test_everything_is_said_and_drawn(measured):
     chosen, results, folder = measured
     written = memory.write_report(chosen, results, folder)

@@ -44,7 +44,6 @@ from lmsys.config import DTYPES, ModelConfig, model_size, require, resolve_scale
 from lmsys.device import device_name, resolve_device
 from lmsys.model import RMSNorm, TransformerLM, cross_entropy
 from lmsys.train import _matmul_precision as matmul_precision
-from lmsys.train import autocast
 
 TIMELINE, PEAKS, ALLOCATIONS, BLOCKS = "memory_timeline", "memory_peaks", "memory_allocations", "memory_blocks"
 RESIDUALS, CHECKPOINTING = "memory_residuals", "memory_checkpointing"
@@ -52,6 +51,7 @@ MODES = ("forward", "full_step")
 CATEGORIES = ("parameters", "optimizer", "other", "gradients", "activations", "temporary")
 FORWARD_END, BACKWARD_END, STEP_END = "end of forward", "end of backward", "end of optimizer step"
 _PHASES = {FORWARD_END: "forward", BACKWARD_END: "backward", STEP_END: "optimizer"}
+_CACHED = " cached"
 _POINTS = 400  # of a timeline that are written
 _SCORES = ("vectorized_torch",)  # kernels whose T x T tensors cost.block_residuals counts; those of _FUSED keep none
 _FUSED = ("flash_attention_triton",)
@@ -91,7 +91,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "kernels": ("vectorized_torch", "flash_attention_triton"),
         "dtypes": DTYPES,
         "dtype": "bf16",
-        "strategies": ("none", "1", "2", "4", "8", "nested"),
+        "strategies": ("none", "1", "1 cached", "2", "4", "nested"),
         "steps": 3,
         "backend": "inductor",
     },
@@ -149,7 +149,8 @@ def settings(
     Args:
         contexts, kernels, dtypes: of the table of peaks. timeline_contexts: of the timelines, in dtype with the last of the kernels;
             the largest is that of the residuals and of checkpointing, too.
-        strategies: of checkpointing: none, a number of blocks in a group, or nested (halves of halves, down to one block).
+        strategies: of checkpointing: none, a number of blocks in a group, or nested (halves of halves, down to one block). All run
+            without autocast's cache of cast weights; '1 cached' is groups of one block with it.
         steps: timed, of each strategy. backend: of torch.compile for RMSNorm; smoke compiles nothing unless one is given.
     Raises:
         ValueError: an unknown name or a number out of range.
@@ -184,8 +185,8 @@ def settings(
     for name in values["kernels"]:
         get_kernel(name)
     for name in values["strategies"]:
-        if name not in ("none", "nested") and not (name.isdigit() and int(name) >= 1):
-            raise unknown_name("checkpointing strategy", name, ("none", "nested", "1", "2", "4"))
+        if name not in ("none", "nested") and not re.fullmatch(r"[1-9]\d*( cached)?", name):
+            raise unknown_name("checkpointing strategy", name, ("none", "nested", "1", "2", "4", "1 cached"))
     resolve_device(device)
     chosen = MemorySettings(scale=scale, device=device, seed=seed, **values)
     assert chosen.model  # an unknown size ends here
@@ -435,6 +436,13 @@ class Bench:
         with torch.device(self.device):
             self.model = TransformerLM(chosen.model, attention_kernel=chosen.kernel)
         self.optimizer: torch.optim.Optimizer | None = None
+        self.caches_casts = True
+
+    def autocast(self, dtype: str) -> torch.autocast:
+        """As training has it. Autocast's cache keeps every weight that it has cast until its context ends: see caches_casts."""
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=dtype == "bf16", cache_enabled=self.caches_casts
+        )
 
     def make_optimizer(self) -> None:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, fused=True)
@@ -453,11 +461,11 @@ class Bench:
         mark = mark or (lambda _name: None)
         inputs, targets = batch
         if mode == "forward":
-            with torch.no_grad(), autocast(self.device, dtype):
+            with torch.no_grad(), self.autocast(dtype):
                 logits = self.model(inputs)
-                mark(FORWARD_END)
+            mark(FORWARD_END)
             return logits.new_zeros(())
-        with autocast(self.device, dtype):
+        with self.autocast(dtype):
             loss = cross_entropy(self.model(inputs), targets)
         mark(FORWARD_END)
         loss.backward()
@@ -556,7 +564,7 @@ def _block_marks(model: TransformerLM, recorder: Recorder) -> Iterator[None]:
 
 
 def _storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the tensors' storages, each once; those of host tensors are not the device's."""
+    """Bytes of the tensors' storages, each once."""
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
@@ -807,7 +815,7 @@ def block_residuals(bench: Bench) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
 
     def inspect() -> dict[str, Any]:
-        with autocast(bench.device, chosen.dtype):
+        with bench.autocast(chosen.dtype):
             rows = saved_tensors(
                 lambda: block(x, model.rope.cos[:length], model.rope.sin[:length]),
                 [*model.parameters(), *model.buffers()],
@@ -832,6 +840,7 @@ def norm_residuals(bench: Bench) -> list[dict[str, Any]]:
         modes["compiled"] = torch.compile(norm, backend=chosen.backend, dynamic=False, fullgraph=True)
     rows = []
     for mode, function in modes.items():
+        function(x)  # compiles
         point = _point(bench, length, "fp32", "", what="RMSNorm", mode=mode, status="ok")
         for row in saved_tensors(lambda call=function: call(x), norm.parameters()):
             rows.append(point | row | ({"where": "compiled code"} if mode == "compiled" else {}))
@@ -845,10 +854,11 @@ def plan(strategy: str, num_blocks: int) -> cost.Checkpointing:
     """The plan of a strategy's name."""
     if strategy == "none":
         return cost.Checkpointing(num_blocks)
-    return cost.Checkpointing(num_blocks, 1 if strategy == "nested" else int(strategy), strategy == "nested")
+    nested = strategy == "nested"
+    return cost.Checkpointing(num_blocks, 1 if nested else int(strategy.removesuffix(_CACHED)), nested)
 
 
-def predicted(bench: Bench, planned: cost.Checkpointing, context_length: int) -> dict[str, float] | None:
+def predicted(bench: Bench, strategy: str, context_length: int) -> dict[str, float] | None:
     """Bytes at the peak by formula, in all and of activations alone; None for a kernel whose residuals no formula counts.
 
     Left out: what the backward pass of one block works with beside the residuals, and what is 'other'.
@@ -858,11 +868,14 @@ def predicted(bench: Bench, planned: cost.Checkpointing, context_length: int) ->
         return None
     config, shape = chosen.model, (chosen.model, chosen.batch, context_length)
     scores, gpu = chosen.kernel in _SCORES, bench.device.type == "cuda"
-    residuals = sum(cost.block_residuals(*shape, chosen.dtype, scores=scores, fp32_softmax=gpu).values())
-    activations, whole = planned.peaks(
+    parts = cost.block_residuals(*shape, chosen.dtype, scores=scores, fp32_softmax=gpu)
+    head = cost.head_peak(*shape, chosen.dtype)
+    if strategy.endswith(_CACHED):
+        head += config.num_layers * parts["cast weights"]
+    activations, whole = plan(strategy, config.num_layers).peaks(
         cost.residual_stream_bytes(*shape),
-        residuals,
-        cost.head_peak(*shape, chosen.dtype),
+        sum(parts.values()),
+        head,
         block_gradient_bytes(config),
         4.0 * (config.vocab_size + 1) * config.d_model,
     )
@@ -871,7 +884,11 @@ def predicted(bench: Bench, planned: cost.Checkpointing, context_length: int) ->
 
 
 def checkpointing_rows(bench: Bench) -> Iterator[dict[str, Any]]:
-    """gradient_checkpointing (b): each strategy's peak and time, predicted and measured, at the largest context of the timelines."""
+    """gradient_checkpointing (b): each strategy's peak and time, predicted and measured, at the largest context of the timelines.
+
+    Without autocast's cache: a step casts each weight once a pass, and the cache would keep the casts of all blocks to the end of the
+    forward pass, more than all inputs of the checkpoints.
+    """
     chosen, model = bench.chosen, bench.model
     length = max(chosen.timeline_contexts)
     batch, num_blocks = bench.batch(length), chosen.model.num_layers
@@ -879,7 +896,7 @@ def checkpointing_rows(bench: Bench) -> Iterator[dict[str, Any]]:
     forward = math.nan
 
     def keep_graph() -> None:
-        with autocast(bench.device, chosen.dtype):
+        with bench.autocast(chosen.dtype):
             model(batch[0])
 
     def measure() -> dict[str, Any]:
@@ -899,10 +916,11 @@ def checkpointing_rows(bench: Bench) -> Iterator[dict[str, Any]]:
     for strategy in chosen.strategies:
         planned = plan(strategy, num_blocks)
         model.checkpoint_blocks(planned.size, nested=planned.nested)
+        bench.caches_casts = strategy.endswith(_CACHED)
         row = _point(bench, length, chosen.dtype, chosen.kernel, strategy=strategy) | _attempt(bench, measure)
         if strategy == "none" and row["status"] == "ok":
             baseline, forward = row["step_ms"], quantiles(bench.times_ms(keep_graph, chosen.steps))[0]
-        expected = predicted(bench, planned, length)
+        expected = predicted(bench, strategy, length)
         row["block_forwards"] = planned.forwards()
         if expected:
             row |= {
@@ -913,6 +931,7 @@ def checkpointing_rows(bench: Bench) -> Iterator[dict[str, Any]]:
             row["predicted_ms"] = baseline + (planned.forwards() / num_blocks - 1) * forward
         yield row
     model.checkpoint_blocks(None)
+    bench.caches_casts = True
 
 
 # --- What the rows say ----------------------------------------------------------------------------
@@ -1118,14 +1137,15 @@ def checkpointing_table(frame) -> str:
 def strategy_name(strategy: str) -> str:
     """A strategy as tables and figures call it."""
     named = {"none": "keep everything", "nested": "nested halves", "1": "each block"}
-    return named.get(str(strategy), f"groups of {strategy}")
+    size = str(strategy).removesuffix(_CACHED)
+    return named.get(size, f"groups of {size}") + (", casts cached" if str(strategy).endswith(_CACHED) else "")
 
 
 def checkpointing_conclusions(frame) -> list[str]:
     """gradient_checkpointing (b) in sentences made from the rows."""
     ok = frame[frame.status == "ok"].assign(strategy=frame.strategy.astype(str))
     said = []
-    flat = ok[~ok.strategy.isin(("none", "nested"))]
+    flat = ok[~ok.strategy.isin(("none", "nested")) & ~ok.strategy.str.endswith(_CACHED)]
     if len(flat):
         best = flat.loc[flat.activations_mib.idxmin()]
         text = f"Without nesting, the least memory is that of '{strategy_name(best.strategy)}': {_mib(best.peak_mib)} MiB at the peak, activations {_mib(best.activations_mib)}"
@@ -1144,6 +1164,13 @@ def checkpointing_conclusions(frame) -> list[str]:
             row = nested.iloc[0]
             said.append(
                 f"Nested halves need {row.activations_mib / best.activations_mib:.2f} times its activations in {row.step_ms / best.step_ms:.2f} times its time."
+            )
+    for row in ok[ok.strategy.str.endswith(_CACHED)].itertuples():
+        without = ok[ok.strategy == row.strategy.removesuffix(_CACHED)]
+        if len(without):
+            said.append(
+                f"With autocast's cache of cast weights, '{strategy_name(without.strategy.iloc[0])}' holds {_mib(row.activations_mib)} MiB of activations "
+                f"instead of {_mib(without.activations_mib.iloc[0])}: the cache keeps every block's casts until the forward pass ends, and each is used once in it."
             )
     both = ok.dropna(subset=["predicted_peak_mib"])
     if len(both):
