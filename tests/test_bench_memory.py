@@ -216,7 +216,7 @@ def test_the_cache_of_casts_outlives_checkpoints_and_is_predicted():
     casts = cost.block_residuals(chosen.model, 2, 16, "bf16", scores=True)["cast weights"] / MIB
     predicted = {name: row["predicted_activations_mib"] for name, row in rows.items()}
     measured = {name: row["activations_mib"] for name, row in rows.items()}
-    assert measured["none"] == pytest.approx(predicted["none"], rel=1e-3)
+    assert measured["none"] == pytest.approx(predicted["none"], rel=0.05)
     assert measured["1 cached"] - measured["1"] > casts > 0 and predicted["1 cached"] > predicted["1"]
     assert memory.strategy_name("1 cached") == "each block, casts cached"
 
