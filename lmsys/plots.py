@@ -939,7 +939,6 @@ def layer_norm_errors(frame) -> Figure:
 _CATEGORY_COLOURS = {
     "matrix products": "#0072B2",
     "softmax": "#D55E00",
-    "fused attention": "#882255",
     "element-wise": "#56B4E9",
     "copies and casts": "#F0C808",
     "reductions": "#009E73",

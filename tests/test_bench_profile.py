@@ -100,7 +100,6 @@ def test_the_kind_of_a_kernel_is_that_of_its_operator():
         "aten::copy_": "copies and casts",
         "aten::mean": "reductions",
         "aten::embedding": "lookups",
-        "aten::_scaled_dot_product_flash_attention": "fused attention",
         "aten::view": "other",
     }.items():
         assert profile.category(operator) == kind, operator

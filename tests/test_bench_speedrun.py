@@ -74,6 +74,11 @@ def test_a_run_follows_its_plan_and_goes_on_to_it(tmp_path):
     assert len(records.read_results(tmp_path / "speedrun_metrics.csv")) == planned["steps"]
 
 
+def test_the_warm_up_is_the_one_asked_for():
+    config = speedrun.settings("smoke", overrides=["optim.warmup_steps=70"]).config
+    assert config.optim.warmup_steps == config.train.steps == 70
+
+
 def test_epochs_in_place_of_minutes():
     chosen = speedrun.settings("smoke", epochs=0.5)
     assert chosen.minutes is None and (chosen.config.train.epochs, chosen.config.train.steps) == (0.5, None)

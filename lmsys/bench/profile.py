@@ -62,10 +62,6 @@ CATEGORIES: tuple[tuple[str, re.Pattern], ...] = tuple(
     for name, pattern in (
         (MATMUL, r"aten::(mm|bmm|addmm|baddbmm|_scaled_mm|mv|dot)$"),
         ("softmax", r"aten::_(log_)?softmax(_backward_data)?$"),
-        (
-            "fused attention",
-            r"aten::_(scaled_dot_product|flash_attention|cudnn_attention|efficient_attention)|.*[Aa]ttention",
-        ),
         ("copies and casts", r"aten::(copy_|_to_copy|clone|cat|stack|fill_|zero_|zeros_like|contiguous)$"),
         ("reductions", r"aten::(sum|mean|max|amax|norm|linalg_vector_norm|cumsum|any|all)$"),
         (
@@ -314,7 +310,7 @@ def attribute(events: Iterable[Any], gpu: bool) -> Trace:
         return Kernel(name, _operator(op), inside, part, layer, (start - origin) / 1e6, duration / 1e6)
 
     if gpu:
-        by_id = {op.id: op for op in ops}
+        by_id = {op.id: op for op in ops if op.id > 0}
         kernels = [
             kernel(
                 event.name(), by_id[event.linked_correlation_id()], event.start_ns(), event.end_ns() - event.start_ns()
@@ -587,7 +583,7 @@ def timeline_rows(kernels: Sequence[Kernel]) -> list[dict[str, Any]]:
     rows = [
         {"lane": lane, "name": name, "start_ms": start, "duration_ms": end - start}
         for (lane, name), spans in found.items()
-        for start, end in union(spans, length / 2000)
+        for start, end in union(spans, length / 800)
     ]
     layers = {k.layer for k in kernels if k.layer is not None}
     middle = sorted(layers)[len(layers) // 2]

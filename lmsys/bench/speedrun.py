@@ -153,9 +153,13 @@ def settings(
     if processes is not None and processes > 1:
         flags |= {"train.ddp_wrapper": "flashddp", "train.processes": processes}
     if minutes is not None:
-        flags["train.steps"] = layers["optim"]["warmup_steps"]  # the warm-up; the rest is planned from it
+        flags["train.steps"] = 10**9  # not known yet
     base = preset if preset in ("smoke", "cpu") else "full"
     config = cfg.pipeline_config(base, pipeline.DEFAULT_CONFIG, (*given, *(overrides or ())), flags)
+    if minutes is not None:  # the warm-up; the rest is planned from it
+        config = dataclasses.replace(
+            config, train=dataclasses.replace(config.train, steps=max(1, config.optim.warmup_steps))
+        )
     return Speedrun(scale, preset, minutes, epochs, config)
 
 
