@@ -96,6 +96,11 @@ def together(alone, tmp_path_factory):
     return {name: [results[name] for results in by_rank] for name in by_rank[0]}, folder
 
 
+def large_scale(make):
+    """GradScaler.__init__ with a scale at which the first steps overflow."""
+    return lambda self, *arguments, **options: make(self, *arguments, init_scale=2.0**22, **options)
+
+
 def in_two_processes(process, folder, alone):
     """For spawn: every case in one group. Errors are what all processes raise, so that the group stays whole."""
     torch.set_num_threads(1)
@@ -107,6 +112,9 @@ def in_two_processes(process, folder, alone):
     for name in ("fsdp", "torch_fsdp2"):
         results[f"{name}, bf16"] = run(ddp_wrapper=name, dtype="bf16")
     results["bf16 gradients"] = run(ddp_wrapper="flashddp", communication_dtype="bf16")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.amp.GradScaler, "__init__", large_scale(torch.amp.GradScaler.__init__))
+        results["fp16"] = run(ddp_wrapper="flashddp", dtype="fp16")
     with pytest.raises(Interrupted):
         run(folder / "resumed", interrupt_at(4), ddp_wrapper="flashddp", sharded_optimizer=True)
 
@@ -174,6 +182,20 @@ def test_bf16_reaches_the_wrapper(alone, together):
     for name, history in expected.items():
         ours, theirs = (np.array([row["train_loss"] for row in each.rows]) for each in (together[0][name][0], history))
         assert 1e-6 < np.abs(ours / theirs - 1).max() < 5e-3, name
+
+
+def test_processes_skip_the_same_overflows(alone, together, monkeypatch):
+    """fp16 in two processes: both skip the same steps, one more than one process, as a token's gradient is twice as large in a batch
+    of half the size."""
+    monkeypatch.setattr(torch.amp.GradScaler, "__init__", large_scale(torch.amp.GradScaler.__init__))
+    one = run(dtype="fp16")
+    first, second = together[0]["fp16"]
+    assert computed(first) == computed(second)
+    skipped, alone_skipped = ([row["grad_norm"] is None for row in each.rows] for each in (first, one))
+    count = sum(skipped)
+    assert 0 < count < 10 and skipped == [True] * count + [False] * (12 - count)
+    assert sum(alone_skipped) in (count, count - 1)
+    assert first.rows[-1]["train_loss"] == pytest.approx(one.rows[-1]["train_loss"], rel=0.05)
 
 
 def test_a_run_goes_on_in_another_number_of_processes_and_after_a_kill(alone, together, tmp_path):
