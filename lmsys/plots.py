@@ -1108,8 +1108,8 @@ def _benchmark_setting(frame) -> str:
 def benchmark_precision(frame, context: int) -> Figure:
     """Speed in each precision over the widest at one context, eager: a panel a mode, a group a size; over each bar the time in ms."""
     frame = frame[(frame.status == "ok") & (frame.compiled == "no") & (frame.context_length == context)]
-    sizes = list(dict.fromkeys(frame["size"]))
     names = [name for name in _PRECISION_COLOURS if name in set(frame["dtype"])]
+    sizes = list(dict.fromkeys(frame[frame["dtype"] == names[0]]["size"]))
     width = 0.84 / max(1, len(names))
     figure, panels = _by_mode(frame)
     for axis, shown in panels:

@@ -458,3 +458,10 @@ def test_the_same_points_again(tmp_path):
     model.repeat(bench, tmp_path)
     frame = records.compare(tmp_path / f"{model.NAME}.csv", tmp_path / f"{model.REPEAT}.csv")
     assert len(frame) == 1 and not math.isnan(frame.ratio[0])
+
+
+@pytest.mark.parametrize("command", ["benchmark", "compare"])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0 and f"python -m lmsys {command}" in capsys.readouterr().out

@@ -134,7 +134,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "batch": 2,
         "warmup": 5,
         "steps": 10,
-        "budget_s": 0.05,
+        "budget_s": 0.03,
         "compile_ahead": 0,
     },
     "full": {
@@ -143,6 +143,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
             Grid(_COURSE_SIZES, (512,), ("fp32", "fp16")),
             Grid(_COURSE_SIZES, (128, 512, 2048), ("tf32", "bf16"), MODES, ("blocks",)),
             Grid(("small",), (512,), ("bf16",), MODES, ("model",)),
+            Grid(("10b",), (512,), ("bf16",)),
         ),
         "repeat": Grid(_COURSE_SIZES, (512,), ("bf16",), ("full_step",)),
         "study": Grid(("small",), (512,), ("tf32",), ("forward_backward",)),
