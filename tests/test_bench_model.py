@@ -140,6 +140,17 @@ def test_autocast_computes_in_its_dtype_and_fp16_steps_are_scaled(dtype):
     assert not torch.equal(before, subject.model.layers[0].ffn.w1.weight), "the scaler left no step out"
 
 
+def test_checkpointing_trades_memory_for_time():
+    peaks = []
+    for checkpoint in (None, 1):
+        (row,) = measured_rows(
+            settings(sizes=["tiny"], contexts=[256], dtypes=["fp32"], modes=["forward_backward"], checkpoint=checkpoint)
+        )
+        assert row["checkpoint"] == checkpoint
+        peaks.append(row["peak_mib"])
+    assert peaks[1] < 0.9 * peaks[0]
+
+
 def test_products_are_set_as_asked_and_put_back():
     before = torch.get_float32_matmul_precision()
     found = []
@@ -166,6 +177,10 @@ def test_compiled_blocks_are_compiled_once_a_shape_and_never_run_eager(monkeypat
     # A context: the block for inference; the block for training, and the loss. Two layers share a block's graph.
     assert len(graphs) == 2 * (1 + 2)
     assert len(model._compilations(model.points(bench))) == 4
+
+    graphs.clear()
+    rows = measured_rows(dataclasses.replace(bench, grids=(dataclasses.replace(bench.grids[0], compiled=("model",)),)))
+    assert [row["status"] for row in rows] == ["ok"] * 4 and len(graphs) == 2 * (1 + 2), "the whole model is one graph"
 
 
 # --- Rows -----------------------------------------------------------------------------------------
