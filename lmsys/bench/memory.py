@@ -591,6 +591,7 @@ def run(
     stamp = {"method": method(device), "parameters": dataclasses.asdict(chosen)}
     with contextlib.ExitStack() as stack:
         stack.enter_context(matmul_precision(device))
+        stack.enter_context(_one_thread(device))
         writers = {
             name: stack.enter_context(records.ResultWriter(name, folder, **stamp))
             for name in (PEAKS, TIMELINE, ALLOCATIONS, BLOCKS, RESIDUALS, CHECKPOINTING)
@@ -617,12 +618,24 @@ def run(
     return Results(*(records.read_results(writer.path) for writer in writers.values()))
 
 
+@contextlib.contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """A CPU's models here are too small to share: on a busy machine two threads wait for each other longer than they compute."""
+    before = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def method(device: torch.device) -> dict[str, str]:
     """How it is measured, for the stamp of a result."""
     gpu = device.type == "cuda"
     return {
         "memory": "the allocator's peak; timelines from its history" if gpu else "the profiler's memory events",
-        "timer": f"{'CUDA events' if gpu else 'time.perf_counter'} between steps",
+        "timer": "CUDA events between steps" if gpu else "time.perf_counter between steps, one thread",
         "warmup": "one step",
         "step": "forward, backward, torch's fused AdamW at learning rate 0, gradients set to None; inputs on the device",
         "statistic": "median, 20th and 80th percentile",
