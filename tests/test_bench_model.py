@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import weakref
 
 import pandas as pd
 import pytest
@@ -264,6 +265,21 @@ def test_a_planted_out_of_memory_ends_its_series_and_no_other(monkeypatch):
     frame = pd.DataFrame(list(rows.values()))
     assert any("3 points oom_skipped" in sentence for sentence in model_report.conclusions(frame))
     assert "oom_skipped" in model_report.time_table(frame, "full_step")
+
+
+def test_one_model_at_a_time(monkeypatch):
+    """The next size is made when the one before has left the memory."""
+    made = []
+    plain = model.Subject.__init__
+
+    def recorded(self, *args, **options):
+        assert all(before() is None for before in made)
+        plain(self, *args, **options)
+        made.append(weakref.ref(self.model))
+
+    monkeypatch.setattr(model.Subject, "__init__", recorded)
+    rows = measured_rows(settings(sizes=["tiny", "mini"], contexts=[16], dtypes=["fp32"], nvtx=True))
+    assert [row["status"] for row in rows] == ["ok"] * 6 and len(made) == 2
 
 
 def test_other_failures_are_rows_too(monkeypatch):

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from lmsys import cost, records
-from lmsys.attention import check_support
+from lmsys.attention import check_support, get_kernel
 from lmsys.bench import ranges
 from lmsys.bench.attention import _available_bytes
 from lmsys.bench.measure import (
@@ -199,6 +199,9 @@ def settings(
         first = Grid(grid.sizes[:1], grid.contexts[:1], grid.dtypes[:1], grid.modes[-1:], grid.compiled[:1])
         values |= {"grids": (grid,), "repeat": first, "study": dataclasses.replace(first, compiled=("no",))}
     values["attention_kernels"] = tuple(values["attention_kernels"])
+    require(len(values["attention_kernels"]) > 0, "attention_kernels is empty; give at least one")
+    for name in values["attention_kernels"]:
+        get_kernel(name)
     for grid in values["grids"]:
         for name in _GRID_FIELDS:
             require(len(getattr(grid, name)) > 0, f"{name} is empty; give at least one")
@@ -221,9 +224,7 @@ def settings(
     require(values["budget_s"] > 0, f"budget_s is {values['budget_s']!r}; it must be above 0")
     made = BenchSettings(**values)
     where = resolve_device(made.device)
-    too_large = [
-        _shortage(made, point, where) for point in points(made)
-    ]  # also checks sizes and kernels by their names
+    too_large = [_shortage(made, point, where) for point in points(made)]  # also knows the sizes by their names
     require(
         not all(too_large),
         f"no point fits the memory of {device_name(where)}: {too_large[0]}; shorten contexts or batch",
@@ -302,21 +303,13 @@ def least_bytes(point: Point, config: ModelConfig) -> float:
 
 
 def _shortage(bench: BenchSettings, point: Point, device: torch.device) -> str:
-    """Why a point cannot fit the device's memory; empty where it may. Raises ValueError for an unknown size or kernel."""
-    config = model_config(bench, point.size)
-    kernel_known(point.kernel)
-    needed = least_bytes(point, config)
+    """Why a point cannot fit the device's memory; empty where it may."""
+    needed = least_bytes(point, model_config(bench, point.size))
     there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else _available_bytes()
     if there is None or needed < there:
         return ""
     what = f"{point.size}, {point.batch} x {point.context_length} tokens, {point.mode}"
     return f"{what} needs at least {needed / 2**30:,.1f} GiB; there are {there / 2**30:,.1f}"
-
-
-def kernel_known(name: str) -> None:
-    from lmsys.attention import get_kernel
-
-    get_kernel(name)
 
 
 def unsupported(point: Point, config: ModelConfig, device: torch.device) -> str | None:
@@ -473,8 +466,11 @@ def rows(
         gc.unfreeze()
 
 
-def _rows(bench: BenchSettings, device: torch.device, chosen: Sequence[Point], clock: StepClock, extra: Extra):
+def _rows(
+    bench: BenchSettings, device: torch.device, chosen: Sequence[Point], clock: StepClock, extra: Extra
+) -> Iterator[tuple[dict[str, Any], StepMeasurement | None]]:
     subject: Subject | None = None
+    step: Callable[[], None] | None = None
     ended: list[Point] = []  # where memory ran out
     for point in chosen:
         config = model_config(bench, point.size)
@@ -491,6 +487,7 @@ def _rows(bench: BenchSettings, device: torch.device, chosen: Sequence[Point], c
             ended.append(point)
             yield base | {"status": "oom", "note": shortage}, None
             continue
+        step = None  # which holds the subject
         if subject is not None and subject.model_key != point.model:
             subject = None
         release(device)
