@@ -10,7 +10,8 @@ traced, hooks put a range around each module of lmsys.model.TransformerLM, and a
 - in the backward pass, which runs in a thread of its own without ranges, to the node of the graph that autograd evaluates, and by the
   node's sequence number to the forward operator that made it: the last one to start with that number.
 
-On a CPU the operators take the place of kernels, each with the time that it spends outside of the operators it calls.
+On a CPU the operators take the place of kernels, each with the time that it spends outside of the operators it calls, on one thread: what
+a CPU's scale profiles is too small to share.
 
 Limits: eager execution (a compiled block is one operator). Tracing slows the host down, so a traced step of a small model is longer than
 a timed one; the times of kernels are the device's own. A phase's kernels are those launched in it, whenever they ran.
@@ -441,6 +442,17 @@ class Bench:
 
 
 @contextlib.contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """On a CPU, operators on one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if device.type == "cpu" else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
 def _precision(dtype: str) -> Iterator[None]:
     """IEEE products unless tf32 was asked for; what was set before comes back."""
     before = torch.get_float32_matmul_precision()
@@ -464,13 +476,14 @@ def run(chosen: ProfileSettings, folder: str | Path, *, on_row: Callable[[dict[s
             "warmup": "2 steps of each mode",
             "samples": chosen.samples,
             "attention": "scaled_dot_prod_attention, eager",
+            "threads": "one" if device.type == "cpu" else "the host's",
         },
         "parameters": dataclasses.asdict(chosen),
     }
     results = records.ResultWriter(NAME, folder, **stamp, extra_columns=EXTRA_COLUMNS)
     kernels = records.ResultWriter(KERNELS, folder, **stamp)
     lanes = records.ResultWriter(TIMELINE, folder, **stamp)
-    with results, kernels, lanes:
+    with results, kernels, lanes, _one_thread(device):
         for size in chosen.sizes:
             for base, mode, times, traced in _points(chosen, size, device):
                 for row in _result_rows(base, mode, times, traced):
