@@ -2,8 +2,7 @@
 
 The run is the pipeline of lmsys.pipeline. Its warm-up is trained first and shows how long a step takes on this machine; the number of
 steps is then planned so that the cosine schedule ends as the minutes do, and the run goes on from the warm-up's checkpoint. Interrupted,
-it continues to the same plan. The minutes are those of training, with its evaluations and checkpoints; tokenizing and compiling for
-the second time are not counted.
+it continues to the same plan. The minutes are those of training, with compilation, evaluations and checkpoints, without tokenizing.
 
 Limits: a machine that slows down during the run takes longer than planned (the row says how long). The last step of the warm-up, where its
 own schedule ends, has the smallest learning rate. The presets' learning rates are the usual ones for their sizes, not tuned.
@@ -24,7 +23,7 @@ from lmsys.config import PipelineConfig, require, resolve_scale, unknown_name
 
 NAME, METRICS = "speedrun_results", "speedrun_metrics"
 EXTRA_COLUMNS = ("parameters", "dtype", "device")
-_MARGIN = 0.97  # of the minutes: what the warm-up does not show, such as samples and checkpoints
+_MARGIN = 0.97  # of the minutes: evaluations, samples and checkpoints on the way
 
 # Preset -> the pipeline's settings. t4 keeps to what a GPU of 16 GB and compute capability 7.5 can do: fp16 with a gradient scaler in
 # place of bf16, nothing that Triton compiles (it wants 8.0), and about 9 GB by the shapes: 0.6 of state, 2.3 of logits, 6 of activations.
@@ -197,7 +196,11 @@ class Plan:
 
 
 def plan(minutes: float, warmup_steps: int, rows: Sequence[dict[str, Any]]) -> Plan:
-    """The plan from the rows of the warm-up's metrics. The first row, which has the compilation, does not count where there are more."""
+    """The plan from the rows of the warm-up's metrics.
+
+    The first row, which has the compilation, does not count for a step's time where there are more. What the warm-up took beyond its
+    steps comes once more, when the run goes on.
+    """
     seconds = []
     steps = [0, *(row["step"] for row in rows)]
     tokens_per_step = rows[0]["tokens"] / rows[0]["step"]
@@ -205,8 +208,9 @@ def plan(minutes: float, warmup_steps: int, rows: Sequence[dict[str, Any]]) -> P
         seconds += [tokens_per_step / row["tokens_per_s"]] * (last - first)
     counted = seconds[rows[0]["step"] :] or seconds
     step_s = sorted(counted)[len(counted) // 2]
-    left = _MARGIN * 60 * minutes - rows[-1]["elapsed_s"]
-    return Plan(minutes, warmup_steps, rows[-1]["elapsed_s"], step_s, warmup_steps + max(1, int(left / step_s)))
+    elapsed = rows[-1]["elapsed_s"]
+    left = _MARGIN * 60 * minutes - elapsed - max(0.0, elapsed - warmup_steps * step_s)
+    return Plan(minutes, warmup_steps, elapsed, step_s, warmup_steps + max(1, int(left / step_s)))
 
 
 def run(chosen: Speedrun, *, progress: bool = True) -> pipeline.PipelineResult:
