@@ -994,7 +994,8 @@ def peaks_conclusions(frame) -> list[str]:
                 + (f" and {last:.2f} times at {lengths[-1]}." if len(rows) > 1 else ".")
             )
         said.append(
-            "Autocast keeps parameters, gradients and optimizer state in fp32 and adds 16-bit copies of the weights; what it halves is most of the "
+            "Autocast keeps parameters, gradients and optimizer state in fp32 and adds 16-bit copies of the weights, which its cache holds to the end of "
+            "the forward pass; what it halves is most of the "
             "activations, which count where the context is long."
         )
     for row in frame[frame.status != "ok"].itertuples():
