@@ -306,7 +306,7 @@ def report(arguments: argparse.Namespace) -> None:
     from lmsys import report as reports
 
     if not arguments.site_only:
-        for notebook in arguments.notebooks or reports.RUNS:
+        for notebook in arguments.notebooks or [name for name in reports.RUNS if name not in reports.ON_DEMAND]:
             reports.run_notebook(notebook, scale=arguments.scale, machine=arguments.machine)
     if not arguments.no_site:
         print(f"site: {reports.build_site()}")
@@ -416,7 +416,9 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--epochs", type=float, help="passes over the tokens (default: 1, unless --steps)")
     added.add_argument("--batch_size", type=int, help="sequences a batch")
     added.add_argument("--learning_rate", type=float, help="highest learning rate")
-    added.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="bf16 and fp16 are autocast; parameters stay fp32")
+    added.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16"), help="bf16 and fp16 are autocast; parameters stay fp32"
+    )
     added.add_argument("--compile", action="store_true", default=None, help="torch.compile, block by block")
     added.add_argument("--device", help="auto, cpu, cuda or cuda:N")
     added.add_argument("--resume", action="store_true", help="continue the run folder's newest checkpoint")
@@ -630,7 +632,9 @@ def _parser() -> argparse.ArgumentParser:
         "Executed notebooks go to book/MACHINE/, results to artifacts/MACHINE/, the site to book/_build/html/.",
         "report --scale cpu",
     )
-    added.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="notebooks by name (default: all)")
+    added.add_argument(
+        "notebooks", nargs="*", metavar="NOTEBOOK", help="notebooks by name (default: all but speedrun_tinystories)"
+    )
     add_scale(added, "auto")
     group = added.add_mutually_exclusive_group()
     group.add_argument("--no_site", action="store_true", help="execute the notebooks only")
