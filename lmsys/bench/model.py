@@ -443,6 +443,17 @@ def _products(device: torch.device, dtype: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+@contextlib.contextmanager
+def _threads(bench: BenchSettings) -> Iterator[None]:
+    """One thread at smoke scale, for tests beside other work: threads that share a step this small wait for each other for longer."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if bench.scale == "smoke" else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 OnRow = Callable[[dict[str, Any]], None] | None
 Extra = Callable[[Subject, Point, Callable[[], None]], None]
 
@@ -461,7 +472,8 @@ def rows(
     gc.collect()
     gc.freeze()  # what was imported, which release() need not look through at each point
     try:
-        yield from _rows(bench, device, chosen, clock, extra)
+        with _threads(bench):
+            yield from _rows(bench, device, chosen, clock, extra)
     finally:
         gc.unfreeze()
 
@@ -759,7 +771,9 @@ def _child(task: str) -> None:
         "study": grid(values["study"]),
     }
     work = {"compile": _compile_share, "times": _cold_times, "profile": _cold_profile}[found["what"]]
-    print(json.dumps(work(BenchSettings(**values), **found["arguments"])))
+    bench = BenchSettings(**values)
+    with _threads(bench):
+        print(json.dumps(work(bench, **found["arguments"])))
 
 
 def _cold_times(bench: BenchSettings, steps: int) -> list[float]:
