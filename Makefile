@@ -41,7 +41,7 @@ $(INSTALLED): requirements.txt pyproject.toml
 test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pytest tests
+	$(BIN)/pytest tests --numprocesses 2 --dist loadfile
 	scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && export LMSYS_OUTPUT="$$scratch" LMSYS_SCALE=smoke WANDB_MODE=offline && \
 	$(BIN)/pytest --nbmake --nbmake-timeout=300 notebooks && \
 	$(BIN)/jupyter-book build book -W -n --keep-going --quiet --path-output "$$scratch/site"

@@ -5,6 +5,8 @@ import os
 import pytest
 
 os.environ.setdefault("WANDB_MODE", "offline")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a worker a core: more threads would wait for each other
 
 
 @pytest.fixture(autouse=True)

@@ -76,7 +76,7 @@ _RECTANGULAR = [Tier("wide", 1024, 4096), Tier("tall", 4096, 1024), Tier("wide X
 TIERS: dict[str, tuple[Tier, ...]] = {
     "smoke": (Tier("small", 128, 128), Tier("wide", 64, 128)),
     "cpu": (
-        *(Tier(name, n, n) for name, n in [("small", 128), ("smallish", 256), ("compact", 512), ("base", 1024)]),
+        *(Tier(name, n, n) for name, n in [("small", 128), ("smallish", 256), ("compact", 512)]),
         Tier("wide", 128, 512),
         Tier("tall", 512, 128),
     ),
@@ -106,7 +106,7 @@ class Grid:
 
 GRIDS = {
     "smoke": Grid(64, 32, (64,), (16,), (64,), (2,), (1, (16,), 128)),
-    "cpu": Grid(256, 128, (128, 256), (64,), (128,), (2,), (1, (16,), 256)),
+    "cpu": Grid(256, 128, (128,), (64,), (128,), (2,), (1, (16,), 256)),
     "full": Grid(
         tokens=16384,
         width=2048,

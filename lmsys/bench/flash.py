@@ -250,7 +250,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "steps": _ALL,
         "step_batch": 1,
         "step_width": 64,
-        "step_seq_len": 256,
+        "step_seq_len": 128,
         "step_head_dims": (64,),
         "step_dtype": "fp32",
         "implementations": tuple(IMPLEMENTATIONS),
