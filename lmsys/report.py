@@ -174,13 +174,35 @@ def filled(text: str) -> str:
 
 
 def setup(app) -> dict[str, Any]:
-    """Sphinx's entry: fill the marked places of each page as it is read."""
+    """Sphinx's entry: fill the marked places of each page as it is read, and write formulas as MathML.
+
+    Browsers draw MathML by themselves; Sphinx's own renderer loads a script from a foreign server when a page is read.
+    """
 
     def source_read(app, docname: str, source: list[str]) -> None:
         source[0] = re.sub(r"<!-- fill: (\w+) -->", lambda match: fill(match[1]), source[0])
 
     app.connect("source-read", source_read)
+    app.add_html_math_renderer("mathml", (_inline_formula, None), (_displayed_formula, None))
     return {"parallel_read_safe": True, "parallel_write_safe": True}
+
+
+def _inline_formula(translator, node) -> None:
+    """Sphinx's visitor of a formula in a line."""
+    from docutils.nodes import SkipNode
+    from docutils.utils.math.latex2mathml import tex2mathml
+
+    translator.body.append(tex2mathml(node.astext()))
+    raise SkipNode
+
+
+def _displayed_formula(translator, node) -> None:
+    """Sphinx's visitor of a formula on lines of its own."""
+    from docutils.nodes import SkipNode
+    from docutils.utils.math.latex2mathml import tex2mathml
+
+    translator.body.append(f"<div>{tex2mathml(node.astext(), as_block=True)}</div>")
+    raise SkipNode
 
 
 def fill(name: str) -> str:

@@ -1,4 +1,5 @@
 import json
+import types
 
 import nbformat
 import pandas as pd
@@ -81,3 +82,16 @@ def test_the_most_gpus_measured_are_on_the_front_page(tmp_path, monkeypatch):
     (tmp_path / "book" / "h200-x4").mkdir(parents=True)
     (tmp_path / "book" / "h200-x4" / "sharding.ipynb").touch()
     assert report.fill("scaling_figure").endswith("Read on: [](h200-x4/sharding.ipynb).")
+
+
+@pytest.mark.parametrize(
+    "visit,start", [(report._inline_formula, "<math "), (report._displayed_formula, "<div><math ")]
+)
+def test_formulas_are_mathml(visit, start):
+    from docutils import nodes
+
+    translator = types.SimpleNamespace(body=[])
+    with pytest.raises(nodes.SkipNode):
+        visit(translator, nodes.math("", r"\sqrt{\frac{s}{w o}}"))
+    (written,) = translator.body
+    assert written.startswith(start) and "<msqrt>" in written and "<mfrac>" in written
