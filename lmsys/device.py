@@ -7,6 +7,8 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +54,19 @@ def resolve_device(name: str = "auto") -> torch.device:
         if (device.index or 0) >= count:
             raise ValueError(f"device '{name}' is not here: this machine has {count} CUDA GPU(s); give auto or cpu")
     return device
+
+
+@contextmanager
+def fp32_products(precision: str | None) -> Iterator[None]:
+    """Matrix products of fp32 in here are "highest" (IEEE) or "high" (TF32, where the GPU has it); None: as they are. Then as before."""
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(before if precision is None else precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def device_name(device: torch.device) -> str:

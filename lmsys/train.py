@@ -180,7 +180,7 @@ def train(
         )
 
     with (
-        _matmul_precision(device),
+        devices.fp32_products("high" if device.type == "cuda" else None),  # TF32
         _memory_errors_told(lambda: f"at step {step} ({_kept(last_checkpoint)})"),
         _Log(run_dir if is_main else None, rows, samples, wandb_run if is_main else None) as log,
         _bar(steps, first_step - 1, progress and is_main, world_size) as bar,
@@ -808,17 +808,6 @@ def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
 def autocast(device: torch.device, dtype: str) -> torch.autocast:
     """The context in which a model of train.dtype computes: bf16 or fp16 autocast, or nothing for fp32."""
     return torch.autocast(device.type, _AUTOCAST.get(dtype, torch.bfloat16), enabled=dtype in _AUTOCAST)
-
-
-@contextmanager
-def _matmul_precision(device: torch.device) -> Iterator[None]:
-    """TF32 for fp32 products on CUDA while training; what was set before comes back."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if device.type == "cuda" else before)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager

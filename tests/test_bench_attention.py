@@ -277,7 +277,7 @@ def test_out_of_memory_is_a_row_and_the_sweep_goes_on(monkeypatch):
     sweep = attention.settings(
         "smoke", kernels=["vectorized_torch", "flash_attention_torch"], custom_tiers=["32:32"], device="cpu"
     )
-    monkeypatch.setattr(attention, "_available_bytes", lambda: 1000)
+    monkeypatch.setattr(attention, "available_bytes", lambda: 1000)
     first, second = attention.rows(sweep, torch.device("cpu"))
     assert first["status"] == "oom" and "GiB" in first["note"]
     assert second["status"] == "ok"

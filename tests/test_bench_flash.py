@@ -141,7 +141,7 @@ def test_where_memory_runs_out_is_a_row():
 
 
 def test_memory_of_a_cpu_is_asked_for_first(monkeypatch):
-    monkeypatch.setattr("lmsys.bench.attention._available_bytes", lambda: 2**20)
+    monkeypatch.setattr("lmsys.bench.flash.available_bytes", lambda: 2**20)
     point = flash.Point((1, 1024, 8), torch.float32, CPU, seed=0)
     assert "0.0 GiB are free" in flash._shortage("naive", point) and flash._shortage("flash", point) == ""
 

@@ -359,7 +359,7 @@ def test_the_history_of_an_allocator():
 def events_of(point, subject):
     with subject.ready(point) as step:
         step()
-        with model._profiled(CPU) as profile:
+        with model.profiled(CPU) as profile:
             step()
     return [(e.name, e.time_range.start, e.time_range.end) for e in profile.events()]
 

@@ -21,10 +21,6 @@ import dataclasses
 import gc
 import json
 import os
-import pickle
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,8 +31,8 @@ import torch
 from lmsys import cost, records
 from lmsys.attention import KERNELS, attention, check_support, get_kernel
 from lmsys.attention.reference import reference_attention, scaled_dot_prod_attention
-from lmsys.bench import standings
-from lmsys.bench.measure import Measurement, is_out_of_memory, measure, method, release
+from lmsys.bench import ahead, standings
+from lmsys.bench.measure import Measurement, available_bytes, is_out_of_memory, measure, method, release
 from lmsys.bench.standings import GROUPS
 from lmsys.config import require, resolve_scale, unknown_name
 from lmsys.device import device_name, resolve_device
@@ -422,31 +418,11 @@ def _kept(
 
 
 def compile_ahead(sweep: SweepSettings) -> None:
-    """Run what compiles for seconds once, in several processes, so that the measuring process finds it in the caches on disk.
-
-    Compilers are single threads for the most part: on a host of many cores this takes most of the waiting out of a sweep. Triton and
-    inductor keep such a cache by default, FlashAttention-4 where FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1 is set. What fails here
-    fails again when it is measured, and is a row there.
-    """
+    """Compile what the sweep needs; see lmsys.bench.ahead. What fails here fails again when it is measured, and is a row there."""
     shares = min(sweep.compile_ahead, os.cpu_count() or 1, len(_compilations(sweep)))
     if shares < 1:
         return
-    # Fresh interpreters: in a process that multiprocessing spawns, inductor's cache keys are others than in this one.
-    code = "import pickle, sys; from lmsys.bench import attention; attention._compile_share(*pickle.loads(bytes.fromhex(sys.argv[1])))"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    end = time.monotonic() + _COMPILE_LIMIT_S
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code, pickle.dumps((sweep, share, shares)).hex()], env=environment)
-        for share in range(shares)
-    ]
-    late = 0
-    for process in processes:
-        try:
-            process.wait(max(0.0, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            late += 1
+    late = ahead.compile_shares(_compile_share, sweep, shares, _COMPILE_LIMIT_S)
     if late:
         print(f"compile ahead: {late} of {shares} processes were not done after {_COMPILE_LIMIT_S:g} s and were ended")
 
@@ -714,7 +690,7 @@ class Point:
             return ""
         arrays = _QUADRATIC[kernel] + (0 if which == "forward" else 2)
         elements = self.case.batch * self.case.heads * self.case.q_len * self.case.k_len
-        needed, free = arrays * elements * self.q.element_size(), _available_bytes()
+        needed, free = arrays * elements * self.q.element_size(), available_bytes()
         if free is None or needed < 0.8 * free:
             return ""
         return f"the scores alone need {needed / 2**30:.1f} GiB; {free / 2**30:.1f} GiB are free"
@@ -731,14 +707,6 @@ def _largest_error(actual: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]
         norm = e.double().norm()
         errors.append(((a.double() - e.double()).norm() / torch.where(norm > 0, norm, 1.0)).item())
     return max(float("inf") if error != error else error for error in errors)
-
-
-def _available_bytes() -> int | None:
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return None
-    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-    return int(fields["MemAvailable"].split()[0]) * 1024
 
 
 # --- What a sweep says ----------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from lmsys.bench import replicas
 from lmsys.bench.measure import quantiles
 from lmsys.config import require, unknown_name
 from lmsys.device import device_name, resolve_device
+from lmsys.parallel import shards
 from lmsys.parallel.group import Process
 
 NAME = "collectives_results"
@@ -35,10 +36,6 @@ EXTRA_COLUMNS = ("device", "note")
 _BATCH_S = 2e-3  # calls in a sample: as many as take about this long, 1 to _MOST_CALLS
 _MOST_CALLS = 50
 _LIMIT_S = 60.0  # of one point
-
-# torch 2.13 renamed them.
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {"sizes_mib": (0.0625, 4), "samples": 3, "budget_s": 0.1},
@@ -202,7 +199,7 @@ def _collective(process: Process, point: Point) -> tuple[Callable[[], Any], Tens
     part = whole.chunk(n)[rank]
     if point.op == "all_gather":
         expected = torch.cat([random(of).chunk(n)[of] for of in range(n)])
-        return (lambda: _all_gather(whole, part)), whole, expected
+        return (lambda: shards.all_gather_tensor(whole, part)), whole, expected
     # NCCL averages, so that calls on the result of the last one stay finite; Gloo cannot.
     op = dist.ReduceOp.AVG if process.backend == "nccl" else dist.ReduceOp.SUM
     expected = random(0)
@@ -211,7 +208,7 @@ def _collective(process: Process, point: Point) -> tuple[Callable[[], Any], Tens
     expected /= n if op == dist.ReduceOp.AVG else 1
     if point.op == "all_reduce":
         return (lambda: dist.all_reduce(whole, op=op)), whole, expected
-    return (lambda: _reduce_scatter(part, whole, op=op)), part, expected.chunk(n)[rank]
+    return (lambda: shards.reduce_scatter_tensor(part, whole, op=op)), part, expected.chunk(n)[rank]
 
 
 def _batches(process: Process, call: Callable[[], Any], batches: int, calls: int) -> list[float]:

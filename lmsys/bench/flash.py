@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import math
-import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,9 +31,10 @@ from torch import Tensor
 from lmsys import cost, records
 from lmsys.attention import attention, get_kernel
 from lmsys.attention.reference import own_code, scaled_dot_prod_attention
+from lmsys.bench import ahead
 from lmsys.bench import measure as clock
 from lmsys.bench.attention import DTYPES, PASSES
-from lmsys.bench.measure import Measurement, is_out_of_memory, measure, release
+from lmsys.bench.measure import Measurement, allocations, available_bytes, is_out_of_memory, measure, release
 from lmsys.config import require, resolve_scale, unknown_name
 from lmsys.device import device_name, resolve_device
 
@@ -494,14 +495,9 @@ def _traced(function: Callable, device: torch.device) -> tuple[Any, int, int]:
         torch.cuda.synchronize(device)
         return result, torch.cuda.memory_allocated(device) - before, torch.cuda.max_memory_allocated(device) - before
     gc.collect()  # what is freed during the call must have been made during the call
-    with clock._without_native_stderr(), torch.autograd.profiler.profile(profile_memory=True) as profile:
-        result = function()
-    now = peak = 0
-    events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return result, now, peak
+    result, changes = allocations(function)
+    held = list(itertools.accumulate((size for _, size in changes), initial=0))
+    return result, held[-1], max(held)
 
 
 def _times_cuda(forward: Callable, backward: Callable, samples: int, device: torch.device) -> list[tuple[float, float]]:
@@ -813,12 +809,10 @@ def _try(function: Callable, point: Point, backward: bool = True) -> tuple[float
 
 def _shortage(name: str, point: Point) -> str:
     """Why a point would not fit the CPU's free memory; empty where it does. A CPU's own OOM ends the process."""
-    from lmsys.bench.attention import _available_bytes
-
     if point.device.type == "cuda" or name == "flash":
         return ""
     needed = 4 * math.prod(point.shape[:-1]) * point.shape[-2] * point.dtype.itemsize
-    free = _available_bytes()
+    free = available_bytes()
     if free is None or needed < 0.8 * free:
         return ""
     return f"four arrays of scores need {needed / 2**30:.1f} GiB; {free / 2**30:.1f} GiB are free"
@@ -828,24 +822,16 @@ def _shortage(name: str, point: Point) -> str:
 
 
 def compile_ahead(flash: FlashSettings) -> float:
-    """Compile what a GPU run needs in several processes, into the caches on disk, before anything is timed; return the seconds.
+    """Compile what a GPU run needs; see lmsys.bench.ahead. What fails here fails again when it is measured, and is a row there.
 
-    What fails here fails again when it is measured, and is a row there.
+    Returns:
+        the seconds that it took.
     """
     start = time.monotonic()
     if resolve_device(flash.device).type != "cuda":
         return 0.0
     shares = min(8, os.cpu_count() or 1, len(_compilations(flash)))
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_compile_share, args=(flash, i, shares), daemon=True) for i in range(shares)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(max(0.0, start + _COMPILE_LIMIT_S - time.monotonic()))
-    for process in processes:
-        if process.is_alive():
-            process.kill()
-        process.join()
+    ahead.compile_shares(_compile_share, flash, shares, _COMPILE_LIMIT_S)
     return time.monotonic() - start
 
 

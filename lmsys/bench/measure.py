@@ -12,14 +12,16 @@ when the device has finished, so that a step's launches count as far as the devi
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -108,7 +110,7 @@ def measure(
             peak = _peak_bytes_cuda(function, arguments, device)
             times = _times_cuda(function, arguments, iterations, device)
         else:
-            peak = sum(t.numel() * t.element_size() for t in resident) + _peak_bytes_cpu(function, arguments)
+            peak = sum(t.numel() * t.element_size() for t in resident) + peak_bytes_cpu(function, arguments)
             times = _times_cpu(function, arguments, iterations)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -182,22 +184,57 @@ def _times_cpu(function: Callable, arguments: Callable[[], tuple], iterations: i
     return times
 
 
-def _peak_bytes_cpu(function: Callable, arguments: Callable[[], tuple]) -> int:
+def peak_bytes_cpu(function: Callable, arguments: Callable[[], tuple]) -> int:
     """The largest sum of the allocations and frees that PyTorch's profiler sees during the call."""
     made = arguments()
-    with _without_native_stderr(), torch.autograd.profiler.profile(profile_memory=True) as profile:
-        result = function(*made)
+    result, changes = allocations(lambda: function(*made))
     del result
-    now = peak = 0
+    return max(itertools.accumulate((size for _, size in changes), initial=0))
+
+
+def allocations(function: Callable[[], Any]) -> tuple[Any, list[tuple[int, int]]]:
+    """The result of a call on a CPU, and (ns, bytes) of each allocation and, negative, of each free during it, in order."""
+    with without_native_stderr(), torch.autograd.profiler.profile(profile_memory=True) as profile:
+        result = function()
     events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
+    return result, [(event.start_ns(), event.nbytes()) for event in sorted(events, key=lambda event: event.start_ns())]
+
+
+def available_bytes() -> int | None:
+    """Free memory of the CPU; None where the system does not say."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return None
+    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024
 
 
 @contextmanager
-def _without_native_stderr():
+def one_thread(when: bool) -> Iterator[None]:
+    """PyTorch's CPU operators in here on one thread, when so: several share small work badly on a busy machine, and wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if when else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def profiled(device: torch.device, **options: Any) -> Iterator[torch.profiler.profile]:
+    """PyTorch's profiler around what the CPU and the device do in here; the device is waited for at both ends."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+        torch.cuda.synchronize(device)
+    with without_native_stderr(), torch.profiler.profile(activities=activities, **options) as profile:
+        yield profile
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+
+@contextmanager
+def without_native_stderr() -> Iterator[None]:
     """The profiler's library writes two lines to file descriptor 2 at each use; nothing of interest is lost."""
     sys.stderr.flush()
     saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
@@ -284,7 +321,7 @@ def measure_steps(
         peak, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device) / 2**20
     else:
         held = sum(tensor.numel() * tensor.element_size() for tensor in resident())
-        peak, reserved = held + _peak_bytes_cpu(step, lambda: ()), None
+        peak, reserved = held + peak_bytes_cpu(step, lambda: ()), None
     return StepMeasurement("ok", *quantiles(times), peak / 2**20, times, "", first, reserved)
 
 

@@ -37,13 +37,11 @@ from torch import Tensor, nn
 
 from lmsys import cost, records
 from lmsys.attention import get_kernel
-from lmsys.bench.measure import _without_native_stderr as without_native_stderr
-from lmsys.bench.measure import is_out_of_memory, quantiles, release
+from lmsys.bench.measure import is_out_of_memory, one_thread, quantiles, release, without_native_stderr
 from lmsys.bench.replicas import Clock
 from lmsys.config import DTYPES, ModelConfig, model_size, require, resolve_scale, unknown_name
-from lmsys.device import device_name, resolve_device
+from lmsys.device import device_name, fp32_products, resolve_device
 from lmsys.model import RMSNorm, TransformerLM, cross_entropy
-from lmsys.train import _matmul_precision as matmul_precision
 
 TIMELINE, PEAKS, ALLOCATIONS, BLOCKS = "memory_timeline", "memory_peaks", "memory_allocations", "memory_blocks"
 RESIDUALS, CHECKPOINTING = "memory_residuals", "memory_checkpointing"
@@ -590,8 +588,8 @@ def run(
     device = resolve_device(chosen.device)
     stamp = {"method": method(device), "parameters": dataclasses.asdict(chosen)}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(matmul_precision(device))
-        stack.enter_context(_one_thread(device))
+        stack.enter_context(fp32_products("high" if device.type == "cuda" else None))
+        stack.enter_context(one_thread(device.type == "cpu"))
         writers = {
             name: stack.enter_context(records.ResultWriter(name, folder, **stamp))
             for name in (PEAKS, TIMELINE, ALLOCATIONS, BLOCKS, RESIDUALS, CHECKPOINTING)
@@ -616,18 +614,6 @@ def run(
         for row in checkpointing_rows(bench):
             write(CHECKPOINTING, row)
     return Results(*(records.read_results(writer.path) for writer in writers.values()))
-
-
-@contextlib.contextmanager
-def _one_thread(device: torch.device) -> Iterator[None]:
-    """A CPU's models here are too small to share: on a busy machine two threads wait for each other longer than they compute."""
-    before = torch.get_num_threads()
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def method(device: torch.device) -> dict[str, str]:

@@ -37,19 +37,21 @@ from torch import Tensor
 from lmsys import cost, records
 from lmsys.attention import check_support, get_kernel
 from lmsys.bench import ranges
-from lmsys.bench.attention import _available_bytes
 from lmsys.bench.measure import (
     StepClock,
     StepMeasurement,
-    _without_native_stderr,
+    allocations,
+    available_bytes,
     gpu_state,
     is_out_of_memory,
     measure_steps,
+    one_thread,
+    profiled,
     release,
     time_steps,
 )
 from lmsys.config import ModelConfig, model_size, require, resolve_scale, unknown_name
-from lmsys.device import device_name, environment, peak_flops, resolve_device
+from lmsys.device import device_name, environment, fp32_products, peak_flops, resolve_device
 from lmsys.model import TransformerLM, cross_entropy
 from lmsys.optim import AdamW, parameter_groups
 
@@ -305,7 +307,7 @@ def least_bytes(point: Point, config: ModelConfig) -> float:
 def _shortage(bench: BenchSettings, point: Point, device: torch.device) -> str:
     """Why a point cannot fit the device's memory; empty where it may."""
     needed = least_bytes(point, model_config(bench, point.size))
-    there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else _available_bytes()
+    there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else available_bytes()
     if there is None or needed < there:
         return ""
     what = f"{point.size}, {point.batch} x {point.context_length} tokens, {point.mode}"
@@ -432,26 +434,9 @@ class Subject:
         )
 
 
-@contextlib.contextmanager
-def _products(device: torch.device, dtype: str) -> Iterator[None]:
-    """fp32 products as a dtype has them: TF32 on a GPU, but not for fp32. What was set before comes back."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if device.type == "cuda" and dtype != "fp32" else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-@contextlib.contextmanager
-def _threads(bench: BenchSettings) -> Iterator[None]:
-    """One thread at smoke scale, for tests beside other work: threads that share a step this small wait for each other for longer."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if bench.scale == "smoke" else before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _products(device: torch.device, dtype: str) -> contextlib.AbstractContextManager[None]:
+    """fp32 products as a dtype has them: TF32 on a GPU, but not for fp32."""
+    return fp32_products("high" if device.type == "cuda" and dtype != "fp32" else "highest")
 
 
 OnRow = Callable[[dict[str, Any]], None] | None
@@ -472,7 +457,7 @@ def rows(
     gc.collect()
     gc.freeze()  # what was imported, which release() need not look through at each point
     try:
-        with _threads(bench):
+        with one_thread(bench.scale == "smoke"):
             yield from _rows(bench, device, chosen, clock, extra)
     finally:
         gc.unfreeze()
@@ -640,23 +625,11 @@ def _extra(folder: Path, subject: Subject, point: Point, step: Callable[[], None
 
 def write_trace(step: Callable[[], None], device: torch.device, path: Path) -> Path:
     """One step as a Chrome trace, for chrome://tracing or Perfetto."""
-    with _profiled(device) as profile:
+    with profiled(device) as profile:
         step()
     with records.atomic_path(path) as temporary:
         profile.export_chrome_trace(str(temporary))
     return path
-
-
-@contextlib.contextmanager
-def _profiled(device: torch.device, **options: Any) -> Iterator[Any]:
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-        torch.cuda.synchronize(device)
-    with _without_native_stderr(), torch.profiler.profile(activities=activities, **options) as profile:
-        yield profile
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
 
 
 def memory_timeline(step: Callable[[], None], device: torch.device, path: Path, held_bytes: int = 0):
@@ -682,10 +655,8 @@ def memory_timeline(step: Callable[[], None], device: torch.device, path: Path, 
         index = device.index if device.index is not None else torch.cuda.current_device()
         changes = snapshot_changes(snapshot["device_traces"][index])
     else:
-        with _without_native_stderr(), torch.autograd.profiler.profile(profile_memory=True) as profile:
-            step()
-        events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
-        changes = sorted((event.start_ns() / 1e3, event.nbytes()) for event in events)
+        _, found = allocations(step)
+        changes = [(when / 1e3, size) for when, size in found]
     times = [0.0] + [(when - changes[0][0]) / 1e3 for when, _ in changes]
     total = [held_bytes]
     for _, size in changes:
@@ -772,7 +743,7 @@ def _child(task: str) -> None:
     }
     work = {"compile": _compile_share, "times": _cold_times, "profile": _cold_profile}[found["what"]]
     bench = BenchSettings(**values)
-    with _threads(bench):
+    with one_thread(bench.scale == "smoke"):
         print(json.dumps(work(bench, **found["arguments"])))
 
 
@@ -792,7 +763,7 @@ def _cold_profile(bench: BenchSettings, later: int) -> list[dict[str, Any]]:
     with Subject(bench, point, device).ready(point) as step:
         for index in range(later):
             if index in (0, later - 1):
-                with _profiled(device) as profile:
+                with profiled(device) as profile:
                     step()
                 both.append(
                     {event.key: (event.self_cpu_time_total / 1e3, event.count) for event in profile.key_averages()}

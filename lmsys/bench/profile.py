@@ -34,10 +34,10 @@ from torch import Tensor, nn
 
 from lmsys import cost, records
 from lmsys.attention.reference import causal_mask, repeat_heads
-from lmsys.bench.measure import _without_native_stderr, is_out_of_memory, quantiles, release
+from lmsys.bench.measure import is_out_of_memory, one_thread, profiled, quantiles, release
 from lmsys.bench.timeline import phase, union
 from lmsys.config import MODEL_SIZES, model_size, require, resolve_scale, unknown_name
-from lmsys.device import device_name, resolve_device
+from lmsys.device import device_name, fp32_products, resolve_device
 from lmsys.model import RMSNorm, SwiGLU, TransformerLM, cross_entropy
 from lmsys.optim import AdamW, parameter_groups
 from lmsys.train import autocast
@@ -264,14 +264,8 @@ class Trace:
 
 def trace(step: Callable[[], Any], device: torch.device) -> Trace:
     """Run step(), whose phases and parts are in ranges, under the profiler."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-        torch.cuda.synchronize(device)
-    with _without_native_stderr(), torch.profiler.profile(activities=activities) as profile:
+    with profiled(device) as profile:
         step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
     return attribute(profile.profiler.kineto_results.events(), gpu=device.type == "cuda")
 
 
@@ -404,7 +398,7 @@ class Bench:
     def step(self, mode: str, dtype: str, inputs: Tensor, targets: Tensor, mark: Callable = phase) -> None:
         """One forward pass without gradients, or one training step. mark: a context for each of PHASES."""
         training = mode == "training"
-        with _precision(dtype), torch.set_grad_enabled(training):
+        with fp32_products("high" if dtype == "tf32" else "highest"), torch.set_grad_enabled(training):
             with autocast(self.device, dtype):
                 with mark("forward"):
                     hidden = self.model.hidden(inputs)
@@ -441,28 +435,6 @@ class Bench:
         return time.perf_counter()
 
 
-@contextlib.contextmanager
-def _one_thread(device: torch.device) -> Iterator[None]:
-    """On a CPU, operators on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if device.type == "cpu" else before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def _precision(dtype: str) -> Iterator[None]:
-    """IEEE products unless tf32 was asked for; what was set before comes back."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 # --- Results --------------------------------------------------------------------------------------
 
 
@@ -483,7 +455,7 @@ def run(chosen: ProfileSettings, folder: str | Path, *, on_row: Callable[[dict[s
     results = records.ResultWriter(NAME, folder, **stamp, extra_columns=EXTRA_COLUMNS)
     kernels = records.ResultWriter(KERNELS, folder, **stamp)
     lanes = records.ResultWriter(TIMELINE, folder, **stamp)
-    with results, kernels, lanes, _one_thread(device):
+    with results, kernels, lanes, one_thread(device.type == "cpu"):
         for size in chosen.sizes:
             for base, mode, times, traced in _points(chosen, size, device):
                 for row in _result_rows(base, mode, times, traced):

@@ -33,8 +33,7 @@ from torch import Tensor, nn
 from lmsys import cost, parallel
 from lmsys.attention import check_support
 from lmsys.bench.attention import DTYPES as TORCH_DTYPES
-from lmsys.bench.measure import _peak_bytes_cpu as peak_bytes_cpu
-from lmsys.bench.measure import is_out_of_memory, quantiles
+from lmsys.bench.measure import is_out_of_memory, peak_bytes_cpu, quantiles
 from lmsys.config import ModelConfig, require, resolve_scale
 from lmsys.data import BatchSampler, sequential_batches
 from lmsys.device import device_name, peak_flops, resolve_device

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lmsys.bench.measure import _without_native_stderr
+from lmsys.bench.measure import profiled
 
 PHASES = ("forward", "backward", "optimizer")
 _PREFIX = "lmsys."  # of the profiler's annotations
@@ -32,14 +32,8 @@ def trace(step: Callable[[], Any], device: torch.device) -> list[dict[str, Any]]
 
     step marks its parts with phase(). Times count from the beginning of the first phase.
     """
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-        torch.cuda.synchronize(device)
-    with _without_native_stderr(), torch.profiler.profile(activities=activities) as profile:
+    with profiled(device) as profile:
         step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
     return _rows(_intervals(profile.events(), device))
 
 

@@ -30,16 +30,19 @@ def align(elements: int, to: int = ALIGNMENT) -> int:
     return -(-elements // to) * to
 
 
+# torch 2.13 renamed them.
+all_gather_tensor = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_tensor = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
 def all_gather(whole: Tensor, share: Tensor, group: dist.ProcessGroup | None) -> dist.Work:
     """Start to fill whole (n S,) with each rank's share (S,), which may be its part of whole: then nothing is copied."""
-    operation = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name until torch 2.12
-    return operation(whole, share, group=group, async_op=True)
+    return all_gather_tensor(whole, share, group=group, async_op=True)
 
 
 def reduce_scatter_mean(share: Tensor, whole: Tensor, group: dist.ProcessGroup | None) -> dist.Work:
     """Start to fill share (S,) with this rank's part of the ranks' mean of whole (n S,), which may be overwritten."""
-    operation = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    return operation(share, whole, op=mean_operation(whole, group), group=group, async_op=True)
+    return reduce_scatter_tensor(share, whole, op=mean_operation(whole, group), group=group, async_op=True)
 
 
 def mean_operation(tensor: Tensor, group: dist.ProcessGroup | None) -> dist.ReduceOp.RedOpType:
