@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,13 @@ def show(settings: Any) -> Any:
     values = [(field.name, getattr(settings, field.name)) for field in dataclasses.fields(settings)]
     lines = [{"setting": name, "value": text(value)} for name, value in values if value is not None]
     return Markdown(records.markdown_table(lines))
+
+
+def say(sentences: Iterable[str]) -> None:
+    """Display sentences as a list."""
+    from IPython.display import Markdown, display
+
+    display(Markdown("\n".join(f"- {sentence}" for sentence in sentences)))
 
 
 # --- The site -------------------------------------------------------------------------------------
