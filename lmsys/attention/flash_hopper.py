@@ -164,44 +164,29 @@ def _unpack(packed, ROWS: gl.constexpr, BLOCK: gl.constexpr, dtype: gl.constexpr
 
 
 @gluon.jit
+def named_barrier(KIND: gl.constexpr, NUMBER: gl.constexpr):
+    """Two consumers, 256 threads: sync waits for the other, arrive does not. Triton uses barriers 0 to 8."""
+    gl.inline_asm_elementwise(
+        f"bar.{KIND} {NUMBER}, 256; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def _wait_for_turn(RING: gl.constexpr, G: gl.constexpr):
     """With RING, consumers issue Q K^T one after the other, so that one's softmax runs beside another's products.
 
-    Named barriers of two consumers: this one waits, the one before it arrives. Triton uses barriers 0 to 8.
+    A named barrier for each consumer: this one waits, the one before it arrives.
     On an H200 worth 3 to 8% with three consumers (head_dim 64), nothing or less with two (head_dim 128).
     """
     if RING:
-        gl.static_assert(G < 3)
-        if G == 0:
-            gl.inline_asm_elementwise(
-                "bar.sync 9, 256; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-            )
-        elif G == 1:
-            gl.inline_asm_elementwise(
-                "bar.sync 10, 256; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-            )
-        else:
-            gl.inline_asm_elementwise(
-                "bar.sync 11, 256; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-            )
+        named_barrier("sync", 9 + G)
 
 
 @gluon.jit
 def _pass_turn(RING: gl.constexpr, G: gl.constexpr):
     """To consumer G."""
     if RING:
-        if G == 0:
-            gl.inline_asm_elementwise(
-                "bar.arrive 9, 256; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-            )
-        elif G == 1:
-            gl.inline_asm_elementwise(
-                "bar.arrive 10, 256; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-            )
-        else:
-            gl.inline_asm_elementwise(
-                "bar.arrive 11, 256; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-            )
+        named_barrier("arrive", 9 + G)
 
 
 # --- Kernel ---------------------------------------------------------------------------------------

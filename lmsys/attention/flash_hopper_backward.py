@@ -51,6 +51,7 @@ from lmsys.attention.flash_hopper import (
     group_barrier,
     in_eights,
     list_counter,
+    named_barrier,
     next_item,
     put_item,
     tiles_of,
@@ -76,8 +77,8 @@ _reduce_add.__module__ = "triton.experimental.gluon.language.user"  # Gluon call
 
 @gluon.jit
 def _consumers_barrier():
-    """Both consumers, 256 threads. Triton uses barriers 0 to 8."""
-    gl.inline_asm_elementwise("bar.sync 9, 256; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    """Both consumers."""
+    named_barrier("sync", 9)
 
 
 # --- Before and after -----------------------------------------------------------------------------
