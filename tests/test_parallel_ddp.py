@@ -231,7 +231,7 @@ def early(process):
             tokens, targets = (share(t, process.rank, RANKS) for t in batch(0))
             tokens[0, 0] = 0
             loss(wrapped, tokens, targets).backward()
-            sent.append(wrapped._next)
+            sent.append(wrapped._progress.next)
             wrapped.finish_gradient_synchronization()
         found[layout] = {
             "sent": sent,

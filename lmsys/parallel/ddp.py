@@ -73,6 +73,8 @@ class DataParallel(nn.Module):
         self._device = self.trained[0].device
         # NCCL averages as it sums; Gloo only sums, and the gradients are divided before.
         self._average_op = dist.ReduceOp.AVG if self._is_nccl else dist.ReduceOp.SUM
+        self._one, self._several = dist.AllreduceOptions(), dist.distributed_c10d.AllreduceCoalescedOptions()
+        self._one.reduceOp = self._several.reduceOp = self._average_op
 
     @property
     def _is_nccl(self) -> bool:
@@ -144,12 +146,12 @@ class DataParallel(nn.Module):
         """Average tensors of one dtype over the ranks, in place and in one launch."""
         if not self._is_nccl:
             torch._foreach_div_(tensors, self.world_size)
-        if len(tensors) == 1:
-            return dist.all_reduce(tensors[0], self._average_op, group=self.group, async_op=async_op)
-        options = dist.distributed_c10d.AllreduceCoalescedOptions()
-        options.reduceOp = self._average_op
-        options.asyncOp = async_op
-        work = self.group.allreduce_coalesced(tensors, options)
+        if len(tensors) == 1:  # the group's own method: dist.all_reduce costs the host as much again as all that it calls
+            self._one.asyncOp = async_op
+            work = self.group.allreduce(tensors, self._one)
+        else:
+            self._several.asyncOp = async_op
+            work = self.group.allreduce_coalesced(tensors, self._several)
         if async_op or work is None:
             return work
         work.wait()
@@ -233,6 +235,16 @@ class _Bucket:
         self.work: dist.Work | None = None
 
 
+class _Progress:
+    """Of a step. An object of its own: nn.Module looks at every value that is assigned to it."""
+
+    __slots__ = ("arrived", "next")
+
+    def __init__(self, parameters: int):
+        self.arrived = bytearray(parameters)
+        self.next = 0  # the bucket to leave next
+
+
 class FlashDDP(DataParallel):
     """Buckets of gradients, averaged while backward goes on.
 
@@ -281,10 +293,9 @@ class FlashDDP(DataParallel):
         self._in_place = layout == "grouped"
         self._communication_dtype = communication_dtype
         self._arrivals: list[int] = []  # of the first backward pass
-        self._arrived = bytearray(len(self.trained))
+        self._progress = _Progress(len(self.trained))
         self._bucket_of: list[_Bucket] = []  # by a parameter's index; empty until the first step's end
         self._buckets: list[_Bucket] = []  # in the order in which they leave
-        self._next = 0  # the bucket to leave next
         for index, parameter in enumerate(self.trained):
             on_gradient(parameter, self._on_gradient, index)
 
@@ -297,12 +308,13 @@ class FlashDDP(DataParallel):
         """The hook: runs when backward has added to parameter.grad."""
         if not self._synchronizes:
             return
-        if self._arrived[index]:
+        arrived = self._progress.arrived
+        if arrived[index]:
             raise RuntimeError(
                 "a second backward pass reached a gradient that may be on its way: call finish_gradient_synchronization() after "
                 "each, or put all but the last backward pass of a step under no_sync()"
             )
-        self._arrived[index] = 1
+        arrived[index] = 1
         if not self._bucket_of:
             self._arrivals.append(index)
             return
@@ -313,10 +325,11 @@ class FlashDDP(DataParallel):
 
     def _send_full(self) -> None:
         """Send the full buckets whose turn it is. If the last one is among them, every parameter of this rank was used."""
-        while self._next < len(self._buckets) and self._buckets[self._next].missing == 0:
-            bucket = self._buckets[self._next]
-            self._next += 1
-            self._send(bucket, self._use()[0] if bucket is self._buckets[-1] else None)
+        progress, buckets = self._progress, self._buckets
+        while progress.next < len(buckets) and buckets[progress.next].missing == 0:
+            bucket = buckets[progress.next]
+            progress.next += 1
+            self._send(bucket, self._use()[0] if bucket is buckets[-1] else None)
 
     def _send(self, bucket: _Bucket, used: Tensor | None) -> None:
         """Start averaging a bucket; the last one takes along which parameters this rank used."""
@@ -339,9 +352,9 @@ class FlashDDP(DataParallel):
         if not self._buckets:
             self._make_buckets()
         unused: list[nn.Parameter] = []
-        if self._next < len(self._buckets):
+        if self._progress.next < len(self._buckets):
             used, unused = self._use()
-            for bucket in self._buckets[self._next :]:
+            for bucket in self._buckets[self._progress.next :]:
                 self._send(bucket, used if bucket is self._buckets[-1] else None)
         for bucket in self._buckets:
             bucket.work.wait()
@@ -352,8 +365,7 @@ class FlashDDP(DataParallel):
         for bucket in self._buckets:
             bucket.missing, bucket.work = len(bucket.parameters), None
             bucket.sent, bucket.views = [], []
-        self._arrived = bytearray(len(self.trained))
-        self._next = 0
+        self._progress = _Progress(len(self.trained))
 
     def _make_buckets(self) -> None:
         """Cut rank 0's order of arrival into buckets. What did not arrive there comes last, later registered first."""
