@@ -24,8 +24,7 @@ def no_variable(monkeypatch):
 
 @pytest.fixture
 def hopper_machine(monkeypatch):
-    """The rule of the machine agrees and auto takes what it may, so that the other rules can be seen at work."""
-    monkeypatch.setattr(paths, "AUTO_TAKES_HOPPER", True)
+    """The rule of the machine agrees, so that the other rules can be seen at work."""
     monkeypatch.setitem(paths.RULES, "machine", lambda call: None)
 
 
@@ -38,13 +37,6 @@ def chosen(q, k, v, backward=False, **options):
 
 
 # --- The rules ------------------------------------------------------------------------------------
-
-
-def test_auto_leaves_the_hopper_path_alone_until_it_is_measured(hopper_machine, monkeypatch):
-    monkeypatch.setattr(paths, "AUTO_TAKES_HOPPER", False)
-    name, reasons = chosen(*half())
-    assert name == "portable" and "until it has been measured" in reasons[0]
-    assert chosen(*half(), path="hopper").name == "hopper"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -507,20 +507,38 @@ def tiles_of(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """What the copy unit needs to know to move (rows, columns) tiles of a (B, H, T, D) tensor of any TMA-able strides.
 
     Four dimensions, so that a tile at a head's end neither reads nor writes the next head. The stride of a dimension of length 1 may
-    be any number; the unit wants a multiple of 16 bytes. TensorDescriptor's own checks are made once a layout.
+    be any number; the unit wants a multiple of 16 bytes.
     """
     key = tensor.shape, tensor.stride(), tensor.dtype, rows, columns
     known = _descriptions.get(key)
     if known is None:
-        shape = list(tensor.shape)
-        strides = [stride if length > 1 else columns for length, stride in zip(shape, tensor.stride(), strict=True)]
+        strides = [
+            stride if length > 1 else columns for length, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        ]
         strides[-1] = 1
-        known = vars(
-            TensorDescriptor(tensor, shape, strides, [1, 1, rows, columns], _layout(rows, columns, tensor.dtype))
-        )
-        if len(_descriptions) >= _REMEMBERED:
-            _descriptions.clear()
-        _descriptions[key] = {**known, "base": None}
+        known = _describe(key, tensor, strides, [1, 1, rows, columns], _layout(rows, columns, tensor.dtype))
+    return _descriptor(tensor, known)
+
+
+def pieces_of(vector: Tensor, length: int) -> TensorDescriptor:
+    """The same for pieces of a contiguous (n,) tensor."""
+    key = vector.shape, vector.dtype, length
+    known = _descriptions.get(key)
+    if known is None:
+        known = _describe(key, vector, [1], [length], gl.NVMMASharedLayout(0, 32, 1))
+    return _descriptor(vector, known)
+
+
+def _describe(key: tuple, tensor: Tensor, strides: list[int], block: list[int], layout: Any) -> dict[str, Any]:
+    """A descriptor's attributes but for the tensor, remembered: TensorDescriptor's own checks are made once a layout."""
+    known = vars(TensorDescriptor(tensor, list(tensor.shape), strides, block, layout)) | {"base": None}
+    if len(_descriptions) >= _REMEMBERED:
+        _descriptions.clear()
+    _descriptions[key] = known
+    return known
+
+
+def _descriptor(tensor: Tensor, known: dict[str, Any]) -> TensorDescriptor:
     descriptor = object.__new__(TensorDescriptor)
     vars(descriptor).update(known, base=tensor)
     return descriptor

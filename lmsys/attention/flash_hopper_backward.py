@@ -40,7 +40,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lmsys.attention.flash_hopper import (
     Launcher,
@@ -53,6 +52,7 @@ from lmsys.attention.flash_hopper import (
     list_counter,
     named_barrier,
     next_item,
+    pieces_of,
     put_item,
     tiles_of,
 )
@@ -529,9 +529,10 @@ def _backward_kernel(
 # --- Launch ---------------------------------------------------------------------------------------
 
 _STAGES = {64: 4, 128: 2}  # by head dim: what shared memory holds
-# Up to this many queries programs are persistent, one a multiprocessor; with more, one an item. H200, 16k tokens, heads x head_dim
-# 2048, causal, TFLOP/s: head_dim 64 at 512 207 and 188, at 1024 299 and 283; at 4096 410 and 423, at 16384 475 and 491.
-_PERSISTENT_QUERIES = 2048
+# By head dim: up to this many queries programs are persistent, one a multiprocessor; with more, one an item. On an H200, 16k tokens,
+# heads x head_dim 2048, causal, TFLOP/s: head_dim 64 at 1024 298 and 273, 2048 378 and 362, 4096 425 and 423, 16384 472 and 488;
+# head_dim 128 at 512 219 and 212, 1024 321 and 315, 2048 384 and 404, 4096 433 and 474.
+_PERSISTENT_QUERIES = {64: 4096, 128: 1024}
 _launch_prepare, _launch_backward, _launch_finish = map(Launcher, (_prepare_kernel, _backward_kernel, _finish_kernel))
 
 
@@ -563,11 +564,11 @@ def backward(
             (head_dim, tile),
         )  # fmt: skip
         _launch_backward(
-            min(items, processors) if q_len <= _PERSISTENT_QUERIES else items, kind,
+            min(items, processors) if q_len <= _PERSISTENT_QUERIES[head_dim] else items, kind,
             (
                 tiles_of(q, tile, head_dim), tiles_of(do, tile, head_dim), tiles_of(k, tile, head_dim), tiles_of(v, tile, head_dim),
                 tiles_of(dq_sum, tile, 64), tiles_of(dk, tile, head_dim), tiles_of(dv, tile, head_dim),
-                _vector(lse_log2), _vector(delta), list_counter(q.device), scale, heads, kv_heads, items, q_len, k_len, padded,
+                pieces_of(lse_log2, tile), pieces_of(delta, tile), list_counter(q.device), scale, heads, kv_heads, items, q_len, k_len, padded,
             ),
             (head_dim, _STAGES[head_dim], causal, causal or k_len % _KEYS.value != 0, heads != kv_heads),
         )  # fmt: skip
@@ -586,7 +587,3 @@ def _readable(tensor: Tensor) -> Tensor:
     ):
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _vector(values: Tensor) -> TensorDescriptor:
-    return TensorDescriptor(values, list(values.shape), [1], [_ROWS.value], gl.NVMMASharedLayout(0, 32, 1))

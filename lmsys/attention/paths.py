@@ -4,8 +4,7 @@ Two paths give the same results within rounding, and each reads what the other s
 - portable: lmsys.attention.flash_triton, any GPU that Triton knows and Triton's CPU interpreter.
 - hopper: lmsys.attention.flash_hopper, in Gluon, for GPUs of compute capability 9.0; RULES says for which inputs.
 
-path="auto" follows the environment variable LMSYS_FLASH_PATH where it is set, and else takes hopper where no rule refuses it and
-AUTO_TAKES_HOPPER says so.
+path="auto" follows the environment variable LMSYS_FLASH_PATH where it is set, and else takes hopper where no rule refuses it.
 "portable" always goes; "hopper" raises ValueError, with the reason, where a rule refuses. The choice is made at each call, in the
 forward and again in the backward pass, and reads no device memory. It knows nothing of speed: where no rule refuses, hopper is
 the faster one.
@@ -28,8 +27,6 @@ __all__ = ["HEAD_DIMS", "PATHS", "RULES", "VARIABLE", "Explanation", "Path", "ch
 PATHS = ("auto", "portable", "hopper")
 VARIABLE = "LMSYS_FLASH_PATH"
 HEAD_DIMS = (64, 128)  # those of the hopper path
-# The hopper path as it stands has been compiled and interpreted, and its kernels' prototypes ran on an H200; the path itself did not yet.
-AUTO_TAKES_HOPPER = False
 _ALIGNMENT = 16  # bytes; of base pointers and strides that the TMA unit takes
 
 
@@ -159,8 +156,6 @@ def choose(
         return Path("portable", (f"{source} asks for it",))
     call = _Call(q, k, v, backward, deterministic)
     refusal = next(_refusals(call), None)
-    if refusal is None and path == "auto" and not AUTO_TAKES_HOPPER:
-        refusal = "auto leaves the hopper path alone until it has been measured; path='hopper' asks for it"
     if refusal is None:
         return Path("hopper", () if path == "auto" else (f"{source} asks for it",))
     if path == "hopper":
