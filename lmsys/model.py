@@ -11,7 +11,8 @@ Legend: B batch, T tokens, V vocabulary, H heads, D head_dim, d = d_model = H D,
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -112,11 +113,11 @@ class CausalSelfAttention(nn.Module):
         """Load the kernel here and not in forward, so that a compiled block is one graph with the kernel in it."""
         self.kernel, self.attend = name, get_kernel(name).load()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x: (B, T, d) -> (B, T, d). cos, sin: (T, D/2)."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable[..., Tensor] | None = None) -> Tensor:
+        """x: (B, T, d) -> (B, T, d). cos, sin: (T, D/2), or (B, 1, T, D/2). attend: (q, k, v, causal) -> y, for the kernel."""
         qkv = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
         q, k = rotate(qkv[:2], cos, sin).unbind(0)  # (B, H, T, D) each
-        y = self.attend(q, k, qkv[2], True)
+        y = (attend or self.attend)(q, k, qkv[2], True)
         return self.output_proj(y.transpose(1, 2).flatten(-2))
 
 
@@ -143,8 +144,8 @@ class TransformerBlock(nn.Module):
         self.ln2 = RMSNorm(config.d_model)
         self.ffn = SwiGLU(config.d_model, config.d_ff)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.attn(self.ln1(x), cos, sin)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable[..., Tensor] | None = None) -> Tensor:
+        x = x + self.attn(self.ln1(x), cos, sin, attend)
         return x + self.ffn(self.ln2(x))
 
 
@@ -185,8 +186,15 @@ class TransformerLM(nn.Module):
         """
         return self.logits(self.hidden(ids))
 
-    def hidden(self, ids: Tensor) -> Tensor:
-        """ids: (B, T) -> what the head reads, (B, T, d)."""
+    def hidden(
+        self, ids: Tensor, *, positions: Tensor | None = None, attend: Callable[..., Tensor] | None = None
+    ) -> Tensor:
+        """ids: (B, T) -> what the head reads, (B, T, d).
+
+        Args:
+            positions: (B, T) int of the tokens in their texts; 0 to T - 1 where not given.
+            attend: (layer, q, k, v, causal) -> y in place of the kernels, as a key-value cache has it.
+        """
         length = ids.shape[-1]
         if length > self.config.context_length:
             raise ValueError(
@@ -195,7 +203,12 @@ class TransformerLM(nn.Module):
         if not torch.compiler.is_compiling():
             self._check(ids)
         x = self.token_embeddings(ids)
-        cos, sin = self.rope.cos[:length], self.rope.sin[:length]
+        where = slice(length) if positions is None else positions.unsqueeze(1)  # the same for all heads
+        cos, sin = self.rope.cos[where], self.rope.sin[where]
+        if attend is not None:
+            for index, layer in enumerate(self.layers):
+                x = layer(x, cos, sin, partial(attend, index))
+            return self.ln_final(x)
         size, nested = self.checkpointing
         if size is None or not torch.is_grad_enabled():
             x = _run(self.layers, x, cos, sin)
