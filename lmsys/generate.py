@@ -1,50 +1,187 @@
-"""Sampling text from a model: temperature, top-k, and top-p (nucleus; Holtzman et al., arXiv 1904.09751, section 3.1).
+"""Writing text with a model: temperature, top-k, top-p (nucleus; Holtzman et al., arXiv 1904.09751, section 3.1), a key-value cache.
 
-Each new token reads the last context_length tokens anew: there is no key-value cache. The window is padded to a power of
-two, which causal attention makes harmless, so that a kernel sees few shapes. Sampling uses a generator of its own on
-the CPU: it does not touch the random state of training, and the same logits give the same text on every device.
+A prompt is read in one pass (prefill), which leaves its keys and values in the cache; then each new token reads itself alone
+(decode). Several prompts are read and continued together, each as if it were alone. Without the cache, every new token
+reads its whole window anew: the same tokens, up to logits that differ by less than rounding, several times slower.
+
+Past context_length: a prompt is cut to its last context_length tokens. When a text outgrows context_length, its window is
+cut to its last half, which is read anew at positions from 0, and grows again. Positions are in the cached keys, so that a
+window that slid by one token would have to be read anew for each; this way a token costs one more read token on average,
+and sees between a half and all of context_length. With and without the cache, windows are the same.
+
+Windows that are read are padded to a power of two, which causal attention makes harmless, so that a kernel sees few shapes.
+Sampling uses a generator of its own for each text on the CPU: it does not touch the random state of training, and the same
+logits give the same text on every device. The price is one wait for the device a token.
+
+Legend: B texts, T tokens, H heads, D head_dim, d d_model, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import codecs
+import time
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lmsys.config import END_OF_TEXT, GenerateConfig
+from lmsys.config import END_OF_TEXT, GenerateConfig, require
 
 if TYPE_CHECKING:
     from lmsys.model import TransformerLM
     from lmsys.tokenizer import Tokenizer
 
 _SHORTEST_WINDOW = 16  # tokens
+_LIKELIEST = (
+    1024  # tokens that hold the nucleus nearly always; a full sort of 50,304 takes 4 ms on a CPU core, this 0.1
+)
+
+
+# --- Sampling -------------------------------------------------------------------------------------
 
 
 def next_token_probabilities(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """logits (V) -> probabilities (V) after temperature, then top-k, then top-p. Temperature 0: all on the largest.
 
     top_k: only the k largest remain (0: all). top_p: of these, the fewest whose probability adds up to at least top_p.
+
+    Raises:
+        FloatingPointError: a logit is NaN, or infinite and the largest.
     """
     logits = logits.float()
+    largest = logits.max()
+    if not largest.isfinite():
+        raise FloatingPointError(f"the model's largest logit is {largest.item()}: its weights are damaged")
     if temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    ordered, ids = (logits / temperature).sort(dim=-1, descending=True, stable=True)
+    probabilities = ((logits - largest) / temperature).softmax(-1)
+    top_k = top_k if top_k < len(logits) else 0
+    if not top_k and top_p == 1:
+        return probabilities
+    kept, ids = probabilities.topk(top_k or min(_LIKELIEST, len(logits)))
+    if not top_k and kept.sum() < top_p:
+        kept, ids = probabilities.sort(descending=True, stable=True)
     if top_k:
-        ordered[top_k:] = -torch.inf
-    kept = ordered.softmax(-1)
+        kept = kept / kept.sum()
     if top_p < 1:
         before = kept.cumsum(-1) - kept  # of the likelier tokens; 0 for the likeliest, which so always stays
         kept = kept.masked_fill(before >= top_p, 0.0)
-    return torch.zeros_like(kept).scatter_(-1, ids, kept / kept.sum())
+    return torch.zeros_like(probabilities).scatter_(-1, ids, kept / kept.sum())
+
+
+def _draw(probabilities: Tensor, generator: torch.Generator) -> int:
+    """An index with its probability: one uniform number, and where it falls in the running sum."""
+    upto = probabilities.cumsum(-1, dtype=torch.float64)
+    place = torch.rand(1, generator=generator, dtype=torch.float64) * upto[-1]
+    return int(torch.searchsorted(upto, place, right=True))  # right: never an index of probability 0
+
+
+# --- The cache ------------------------------------------------------------------------------------
+
+
+class KeyValueCache:
+    """Keys and values of what B texts have been read, (layers, B, H, max_len, D) each, allocated once, at the first read.
+
+    lengths: how many tokens each text has there. Places beyond are zeros or left over, and masked.
+    """
+
+    def __init__(self, model: TransformerLM, batch: int, max_len: int):
+        self.model, self.max_len = model, max_len
+        self.lengths = [0] * batch
+        self.keys = self.values = torch.empty(0)
+
+    def read(self, rows: Sequence[int], windows: Sequence[Sequence[int]]) -> Tensor:
+        """Forget texts `rows` and read their windows in one pass: what the head reads after each one's last token, (R, d)."""
+        index = torch.tensor(rows, device=self.model.token_embeddings.weight.device)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+            if not self.keys.numel():  # only now is the dtype known that the model computes keys in
+                shape = len(self.model.layers), len(self.lengths), k.shape[1], self.max_len, k.shape[-1]
+                self.keys, self.values = k.new_zeros(shape), v.new_zeros(shape)
+            self.keys[layer, index, :, : k.shape[2]] = k
+            self.values[layer, index, :, : v.shape[2]] = v
+            return self.model.layers[layer].attn.attend(q, k, v, causal)
+
+        hidden = _read(self.model, windows, attend)
+        for row, window in zip(rows, windows, strict=True):
+            self.lengths[row] = len(window)
+        return hidden
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        """Read one more token of each text: what the head reads after it, (B, d)."""
+        device = self.keys.device
+        rows = torch.arange(len(tokens), device=device)
+        ids, positions = torch.tensor([tokens, self.lengths], device=device)  # (B) each
+        longest = max(self.lengths) + 1
+        beyond = None
+        if min(self.lengths) + 1 < longest:
+            beyond = (torch.arange(longest, device=device) > positions[:, None])[:, None, None]  # (B, 1, 1, longest)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+            keys, values = self.keys[layer], self.values[layer]
+            keys[rows, :, positions] = k[:, :, 0]
+            values[rows, :, positions] = v[:, :, 0]
+            scores = q * q.shape[-1] ** -0.5 @ keys[:, :, :longest].transpose(-2, -1)  # (B, H, 1, longest)
+            if beyond is not None:
+                scores = scores.masked_fill(beyond, -torch.inf)
+            return scores.softmax(-1).to(values.dtype) @ values[:, :, :longest]
+
+        hidden = self.model.hidden(ids[:, None], positions=positions[:, None], attend=attend)[:, 0]
+        self.lengths = [length + 1 for length in self.lengths]
+        return hidden
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Forget all texts but `rows`."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.lengths = [self.lengths[row] for row in rows]
+
+
+def _padded(length: int, context_length: int) -> int:
+    return min(max(_SHORTEST_WINDOW, 1 << (length - 1).bit_length()), context_length)
+
+
+def _read(
+    model: TransformerLM, windows: Sequence[Sequence[int]], attend: Callable[..., Tensor] | None = None
+) -> Tensor:
+    """Read windows of token ids from position 0: what the head reads after each one's last token, (B, d)."""
+    device = model.token_embeddings.weight.device
+    lengths = [len(window) for window in windows]
+    padded = torch.zeros(len(windows), _padded(max(lengths), model.config.context_length), dtype=torch.int64)
+    for row, window in zip(padded, windows, strict=True):
+        row[: len(window)] = torch.tensor(window)
+    hidden = model.hidden(padded.to(device), attend=attend)
+    return hidden[torch.arange(len(windows), device=device), torch.tensor(lengths, device=device) - 1]
+
+
+# --- Generation -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Generation:
+    """tokens: the new ids of each prompt, without stop_id. Prefill ends with the first logits; decode is all that follows.
+
+    decode_tokens counts those that a step gave logits for: over all prompts, without each one's first.
+    """
+
+    tokens: list[list[int]]
+    prefill_tokens: int
+    prefill_s: float
+    decode_tokens: int
+    decode_s: float
+
+    def speed(self) -> str:
+        """Tokens a second of both, in one line."""
+        parts = (("prefill", self.prefill_tokens, self.prefill_s), ("decode", self.decode_tokens, self.decode_s))
+        return "; ".join(f"{name}: {count:,} tokens, {count / max(s, 1e-9):,.0f} tokens/s" for name, count, s in parts)
 
 
 @torch.no_grad()
-def generate(
+def generate_batch(
     model: TransformerLM,
-    ids: Sequence[int],
+    prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
     temperature: float = 1.0,
@@ -53,61 +190,165 @@ def generate(
     seed: int = 0,
     stop_id: int | None = None,
     vocab_size: int | None = None,
-) -> list[int]:
-    """Continue a sequence of token ids. Returns the new ids alone, without the prompt and without stop_id.
+    use_cache: bool = True,
+    on_token: Callable[[int, int | None], None] | None = None,
+) -> Generation:
+    """Continue sequences of token ids together, each up to stop_id or max_new_tokens.
 
-    vocab_size: sample only ids below it, for a model whose vocabulary is padded beyond its tokenizer's.
-
+    Args:
+        seed: of each text's own generator: a text does not depend on what is written beside it.
+        vocab_size: sample only ids below it, for a model whose vocabulary is padded beyond its tokenizer's.
+        use_cache: False reads each window anew for every token.
+        on_token: called with the index of a prompt and its new id, as soon as it is drawn; with None at that prompt's end.
     Raises:
         ValueError: no ids, or one outside the model's vocabulary.
+        FloatingPointError: logits that are not finite.
     """
     context_length = model.config.context_length
-    window = list(ids)
-    if not window:
-        raise ValueError("the prompt has no tokens; give at least one")
-    if min(window) < 0 or max(window) >= model.config.vocab_size:
-        raise ValueError(
-            f"the prompt has token ids from {min(window)} to {max(window)}, outside the model's vocabulary of "
-            f"{model.config.vocab_size}; use the tokenizer that the model was trained with"
-        )
-    device = model.token_embeddings.weight.device
-    generator = torch.Generator().manual_seed(seed)
-    new: list[int] = []
+    windows = [_checked(prompt, model.config.vocab_size)[-context_length:] for prompt in prompts]
+    require(bool(windows), "there are no prompts; give at least one")
+    require(max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    longest = max(map(len, windows))
+    room = min(context_length, max(_padded(longest, context_length), longest + max_new_tokens - 1))
+    cache = KeyValueCache(model, len(windows), room) if use_cache else None
+    generators = [torch.Generator().manual_seed(seed) for _ in windows]
+    new: list[list[int]] = [[] for _ in windows]
+    active = list(range(len(windows)))  # those that are not at their end, in the order of the cache's rows
+    on_token = on_token or (lambda index, token: None)
+    decode_tokens = 0
+
+    def logits_of(hidden: Tensor) -> Tensor:
+        return model.logits(hidden)[:, :vocab_size].float().cpu()
+
     # A compiled block would be compiled anew for these shapes; the uncompiled one is faster for so few tokens.
     with torch.compiler.set_stance("force_eager") if model.compiled else nullcontext():
-        while len(new) < max_new_tokens:
-            window = window[-context_length:]
-            length = max(_SHORTEST_WINDOW, 1 << (len(window) - 1).bit_length())
-            padded = torch.zeros(1, min(length, context_length), dtype=torch.int64)
-            padded[0, : len(window)] = torch.tensor(window)
-            hidden = model.hidden(padded.to(device))[0, len(window) - 1]
-            logits = model.logits(hidden)[:vocab_size].float().cpu()
-            probabilities = next_token_probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p)
-            token = int(torch.multinomial(probabilities, 1, generator=generator))
-            if token == stop_id:
+        start = time.perf_counter()
+        logits = logits_of(cache.read(active, windows) if cache else _read(model, windows))
+        prefilled = time.perf_counter()
+        while True:
+            going_on = []  # places in active
+            for place, index in enumerate(active):
+                probabilities = next_token_probabilities(
+                    logits[place], temperature=temperature, top_k=top_k, top_p=top_p
+                )
+                token = _draw(probabilities, generators[index])
+                if token != stop_id:
+                    new[index].append(token)
+                    windows[index].append(token)
+                    on_token(index, token)
+                if token == stop_id or len(new[index]) == max_new_tokens:
+                    on_token(index, None)
+                else:
+                    going_on.append(place)
+            if not going_on:
                 break
-            new.append(token)
-            window.append(token)
-    return new
+            if cache and len(going_on) < len(active):
+                cache.keep(going_on)
+            active = [active[place] for place in going_on]
+            full = [place for place, index in enumerate(active) if len(windows[index]) > context_length]
+            for place in full:
+                del windows[active[place]][: -((context_length + 1) // 2)]
+            if cache and full:
+                cache.read(full, [windows[active[place]][:-1] for place in full])
+            if cache:
+                logits = logits_of(cache.step([windows[index][-1] for index in active]))
+            else:
+                logits = logits_of(_read(model, [windows[index] for index in active]))
+            decode_tokens += len(active)
+    ended = time.perf_counter()
+    prefill_tokens = sum(min(len(prompt), context_length) for prompt in prompts)
+    return Generation(new, prefill_tokens, prefilled - start, decode_tokens, ended - prefilled)
 
 
-def generate_text(model: TransformerLM, tokenizer: Tokenizer, prompt: str, config: GenerateConfig) -> str:
-    """The prompt and its continuation up to <|endoftext|>. An empty prompt starts at <|endoftext|>, as a new text does.
+def _checked(prompt: Sequence[int], vocab_size: int) -> list[int]:
+    ids = list(prompt)
+    if not ids:
+        raise ValueError("the prompt has no tokens; give at least one")
+    if min(ids) < 0 or max(ids) >= vocab_size:
+        raise ValueError(
+            f"the prompt has token ids from {min(ids)} to {max(ids)}, outside the model's vocabulary of "
+            f"{vocab_size}; use the tokenizer that the model was trained with"
+        )
+    return ids
 
+
+def generate(model: TransformerLM, ids: Sequence[int], **settings) -> list[int]:
+    """generate_batch for one sequence of token ids. Returns the new ids alone, without the prompt and without stop_id."""
+    return generate_batch(model, [ids], **settings).tokens[0]
+
+
+# --- Text -----------------------------------------------------------------------------------------
+
+
+def generate_texts(
+    model: TransformerLM,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    config: GenerateConfig,
+    *,
+    use_cache: bool = True,
+    write: Callable[[str], None] | None = None,
+) -> tuple[list[str], Generation]:
+    """The prompts and their continuations up to <|endoftext|>. An empty prompt starts at <|endoftext|>, as a new text does.
+
+    Args:
+        write: called with the texts piece by piece as they are written: one text after the other, a blank line after each.
+            A piece ends at a whole character; bytes that are not UTF-8 become U+FFFD.
     Raises:
-        ValueError: the tokenizer is not the model's.
+        ValueError: the tokenizer is not the model's, or lacks <|endoftext|>.
     """
-    (end,) = tokenizer.encode(END_OF_TEXT)
-    ids = tokenizer.encode(prompt)
-    new = generate(
+    end = tokenizer.encode(END_OF_TEXT)
+    require(
+        len(end) == 1, f"the tokenizer has no special token {END_OF_TEXT}, with which texts end; give one that has it"
+    )
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    written = generate_batch(
         model,
-        ids or [end],
+        [one or end for one in ids],
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,
         seed=config.seed,
-        stop_id=end,
+        stop_id=end[0],
         vocab_size=tokenizer.vocab_size,
+        use_cache=use_cache,
+        on_token=_InOrder(tokenizer, prompts, write) if write else None,
     )
-    return tokenizer.decode(ids + new)
+    return [tokenizer.decode(one + new) for one, new in zip(ids, written.tokens, strict=True)], written
+
+
+def generate_text(model: TransformerLM, tokenizer: Tokenizer, prompt: str, config: GenerateConfig) -> str:
+    """generate_texts for one prompt."""
+    return generate_texts(model, tokenizer, [prompt], config)[0][0]
+
+
+class _InOrder:
+    """on_token for texts that grow at once and are to be read one after the other: what comes too early waits for its turn."""
+
+    def __init__(self, tokenizer: Tokenizer, prompts: Sequence[str], write: Callable[[str], None]):
+        self._tokenizer, self._write = tokenizer, write
+        self._decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in prompts]
+        self._waiting = list(prompts)
+        self._ended = [False] * len(prompts)
+        self._turn = 0
+        self._flush()
+
+    def __call__(self, index: int, token: int | None) -> None:
+        data = b"" if token is None else self._tokenizer.vocab.get(token)
+        if data is None:
+            raise ValueError(f"token id {token} is not in the tokenizer's vocabulary; give the model's own tokenizer")
+        self._waiting[index] += self._decoders[index].decode(data, final=token is None)
+        if token is None:
+            self._waiting[index] += "\n\n"
+            self._ended[index] = True
+        self._flush()
+
+    def _flush(self) -> None:
+        while self._turn < len(self._waiting):
+            if self._waiting[self._turn]:
+                self._write(self._waiting[self._turn])
+                self._waiting[self._turn] = ""
+            if not self._ended[self._turn]:
+                return
+            self._turn += 1
