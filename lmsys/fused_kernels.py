@@ -1,0 +1,175 @@
+"""Triton kernels of the training step beside attention: cross-entropy in place, AdamW over many tensors.
+
+Both are bound by memory and read and write each element once or twice; their callers, lmsys.fused_loss and lmsys.optim, import this
+module where tensors lie on a GPU. On the CPU interpreter it is there to check, not to be fast.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lmsys.attention.flash_triton import tl, triton  # which sets up the interpreter where there is no GPU
+
+_LOG2_E = tl.constexpr(math.log2(math.e))
+_LN_2 = tl.constexpr(math.log(2))
+_LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+_MAX, _SUM = (
+    tl.standard._elementwise_max,
+    tl.standard._sum_combine,
+)  # interpreted whenever the kernel is, as tl.max may not be
+
+ADAMW_BLOCK = 2048  # elements of a program: 8 a thread, two vector loads of each fp32 array
+_TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+# --- Cross-entropy --------------------------------------------------------------------------------
+#
+# A row's program runs over it twice, for the log-sum-exp and for the gradient. With 32 warps there are two programs on an SM, so that
+# the rows in flight (264 of 100 KB at 50,304 logits in bf16) fit an H200's L2 of 50 MB, and the second read need not go to memory.
+
+
+@triton.jit
+def _scaled(base, columns, end, MASKED: tl.constexpr):
+    """Logits times log2(e) in fp32, -inf from column `end` on."""
+    x = tl.load(base + columns, mask=columns < end, other=-float("inf")) if MASKED else tl.load(base + columns)
+    return x.to(tl.float32) * _LOG2_E
+
+
+@triton.jit
+def _add_exponentials(x, maximum, total):
+    """Online softmax a lane, in powers of two: x (LANES, WIDTH), the rest (LANES,). WIDTH lies in one thread: nothing is exchanged."""
+    new_maximum = tl.maximum(maximum, tl.reduce(x, 1, _MAX))
+    total = total * tl.math.exp2(maximum - new_maximum) + tl.reduce(tl.math.exp2(x - new_maximum[:, None]), 1, _SUM)
+    return new_maximum, total
+
+
+@triton.jit
+def _store_gradient(base, columns, end, lse, target, scale, is_ignored, MASKED: tl.constexpr):
+    """Replace logits by scale (softmax - one_hot(target)). lse: log2 of the sum of exponentials."""
+    p = tl.math.exp2(_scaled(base, columns, end, MASKED) - lse)
+    gradient = tl.where(columns == target, p - 1.0, p) * scale
+    gradient = tl.where(is_ignored, 0.0, gradient).to(base.dtype.element_ty)
+    if MASKED:
+        tl.store(base + columns, gradient, mask=columns < end)
+    else:
+        tl.store(base + columns, gradient)
+
+
+@triton.jit
+def _cross_entropy_kernel(
+    logits, targets, losses, row_stride, vocabulary, ignore_index, scale,
+    GRADIENT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """losses[row] = -log softmax(logits[row])[target], in fp32; where GRADIENT, logits[row] becomes its gradient times scale.
+
+    A target that is no column gives NaN: nothing is read or written out of bounds.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    base = logits + row * row_stride
+    target = tl.load(targets + row)
+    is_ignored = target == ignore_index
+    inside = (target >= 0) & (target < vocabulary)
+    target_logit = tl.load(base + target, mask=inside, other=float("nan")).to(tl.float32)
+
+    columns = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    whole = vocabulary // (LANES * WIDTH) * (LANES * WIDTH)
+    maximum = tl.full([LANES], _LOWEST, tl.float32)
+    total = tl.full([LANES], 0.0, tl.float32)
+    for start in tl.range(0, whole, LANES * WIDTH):
+        maximum, total = _add_exponentials(_scaled(base, start + columns, vocabulary, False), maximum, total)
+    if whole < vocabulary:
+        maximum, total = _add_exponentials(_scaled(base, whole + columns, vocabulary, True), maximum, total)
+    top = tl.reduce(maximum, 0, _MAX)
+    lse = top + tl.math.log2(tl.reduce(total * tl.math.exp2(maximum - top), 0, _SUM))
+    tl.store(losses + row, tl.where(is_ignored, 0.0, lse * _LN_2 - target_logit))
+    if GRADIENT:
+        for start in tl.range(0, whole, LANES * WIDTH):
+            _store_gradient(base, start + columns, vocabulary, lse, target, scale, is_ignored, False)
+        if whole < vocabulary:
+            _store_gradient(base, whole + columns, vocabulary, lse, target, scale, is_ignored, True)
+
+
+def cross_entropy_(
+    logits: Tensor, targets: Tensor, losses: Tensor, ignore_index: int, scale: float, gradient: bool
+) -> None:
+    """Write the loss of each row, and, where asked, over the logits their gradient times scale.
+
+    logits: (N, V), rows of any stride; targets: (N,) int64; losses: (N,) fp32; the last two contiguous.
+    """
+    rows, vocabulary = logits.shape
+    width = 16 // logits.element_size()  # a vector load a thread
+    lanes = min(1024, max(32, triton.next_power_of_2(-(-vocabulary // width))))
+    with torch.cuda.device_of(logits):
+        _cross_entropy_kernel[(rows,)](
+            logits, targets, losses, logits.stride(0), vocabulary, ignore_index, scale,
+            GRADIENT=gradient, LANES=lanes, WIDTH=width, num_warps=lanes // 32,
+        )  # fmt: skip
+
+
+# --- AdamW ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _adamw_kernel(
+    gradients, parameters, lengths, firsts, slots, masters, exp_avgs, exp_avg_sqs, gradient_scale,
+    decay, lerp1, beta2, lerp2, step_size, correction, eps,
+    DTYPE: tl.constexpr, GRADIENT_DTYPE: tl.constexpr, MASTER: tl.constexpr, SCALED: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A step of AdamW on one block of one tensor.
+
+    gradients, parameters: (tensors,) addresses, a gradient's 0 where there is none; lengths: (tensors,) elements; firsts: (tensors,)
+    the first program of each; slots: (programs,) the tensor of each. masters, exp_avgs, exp_avg_sqs: flat fp32, BLOCK elements a program.
+    """
+    program = tl.program_id(0)
+    slot = tl.load(slots + program)
+    address = tl.load(gradients + slot)
+    if address != 0:
+        inner = (program - tl.load(firsts + slot)).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        mask = inner < tl.load(lengths + slot)
+        flat = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        gradient = address.to(tl.pointer_type(GRADIENT_DTYPE))
+        parameter = tl.load(parameters + slot).to(tl.pointer_type(DTYPE))
+        if ALIGNED:
+            gradient = tl.multiple_of(gradient, 16)
+            parameter = tl.multiple_of(parameter, 16)
+        g = tl.load(gradient + inner, mask=mask, other=0.0).to(tl.float32)
+        if SCALED:
+            g *= tl.load(gradient_scale)
+        theta = tl.load(masters + flat) if MASTER else tl.load(parameter + inner, mask=mask).to(tl.float32)
+        m = tl.load(exp_avgs + flat)
+        v = tl.load(exp_avg_sqs + flat)
+        m += lerp1 * (g - m)
+        v = beta2 * v + lerp2 * g * g
+        theta = decay * theta - step_size * (m / (tl.sqrt(v) / correction + eps))
+        tl.store(exp_avgs + flat, m)
+        tl.store(exp_avg_sqs + flat, v)
+        if MASTER:
+            tl.store(masters + flat, theta)
+        tl.store(parameter + inner, theta.to(DTYPE), mask=mask)
+
+
+def adamw_(
+    tables: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    masters: Tensor | None,
+    exp_avgs: Tensor,
+    exp_avg_sqs: Tensor,
+    gradient_scale: Tensor | None,
+    scalars: tuple[float, ...],
+    dtype: torch.dtype,
+    gradient_dtype: torch.dtype,
+    aligned: bool,
+) -> None:
+    """One step of all tensors of the tables; see the kernel. scalars: decay, 1 - beta1, beta2, 1 - beta2, step size, sqrt of the second
+    moment's bias correction, eps. aligned: all addresses are multiples of 16 bytes."""
+    programs = tables[-1].numel()
+    with torch.cuda.device_of(exp_avgs):
+        _adamw_kernel[(programs,)](
+            *tables, exp_avgs if masters is None else masters, exp_avgs, exp_avg_sqs,
+            exp_avgs if gradient_scale is None else gradient_scale, *scalars,
+            DTYPE=_TRITON_DTYPES[dtype], GRADIENT_DTYPE=_TRITON_DTYPES[gradient_dtype], MASTER=masters is not None,
+            SCALED=gradient_scale is not None, ALIGNED=aligned, BLOCK=ADAMW_BLOCK, num_warps=8,
+        )  # fmt: skip
