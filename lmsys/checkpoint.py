@@ -7,8 +7,15 @@
         checksums.json          SHA-256 of the three
 
 A folder is written under a temporary name beside its place, flushed to the disk, and renamed. Loading reads safetensors
-and JSON, never pickle, and verifies the checksums first. Weights and optimizer state are whole, in the format of one process,
-however many processes trained: what is sharded is gathered before it is saved, so that any number of processes can go on.
+and JSON, never pickle, and verifies the checksums first, then that what it read is a checkpoint: a file that was changed with its
+checksum ends in a ValueError. Weights and optimizer state are whole, in the format of one process, however many processes
+trained: what is sharded is gathered before it is saved, so that any number of processes can go on.
+
+Saver writes while training goes on: the tensors are copied to host memory, on a GPU by a stream of its own into pinned memory
+that is kept, and a thread writes the copy. Its work (reading tensors' bytes, SHA-256, writing, flushing) is done without Python's
+lock, for which safetensors' own save_file, that turns each tensor into a Python object first, would hold up the training. At
+most one checkpoint is on its way. Limits: the copy takes as much host memory as the checkpoint has bytes; of sharded state, the
+gathering itself is not in the background.
 """
 
 from __future__ import annotations
@@ -21,20 +28,22 @@ import random
 import re
 import shutil
 import tempfile
+import threading
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lmsys.config import ModelConfig, build, to_dict
+from lmsys.config import ModelConfig, build, require, to_dict
+from lmsys.cost import model_parameters
 from lmsys.model import TransformerLM
-from lmsys.records import atomic_path
+from lmsys.records import atomic_path, naming
 
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, CHECKSUMS_FILE = (
     "model.safetensors",
@@ -43,6 +52,20 @@ MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, CHECKSUMS_FILE = (
     "checksums.json",
 )
 _NAME = re.compile(r"step-(\d{8,})")
+_PART_BYTES = 1 << 24  # hashed while in the cache, then written
+_REPLACED = "-replaced"  # ends the name of a checkpoint that a new one of its step is about to replace
+_DTYPES = {  # as safetensors names them
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 @dataclass(frozen=True)
@@ -57,13 +80,24 @@ class Checkpoint:
     rng: dict[str, Any]
     config: dict[str, Any]
     extra: dict[str, Any]
+    valid_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What is to be written, the tensors wherever they lie; state is state.json's text."""
+
+    step: int
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: str
+    model_config: str
 
 
 # --- Saving ---------------------------------------------------------------------------------------
 
 
-def save(
-    folder: str | Path,
+def snapshot(
     step: int,
     *,
     weights: Mapping[str, Tensor],
@@ -72,57 +106,236 @@ def save(
     rng: Mapping[str, Any],
     config: Any,
     extra: Mapping[str, Any] | None = None,
-    keep_last: int | None = None,
-) -> Path:
-    """Write folder/step-<8 digits> and return its path. One of the same step is replaced.
+    valid_loss: float | None = None,
+) -> Snapshot:
+    """What a checkpoint of this moment holds. Its tensors are those given: no copy is made.
 
     Args:
         weights: as model_weights() gives them. optimizer: an optimizer's state_dict.
         sampler_state, rng, extra: JSON-ready; rng as rng_state() gives it.
         config: a dataclass with a `model` section.
-        keep_last: then remove all but the newest keep_last checkpoints up to this step.
-    Raises:
-        OSError: full disk, unwritable folder. Earlier checkpoints stay as they were and nothing half-written is left.
+        valid_loss: the validation loss at this step, by which keep_best chooses.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".step-*"):  # of a process that was killed while saving
-        shutil.rmtree(leftover, ignore_errors=True)
-    target = folder / f"step-{step:08d}"
     config = to_dict(config)
-    optimizer_tensors, optimizer_rest = _split_optimizer(optimizer)
+    tensors, rest = _split_optimizer(optimizer)
     state = {
         "step": step,
-        "optimizer": optimizer_rest,
+        "valid_loss": valid_loss,
+        "optimizer": rest,
         "sampler": dict(sampler_state),
         "rng": dict(rng),
         "config": config,
         "extra": dict(extra or {}),
     }
+    return Snapshot(step, dict(weights), tensors, json.dumps(state), json.dumps(config["model"]))
+
+
+def save(folder: str | Path, step: int, *, keep_last: int | None = None, keep_best: int = 0, **content: Any) -> Path:
+    """Write folder/step-<8 digits> and return its path. One of the same step is replaced.
+
+    Args:
+        keep_last: then remove all but the newest keep_last checkpoints up to this step, and
+        keep_best: those of lowest validation loss.
+        **content: see snapshot().
+    Raises:
+        OSError: full disk, unwritable folder. Earlier checkpoints stay as they were and nothing half-written is left.
+    """
+    return write(folder, snapshot(step, **content), keep_last=keep_last, keep_best=keep_best)
+
+
+def write(folder: str | Path, content: Snapshot, *, keep_last: int | None = None, keep_best: int = 0) -> Path:
+    """As save(), of a snapshot."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    recover(folder)
+    target = folder / f"step-{content.step:08d}"
     temporary = Path(tempfile.mkdtemp(dir=folder, prefix=f".{target.name}-"))
+    files = {
+        MODEL_FILE: _safetensors(content.weights, {"model_config": content.model_config}),
+        OPTIMIZER_FILE: _safetensors(content.optimizer, {}),
+        STATE_FILE: [content.state.encode()],
+    }
     try:
-        _save_tensors(weights, temporary / MODEL_FILE, {"model_config": json.dumps(config["model"])})
-        _save_tensors(optimizer_tensors, temporary / OPTIMIZER_FILE, {})
-        (temporary / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
-        sums = {name: _sha256(temporary / name) for name in (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE)}
-        (temporary / CHECKSUMS_FILE).write_text(json.dumps(sums, indent=1), encoding="utf-8")
-        for file in (*temporary.iterdir(), temporary):  # safetensors and mkdtemp make theirs for the owner alone
-            file.chmod(0o755 if file is temporary else 0o644)
-            _flush(file)
-        if target.exists():
-            replaced = temporary.with_name(f"{temporary.name}-replaced")
-            os.rename(target, replaced)
-            os.rename(temporary, target)
-            shutil.rmtree(replaced, ignore_errors=True)
-        else:
-            os.rename(temporary, target)
-        _flush(folder)
+        sums = {}
+        for name, parts in files.items():
+            with naming(target / name):
+                sums[name] = _write(temporary / name, parts)
+        with naming(target):
+            _write(temporary / CHECKSUMS_FILE, [json.dumps(sums, indent=1).encode()])
+            for file in (*temporary.iterdir(), temporary):  # mkdtemp makes its folder for the owner alone
+                file.chmod(0o755 if file is temporary else 0o644)
+                _flush(file)
+            _put_in_place(temporary, target)
+            _flush(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     if keep_last is not None:
-        for path in [path for path in steps(folder) if step_of(path) <= step][:-keep_last]:
-            shutil.rmtree(path)
+        _prune(folder, content.step, keep_last, keep_best)
     return target
+
+
+def recover(folder: str | Path) -> None:
+    """Clear away what a process that was killed while saving left. For the one process that saves there."""
+    for leftover in sorted(Path(folder).glob(".step-*")):
+        target = leftover.with_name(leftover.name[1:].partition("-replaced")[0].rpartition("-")[0])
+        if leftover.name.endswith(_REPLACED) and not target.exists():
+            os.rename(leftover, target)  # killed between the two renames
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _put_in_place(temporary: Path, target: Path) -> None:
+    """Rename the folder to its name, in place of one that has it. A failure leaves that one."""
+    if not target.exists():
+        os.rename(temporary, target)
+        return
+    replaced = temporary.with_name(temporary.name + _REPLACED)
+    os.rename(target, replaced)
+    try:
+        os.rename(temporary, target)
+    except OSError:
+        os.rename(replaced, target)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _prune(folder: Path, step: int, keep_last: int, keep_best: int) -> None:
+    """Remove the checkpoints up to a step that are neither among the newest nor among the best."""
+    saved = [path for path in steps(folder) if step_of(path) <= step]
+    kept = {*saved[-keep_last:], *_by_loss(saved)[:keep_best]}
+    for path in saved:
+        if path not in kept:
+            going = path.with_name(f".{path.name}-removed")  # so that none is half there under its name
+            os.rename(path, going)
+            shutil.rmtree(going, ignore_errors=True)
+
+
+class Saver:
+    """Saves the checkpoints of a run, in the background or not; keeps the path of the last one.
+
+    with Saver(folder, keep_last=2) as saver:
+        saver.save(snapshot)      # returns when the tensors are copied, or on a GPU: when their copying is enqueued
+        saver.before_update()     # before the tensors change
+        saver.failed              # whether a write has failed; finish() raises its error
+
+    Leaving the block waits for what is on its way and raises its error, or, when it is left by another error, warns of it.
+
+    Args:
+        device: where the tensors lie. background: False writes within save().
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        keep_last: int | None = None,
+        keep_best: int = 0,
+        background: bool = True,
+        device: torch.device | None = None,
+        last: Path | None = None,
+    ):
+        self.folder, self.keep_last, self.keep_best, self.background = Path(folder), keep_last, keep_best, background
+        self.last = last  # the newest checkpoint that is whole
+        self._error: BaseException | None = None
+        self._thread: threading.Thread | None = None
+        self._device = device if device is not None and device.type == "cuda" else None
+        self._stream: torch.cuda.Stream | None = None
+        self._copied: torch.cuda.Event | None = None  # recorded after the copying that before_update waits for
+        self._pinned = torch.empty(0, dtype=torch.uint8)
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if kind is None:
+            self.finish()
+            return
+        self._join()
+        if self._error is not None:
+            warnings.warn(f"the last checkpoint was not saved: {self._error}", stacklevel=2)
+
+    def save(self, content: Snapshot, *, owned: bool = False) -> None:
+        """Save a snapshot, once the one before it is written.
+
+        owned: no one else changes the snapshot's tensors on the CPU, which then need no copy.
+        Raises:
+            OSError: the one before it could not be written; without background, this one.
+        """
+        self.finish()
+        if not self.background:
+            self.last = self._write(content)
+            return
+        copied = self._copy(content, owned)
+        self._thread = threading.Thread(target=self._write_in_thread, args=(copied, self._copied), name="checkpoint")
+        self._thread.start()
+
+    def before_update(self) -> None:
+        """Let the GPU change the tensors after they have been copied. Nothing waits on the CPU."""
+        if self._copied is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._copied)
+            self._copied = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether what was on its way has failed; waits for nothing."""
+        return self._error is not None
+
+    def finish(self) -> Path | None:
+        """Wait for what is on its way. Returns the last checkpoint, or raises the error of one that was not written."""
+        self._join()
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        return self.last
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write(self, content: Snapshot) -> Path:
+        return write(self.folder, content, keep_last=self.keep_last, keep_best=self.keep_best)
+
+    def _write_in_thread(self, content: Snapshot, copied: torch.cuda.Event | None) -> None:
+        try:
+            if copied is not None:
+                copied.synchronize()
+            self.last = self._write(content)
+        except BaseException as error:  # for the thread that trains to raise
+            self._error = error
+
+    def _copy(self, content: Snapshot, owned: bool) -> Snapshot:
+        """The snapshot with copies of its tensors; those of a GPU are whole when self._copied has happened."""
+        groups = (content.weights, content.optimizer)
+        on_gpu = [tensor for tensors in groups for tensor in tensors.values() if tensor.is_cuda]
+        places = iter(self._pinned_like(on_gpu))
+        if on_gpu:
+            self._stream = self._stream or torch.cuda.Stream(self._device)
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+
+        def copy(tensor: Tensor) -> Tensor:
+            if not tensor.is_cuda:
+                return tensor.detach() if owned else tensor.detach().clone()
+            with torch.cuda.stream(self._stream):
+                return next(places).copy_(tensor.detach(), non_blocking=True)
+
+        weights, optimizer = ({name: copy(tensor) for name, tensor in tensors.items()} for tensors in groups)
+        if on_gpu:
+            self._copied = self._stream.record_event()
+        return replace(content, weights=weights, optimizer=optimizer)
+
+    def _pinned_like(self, tensors: list[Tensor]) -> list[Tensor]:
+        """A place for each tensor in one pinned buffer, which is kept: to allocate pinned memory takes long."""
+        starts, size = [], 0
+        for tensor in tensors:
+            starts.append(size)
+            size += -(-tensor.nbytes // 64) * 64
+        if size > self._pinned.numel():
+            self._pinned = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        return [
+            self._pinned[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            for start, tensor in zip(starts, tensors, strict=True)
+        ]
 
 
 def rng_state() -> dict[str, Any]:
@@ -135,13 +348,16 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Put the generators back. GPU states are skipped where the number of GPUs is another one."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    torch.set_rng_state(_decode(state["torch"]))
-    cuda = state.get("cuda", [])
-    if torch.cuda.is_available() and len(cuda) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([_decode(one) for one in cuda])
+    """Put the generators back. GPU states are skipped where the number of GPUs is another one. ValueError: not such a state."""
+    try:
+        version, internal, gauss = state["python"]
+        random.setstate((version, tuple(internal), gauss))
+        torch.set_rng_state(_decode(state["torch"]))
+        cuda = state.get("cuda", [])
+        if torch.cuda.is_available() and len(cuda) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all([_decode(one) for one in cuda])
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise ValueError(f"the state of the random generators is damaged ({_first_line(error)})") from None
 
 
 def model_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -155,11 +371,35 @@ def each_once(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if not (id(tensor) in seen or seen.add(id(tensor)))}
 
 
-def _save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    try:
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path, metadata=metadata)
-    except SafetensorError as error:  # it wraps the system's error, of a full disk for one
-        raise OSError(f"cannot write {path.name} of a checkpoint in {path.parent.parent}: {error}") from error
+def _safetensors(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Iterator[bytes | memoryview]:
+    """The parts of a safetensors file. Format: huggingface/safetensors, README, section Format."""
+    # The widest first, as safetensors itself does: each then starts at a multiple of its element's size.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for name, tensor in ordered:
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little")
+    yield text
+    for _, tensor in ordered:
+        yield memoryview(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+
+
+def _write(path: Path, parts: Iterable[bytes | memoryview]) -> str:
+    """Write a file; return its SHA-256."""
+    digest = hashlib.sha256()
+    with path.open("wb", buffering=0) as file:
+        for part in parts:
+            view = memoryview(part)
+            for start in range(0, len(view), _PART_BYTES):
+                piece = view[start : start + _PART_BYTES]
+                digest.update(piece)
+                while piece:  # the system may take a part of it
+                    piece = piece[file.write(piece) :]
+    return digest.hexdigest()
 
 
 def _split_optimizer(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -171,12 +411,15 @@ def _split_optimizer(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], 
     return tensors, {"state": rest, "param_groups": state_dict["param_groups"]}
 
 
-def _join_optimizer(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, Any]:
-    state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in rest["state"].items()}
-    for key, tensor in tensors.items():
-        index, _, name = key.partition(".")
-        state[int(index)][name] = tensor
-    return {"state": state, "param_groups": rest["param_groups"]}
+def _join_optimizer(tensors: Mapping[str, Tensor], rest: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    try:
+        state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in rest["state"].items()}
+        for key, tensor in tensors.items():
+            index, _, name = key.partition(".")
+            state[int(index)][name] = tensor
+        return {"state": state, "param_groups": [dict(group) for group in rest["param_groups"]]}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: its optimizer's state is not one ({_first_line(error)})") from None
 
 
 def _encode(state: Tensor) -> str:
@@ -185,6 +428,15 @@ def _encode(state: Tensor) -> str:
 
 def _decode(text: str) -> Tensor:
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _short(value: object) -> str:
+    """A value of a damaged file, which can be of any length."""
+    return repr(value)[:60]
 
 
 def _sha256(path: Path) -> str:
@@ -221,6 +473,23 @@ def latest(folder: str | Path) -> Path | None:
     return None
 
 
+def best(folder: str | Path) -> Path | None:
+    """The good checkpoint of lowest validation loss, or None where none was evaluated."""
+    return next((path for path in _by_loss(steps(folder)) if _damage(path) is None), None)
+
+
+def _by_loss(paths: Iterable[Path]) -> list[Path]:
+    """Those of the checkpoints that were evaluated, the lowest validation loss first."""
+    losses = {}
+    for path in paths:
+        try:
+            losses[path] = _read_state(path)["valid_loss"]
+        except (ValueError, OSError):
+            continue  # damaged: not among the best
+    evaluated = {path: loss for path, loss in losses.items() if loss is not None}
+    return sorted(evaluated, key=evaluated.__getitem__)
+
+
 def load(path: str | Path, *, verify: bool = True) -> Checkpoint:
     """Read a checkpoint.
 
@@ -230,23 +499,52 @@ def load(path: str | Path, *, verify: bool = True) -> Checkpoint:
         ValueError: there is none, or it is damaged: names the file and the newest good checkpoint beside it.
     """
     path = _verified(path) if verify else Path(path)
-    state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    state = _read_state(path)
     return Checkpoint(
         path=path,
         step=state["step"],
-        weights=load_file(path / MODEL_FILE),
-        optimizer=_join_optimizer(load_file(path / OPTIMIZER_FILE), state["optimizer"]),
+        weights=_load_tensors(path / MODEL_FILE),
+        optimizer=_join_optimizer(_load_tensors(path / OPTIMIZER_FILE), state["optimizer"], path),
         sampler=state["sampler"],
         rng=state["rng"],
         config=state["config"],
         extra=state["extra"],
+        valid_loss=state["valid_loss"],
     )
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """state.json of a checkpoint, of the right form; ValueError where it is not."""
+    file = path / STATE_FILE
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged: {_first_line(error)}") from None
+    require(isinstance(state, dict), f"{file} is damaged: it does not hold an object")
+    state.setdefault("valid_loss", None)
+    for name in ("optimizer", "sampler", "rng", "config", "extra"):
+        require(isinstance(state.get(name), dict), f"{file} is damaged: '{name}' is not an object")
+    model = state["config"].get("model")
+    require(isinstance(model, dict), f"{file} is damaged: its config has no section 'model'")
+    step, loss = state.get("step"), state["valid_loss"]
+    named = step_of(path) if _NAME.fullmatch(path.name) else step
+    require(type(step) is int and step >= 0 and step == named, f"{file} is damaged: its step is {_short(step)}")
+    require(loss is None or type(loss) in (int, float), f"{file} is damaged: its valid_loss is {_short(loss)}")
+    return state
+
+
+def _load_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; ValueError where it is not one."""
+    try:
+        return load_file(file)
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{file} is not a whole safetensors file ({_first_line(error)})") from None
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Copy a checkpoint's weights into a model. ValueError where their names or shapes are not the model's."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in model_weights(model).items()}
-    given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    wanted = {name: _described(tensor) for name, tensor in model_weights(model).items()}
+    given = {name: _described(tensor) for name, tensor in weights.items()}
     for name in sorted(wanted.keys() | given.keys()):
         if wanted.get(name) != given.get(name):
             raise ValueError(
@@ -254,6 +552,10 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
                 f"and {wanted.get(name, 'absent')} in the model"
             )
     model.load_state_dict(weights, strict=False)  # a tied tensor is in the file under one of its names
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)}" + ("" if tensor.is_floating_point() else f" of {tensor.dtype}")
 
 
 def load_model(path: str | Path, *, attention_kernel: str = "vectorized_torch") -> tuple[TransformerLM, ModelConfig]:
@@ -266,15 +568,23 @@ def load_model(path: str | Path, *, attention_kernel: str = "vectorized_torch") 
     file = _verified(path) / MODEL_FILE if path.is_dir() else path
     if not file.exists():
         raise ValueError(f"no model at {path}; give a checkpoint folder (step-…) or an exported .safetensors file")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-        weights = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a whole safetensors file ({error}); export it again") from None
+    weights = _load_tensors(file)
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata() or {}
     if "model_config" not in metadata:
         raise ValueError(f"{file} has no model_config in its metadata: it was not written by lmsys")
-    config = build(ModelConfig, json.loads(metadata["model_config"]), str(file))
+    try:
+        given = json.loads(metadata["model_config"])
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged: its model_config is not JSON ({_first_line(error)})") from None
+    require(isinstance(given, dict), f"{file} is damaged: its model_config is not an object")
+    config = build(ModelConfig, given, str(file))
+    require(config.vocab_size is not None, f"{file} is damaged: its model_config has no vocab_size")
+    require(
+        config.num_layers <= len(weights) and model_parameters(config) <= 2 * sum(map(Tensor.numel, weights.values())),
+        f"the weights do not fit the model: {file} holds {len(weights)} tensors, too few for {config.num_layers} layers of "
+        f"d_model {config.d_model}",
+    )  # before a model of any size is made
     model = TransformerLM(config, attention_kernel=attention_kernel)
     load_weights(model, weights)
     return model, config
