@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import json
 import os
+import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -22,6 +23,7 @@ SCALES = ("auto", "smoke", "cpu", "full")
 DATASET_MODES = ("auto", "tinystories", "local_text", "local_npy", "stories")
 DTYPES = ("fp32", "bf16")
 TRAIN_DTYPES = (*DTYPES, "fp16")  # fp16: with a gradient scaler, for GPUs without bf16
+ON_BAD_STEP = ("stop", "skip")
 FULLY_SHARDED = ("fsdp", "torch_fsdp2")  # wrappers that shard parameters, gradients and optimizer state
 WRAPPER_OPTIONS = {  # settings of train that only some wrappers take
     "bucket_size_mb": ("flashddp", "torch_ddp"),
@@ -202,6 +204,10 @@ class TrainConfig:
     log_interval: int = 10  # steps between rows of metrics.csv
     checkpointing_interval: int = 500  # N > 0: save every N steps; <= 0: only the last step, which is always saved
     keep_checkpoints: int = 2  # the newest that stay on disk
+    keep_best_checkpoints: int = 0  # and so many of lowest validation loss, which is then computed at every checkpoint
+    async_checkpoints: bool = True  # write them while training goes on, from a copy in host memory
+    on_bad_step: str = "stop"  # a loss or gradient that is not finite, or a spike: stop, or skip that step's update
+    loss_spike: float | None = None  # a spike is a loss this many times the median of the steps before; None: none is
     resume: bool = True  # continue from the newest good checkpoint of the run folder
     seed: int = 0
 
@@ -214,6 +220,16 @@ class TrainConfig:
         require(self.epochs is None or self.epochs > 0, f"train.epochs is {self.epochs}; it must be positive")
         for name in ("batch_size", "gradient_accumulation_steps", "eval_batches", "log_interval", "keep_checkpoints"):
             require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; it must be at least 1")
+        require(
+            self.keep_best_checkpoints >= 0,
+            f"train.keep_best_checkpoints is {self.keep_best_checkpoints}; it must be 0 or more",
+        )
+        if self.on_bad_step not in ON_BAD_STEP:
+            raise unknown_name("train.on_bad_step", self.on_bad_step, ON_BAD_STEP)
+        require(
+            self.loss_spike is None or self.loss_spike > 1,
+            f"train.loss_spike is {self.loss_spike}; it must be above 1, as 3 for three times the median, or null",
+        )
         if self.dtype not in TRAIN_DTYPES:
             raise unknown_name("train.dtype", self.dtype, TRAIN_DTYPES)
         require(
@@ -290,7 +306,7 @@ class WandbConfig:
 
 @dataclass(frozen=True)
 class PipelineConfig:
-    """Everything a pipeline run needs. run_dir: a relative one lies in the repository."""
+    """Everything a pipeline run needs. run_dir: a relative one lies in the repository, and stays in it."""
 
     scale: str = "full"
     run_dir: str = "runs/pipeline"
@@ -303,6 +319,11 @@ class PipelineConfig:
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self):
+        parts = Path(self.run_dir).parts
+        require(
+            bool(parts) and ".." not in parts and "\0" not in self.run_dir,
+            f"run_dir is {self.run_dir!r}; give the name of a folder, such as runs/mine, or an absolute path, without '..'",
+        )
         if self.train.steps is not None:
             require(
                 self.optim.warmup_steps <= self.train.steps,
@@ -416,7 +437,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"no config file at {path.resolve()}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, an integer too long, nested too deep
         raise ValueError(f"{path}: not a JSON file: {error}") from None
     require(isinstance(value, dict), f"{path}: expected a JSON object with sections, got {type(value).__name__}")
     return value
@@ -428,7 +449,7 @@ def parse_override(text: str) -> dict[str, Any]:
     require(bool(equals) and bool(key.strip()), f"override '{text}' is not of the form section.key=value")
     try:
         value = json.loads(raw)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         value = raw
     for part in reversed(key.strip().split(".")):
         value = {part: value}
@@ -517,7 +538,7 @@ def _check_type(key: str, value: Any, hint: Any, source: str) -> Any:
     for option in options:
         if option is type(None) and value is None:
             return None
-        if option is float and isinstance(value, (int, float)) and not isinstance(value, bool) and value - value == 0:
+        if option is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
             return float(value)
         if (
             typing.get_origin(option) is tuple
