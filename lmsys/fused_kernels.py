@@ -21,7 +21,6 @@ _MAX, _SUM = (
     tl.standard._sum_combine,
 )  # interpreted whenever the kernel is, as tl.max may not be
 
-ADAMW_BLOCK = 2048  # elements of a program: 8 a thread, two vector loads of each fp32 array
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -113,11 +112,35 @@ def cross_entropy_(
 
 
 @triton.jit
+def _update(
+    gradient, parameter, master, exp_avg, exp_avg_sq, scale, remaining, local,
+    decay, lerp1, beta2, lerp2, step_size, correction, eps,
+    MASTER: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """AdamW on the elements `local` of each array; where MASKED, on those below `remaining` of gradient and parameter."""
+    mask = local < remaining if MASKED else None
+    g = tl.load(gradient + local, mask=mask).to(tl.float32) * scale
+    theta = tl.load(master + local) if MASTER else tl.load(parameter + local, mask=mask).to(tl.float32)
+    m = tl.load(exp_avg + local)
+    v = tl.load(exp_avg_sq + local)
+    if MASKED:  # the flat arrays go on, and stay finite
+        g = tl.where(mask, g, 0.0)
+        theta = tl.where(mask, theta, 0.0)
+    m += lerp1 * (g - m)
+    v = beta2 * v + lerp2 * g * g
+    theta = decay * theta - step_size * (m / (tl.sqrt(v) / correction + eps))
+    tl.store(exp_avg + local, m)
+    tl.store(exp_avg_sq + local, v)
+    if MASTER:
+        tl.store(master + local, theta)
+    tl.store(parameter + local, theta.to(parameter.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _adamw_kernel(
     gradients, parameters, lengths, firsts, slots, masters, exp_avgs, exp_avg_sqs, gradient_scale,
     decay, lerp1, beta2, lerp2, step_size, correction, eps,
-    DTYPE: tl.constexpr, GRADIENT_DTYPE: tl.constexpr, MASTER: tl.constexpr, SCALED: tl.constexpr,
-    ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr, MASTER: tl.constexpr, SCALED: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A step of AdamW on one block of one tensor.
 
@@ -128,48 +151,50 @@ def _adamw_kernel(
     slot = tl.load(slots + program)
     address = tl.load(gradients + slot)
     if address != 0:
-        inner = (program - tl.load(firsts + slot)).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        mask = inner < tl.load(lengths + slot)
-        flat = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        gradient = address.to(tl.pointer_type(GRADIENT_DTYPE))
-        parameter = tl.load(parameters + slot).to(tl.pointer_type(DTYPE))
+        inner = (program - tl.load(firsts + slot)).to(tl.int64) * BLOCK
+        remaining = tl.load(lengths + slot) - inner
+        gradient = address.to(tl.pointer_type(DTYPE)) + inner
+        parameter = tl.load(parameters + slot).to(tl.pointer_type(DTYPE)) + inner
         if ALIGNED:
             gradient = tl.multiple_of(gradient, 16)
             parameter = tl.multiple_of(parameter, 16)
-        g = tl.load(gradient + inner, mask=mask, other=0.0).to(tl.float32)
-        if SCALED:
-            g *= tl.load(gradient_scale)
-        theta = tl.load(masters + flat) if MASTER else tl.load(parameter + inner, mask=mask).to(tl.float32)
-        m = tl.load(exp_avgs + flat)
-        v = tl.load(exp_avg_sqs + flat)
-        m += lerp1 * (g - m)
-        v = beta2 * v + lerp2 * g * g
-        theta = decay * theta - step_size * (m / (tl.sqrt(v) / correction + eps))
-        tl.store(exp_avgs + flat, m)
-        tl.store(exp_avg_sqs + flat, v)
-        if MASTER:
-            tl.store(masters + flat, theta)
-        tl.store(parameter + inner, theta.to(DTYPE), mask=mask)
+        flat = program.to(tl.int64) * BLOCK
+        scale = tl.load(gradient_scale) if SCALED else 1.0
+        local = tl.arange(0, BLOCK)
+        if remaining >= BLOCK:
+            _update(
+                gradient, parameter, masters + flat, exp_avgs + flat, exp_avg_sqs + flat, scale, remaining, local,
+                decay, lerp1, beta2, lerp2, step_size, correction, eps, MASTER, False,
+            )  # fmt: skip
+        else:
+            _update(
+                gradient, parameter, masters + flat, exp_avgs + flat, exp_avg_sqs + flat, scale, remaining, local,
+                decay, lerp1, beta2, lerp2, step_size, correction, eps, MASTER, True,
+            )  # fmt: skip
 
 
 def adamw_(
-    tables: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    tables: tuple[Tensor, ...],
     masters: Tensor | None,
     exp_avgs: Tensor,
     exp_avg_sqs: Tensor,
     gradient_scale: Tensor | None,
     scalars: tuple[float, ...],
+    *,
     dtype: torch.dtype,
-    gradient_dtype: torch.dtype,
     aligned: bool,
+    block: int,
 ) -> None:
-    """One step of all tensors of the tables; see the kernel. scalars: decay, 1 - beta1, beta2, 1 - beta2, step size, sqrt of the second
-    moment's bias correction, eps. aligned: all addresses are multiples of 16 bytes."""
-    programs = tables[-1].numel()
+    """One step of the tensors of the tables, of one dtype with their gradients; see the kernel.
+
+    scalars: 1 - lr weight_decay, 1 - beta1, beta2, 1 - beta2, lr over the first moment's bias correction, the root of the second's, eps.
+    aligned: all addresses are multiples of 16 bytes.
+    """
+    nothing = exp_avgs
     with torch.cuda.device_of(exp_avgs):
-        _adamw_kernel[(programs,)](
-            *tables, exp_avgs if masters is None else masters, exp_avgs, exp_avg_sqs,
-            exp_avgs if gradient_scale is None else gradient_scale, *scalars,
-            DTYPE=_TRITON_DTYPES[dtype], GRADIENT_DTYPE=_TRITON_DTYPES[gradient_dtype], MASTER=masters is not None,
-            SCALED=gradient_scale is not None, ALIGNED=aligned, BLOCK=ADAMW_BLOCK, num_warps=8,
+        _adamw_kernel[(tables[-1].numel(),)](
+            *tables, nothing if masters is None else masters, exp_avgs, exp_avg_sqs,
+            nothing if gradient_scale is None else gradient_scale, *scalars,
+            DTYPE=_TRITON_DTYPES[dtype], MASTER=masters is not None, SCALED=gradient_scale is not None,
+            ALIGNED=aligned, BLOCK=block, num_warps=8,
         )  # fmt: skip

@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from lmsys.optim import AdamW, clip_grad_norm, cosine_schedule, parameter_groups
+from lmsys.optim import (
+    AdamW,
+    FusedAdamW,
+    clip_factor,
+    clip_grad_norm,
+    cosine_schedule,
+    parameter_groups,
+    to_low_precision,
+)
 
 
 def net() -> nn.Module:
@@ -135,3 +143,172 @@ def test_clipping_can_be_off():
     before = [p.grad.clone() for p in model.parameters()]
     assert clip_grad_norm(model.parameters(), 0.0).item() > 1
     assert all(torch.equal(p.grad, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+# --- FusedAdamW -----------------------------------------------------------------------------------
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+interpreted = pytest.mark.filterwarnings("ignore:no CUDA GPU")
+SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+
+
+def tensors(dtype=torch.float32):
+    """Shapes around the kernel's block of 2,048, and one without elements."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((3,), (5, 7), (2048,), (33, 67), (0,), (1, 4097))
+    return [nn.Parameter(torch.randn(shape, generator=generator).to(DEVICE, dtype)) for shape in shapes]
+
+
+def give_gradients(parameters, seed, without=()):
+    generator = torch.Generator().manual_seed(seed)
+    for index, parameter in enumerate(parameters):
+        grad = torch.randn(parameter.shape, generator=generator).to(DEVICE, parameter.dtype)
+        parameter.grad = None if index in without else grad
+
+
+@interpreted
+@pytest.mark.parametrize("path", ["torch", "triton"])
+def test_fused_adamw_follows_torch(path):
+    pytest.importorskip("triton")
+    ours, theirs = tensors(), tensors()
+    optimizer = FusedAdamW(ours, **SETTINGS, path=path)
+    reference = torch.optim.AdamW(theirs, **SETTINGS)
+    for step in range(6):
+        for some in (ours, theirs):
+            give_gradients(some, step, without=(1, 3) if step < 2 else ())
+        optimizer.param_groups[0]["lr"] = reference.param_groups[0]["lr"] = 1e-2 / (1 + step)
+        optimizer.step()
+        reference.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        for name in ("exp_avg", "exp_avg_sq") if a in optimizer.state else ():
+            torch.testing.assert_close(optimizer.state[a][name], reference.state[b][name], rtol=1e-5, atol=1e-7)
+    assert [optimizer.state[a]["step"] for a in ours[:4]] == [6, 4, 6, 4]
+
+
+@interpreted
+@pytest.mark.parametrize("path", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_masters_move_where_the_rounded_parameters_would_not(dtype, path):
+    """Steps of a thousandth of a parameter are lost in bf16; the masters are those of an AdamW in fp32 on the same gradients."""
+    pytest.importorskip("triton")
+    wide = tensors()
+    module = nn.ParameterList([nn.Parameter(one.detach().clone()) for one in wide])
+    masters = to_low_precision(module, dtype)
+    assert [one.dtype for one in module] == [dtype if one.ndim >= 2 else torch.float32 for one in wide]
+    optimizer = FusedAdamW(module.parameters(), lr=1e-4, masters=masters, path=path)
+    reference = torch.optim.AdamW(wide, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
+    for step in range(5):
+        give_gradients(module, step)
+        for one, narrow in zip(wide, module, strict=True):
+            one.grad = narrow.grad.float()
+        optimizer.step()
+        reference.step()
+    found = optimizer.masters()
+    assert len(found) == 3
+    for one, narrow in zip(wide, module, strict=True):
+        torch.testing.assert_close(found.get(narrow, narrow), one, rtol=1e-5, atol=1e-6)
+        # The interpreter makes bf16 numbers by cutting off digits.
+        ulps = 2**-7 if (path, dtype, DEVICE) == ("triton", torch.bfloat16, "cpu") else 0
+        torch.testing.assert_close(narrow, found.get(narrow, narrow).to(narrow.dtype), rtol=ulps, atol=0)
+
+
+@interpreted
+@pytest.mark.parametrize("path", ["torch", "triton"])
+def test_gradients_are_scaled_on_the_way(path):
+    pytest.importorskip("triton")
+    ours, theirs = tensors(), tensors()
+    for some in (ours, theirs):
+        give_gradients(some, 0)
+    norm = clip_grad_norm(ours, 0)
+    FusedAdamW(ours, **SETTINGS, path=path).step(gradient_scale=clip_factor(norm, 0.5))
+    torch.testing.assert_close(clip_grad_norm(theirs, 0.5), norm)
+    AdamW(theirs, **SETTINGS).step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@interpreted
+def test_gradients_of_any_strides_and_addresses():
+    pytest.importorskip("triton")
+    ours, theirs = tensors(), tensors()
+    optimizer, reference = FusedAdamW(ours, **SETTINGS, path="triton"), AdamW(theirs, **SETTINGS)
+    for step in range(3):
+        for some in (ours, theirs):
+            give_gradients(some, step)
+        for parameter in ours[step:]:
+            if parameter.ndim == 2:
+                parameter.grad = parameter.grad.t().contiguous().t()
+            else:
+                parameter.grad = torch.cat((parameter.grad[:1], parameter.grad))[1:]  # 4 bytes past an aligned address
+        optimizer.step()
+        reference.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_fused_and_plain_adamw_load_each_others_state(tmp_path):
+    from safetensors.torch import save_file
+
+    makers = (lambda p: AdamW(p, **SETTINGS), lambda p: FusedAdamW(p, **SETTINGS, path="torch"))
+    for make, other in (makers, makers[::-1], (makers[1], makers[1])):
+        ours, theirs = tensors(), tensors()
+        first = make(ours)
+        for step in range(3):
+            give_gradients(ours, step, without=(1,))
+            first.step()
+        with torch.no_grad():
+            for a, b in zip(ours, theirs, strict=True):
+                b.copy_(a)
+        second = other(theirs)
+        second.load_state_dict(copy.deepcopy(first.state_dict()))
+        assert theirs[1] not in second.state
+        save_file({str(i): one["exp_avg"] for i, one in second.state_dict()["state"].items()}, tmp_path / "state")
+        for some, optimizer in ((ours, first), (theirs, second)):
+            give_gradients(some, 9)
+            optimizer.step()
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_moments_of_narrow_parameters_load_in_fp32():
+    made = []
+    for _ in range(2):
+        module = nn.ParameterList([nn.Parameter(torch.ones(4, 4))])
+        made.append((module, FusedAdamW(module.parameters(), masters=to_low_precision(module, torch.bfloat16))))
+    (module, first), (_, second) = made
+    give_gradients(module, 0)
+    first.step()
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    a, b = (next(iter(optimizer.state.values()))["exp_avg"] for optimizer in (first, second))
+    assert b.dtype == torch.float32 and torch.equal(a, b)
+
+
+def test_fused_adamw_says_what_it_does_not_take():
+    with pytest.raises(ValueError, match="contiguous"):
+        FusedAdamW([nn.Parameter(torch.ones(3, 4).t())])
+    with pytest.raises(ValueError, match="float64"):
+        FusedAdamW([nn.Parameter(torch.ones(3, dtype=torch.float64))])
+    with pytest.raises(ValueError, match="path is 'cuda'"):
+        FusedAdamW([nn.Parameter(torch.ones(3))], path="cuda")
+
+
+def test_norms_of_bf16_gradients_are_in_fp32():
+    parameters = [nn.Parameter(torch.ones(1000, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32)]
+    give_gradients(parameters, 0)
+    wanted = torch.cat([parameter.grad.double() for parameter in parameters]).norm()
+    torch.testing.assert_close(clip_grad_norm(parameters, 0).double(), wanted, rtol=1e-6, atol=0)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="a CPU is waited for always; needs a CUDA GPU")
+def test_a_step_with_clipping_waits_for_nothing():
+    module = nn.ParameterList(tensors())
+    for fused in (False, True):
+        optimizer = FusedAdamW(module.parameters()) if fused else AdamW(module.parameters())
+        for step in range(2):
+            give_gradients(module, step)
+            torch.cuda.set_sync_debug_mode("error" if step else "default")
+            try:
+                norm = clip_grad_norm(module.parameters(), 0 if fused else 1.0)
+                optimizer.step(**({"gradient_scale": clip_factor(norm, 1.0)} if fused else {}))
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
