@@ -3,9 +3,13 @@
 A run folder holds metrics.csv (records.SCHEMAS["pipeline_metrics"]), samples.jsonl (step, prompt, text), checkpoints/, and
 wandb's files. A step reads gradient_accumulation_steps batches a process, clips the global gradient norm, and takes one
 AdamW step at the learning rate of the cosine schedule. The device is waited for only where a row of metrics is written;
-with fp16 at each step, as torch's gradient scaler reads there whether a gradient overflowed and the step is to be skipped.
+with fp16 at each step, as torch's gradient scaler reads there whether a gradient overflowed and the step is to be skipped, and
+with train.on_bad_step=skip, as the loss decides there whether the weights are updated.
 
 Resuming is exact: on the CPU, with as many threads, an interrupted run gives the losses of an uninterrupted one bit for bit.
+A checkpoint is written while training goes on (checkpoint.Saver); a write that fails ends the run at the next step. SIGTERM and
+SIGINT end a run after the step at hand, with a checkpoint of it and the exit code 128 + signal; before the first step is done
+there is nothing to save, and they end it at once. In several processes a signal to one of them ends all after the same step.
 fp32 on a CUDA GPU uses TF32 in matrix products (torch's precision "high"), as is the practice; MFU is then against the TF32
 peak.
 
@@ -27,8 +31,12 @@ import json
 import math
 import os
 import shutil
+import signal
+import statistics
+import threading
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -59,6 +67,8 @@ if TYPE_CHECKING:
 COLUMNS = SCHEMAS["pipeline_metrics"]
 Result = TypeVar("Result")
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+SPIKE_WINDOW, SPIKE_LEAST = 64, 8  # losses that a spike is measured against: at most, at least
+SKIPS_IN_A_ROW = 10  # a run that skips more is beyond help
 METRICS_FILE, SAMPLES_FILE, CHECKPOINTS = "metrics.csv", "samples.jsonl", "checkpoints"
 
 
@@ -70,6 +80,7 @@ class History:
     samples: list[dict[str, Any]] = field(default_factory=list)
     checkpoint: Path | None = None  # the last one
     resumed_from: int | None = None  # the step of the checkpoint that the run continued from
+    skipped: list[dict[str, Any]] = field(default_factory=list)  # steps without an update: step, draw, fault
 
     @property
     def valid_loss(self) -> float | None:
@@ -81,6 +92,18 @@ class History:
         import pandas as pd
 
         return pd.DataFrame(self.rows, columns=list(COLUMNS))
+
+
+class Stopped(SystemExit):
+    """A signal ended the run; the process ends with its code, 128 + the signal's number, unless this is caught.
+
+    Attributes:
+        checkpoint: the last one, from which the run can go on; None where there is none.
+    """
+
+    def __init__(self, number: int, checkpoint: Path | None = None):
+        super().__init__(128 + number)
+        self.checkpoint = checkpoint
 
 
 # --- Training -------------------------------------------------------------------------------------
@@ -110,7 +133,9 @@ def train(
     Raises:
         ValueError: settings, data or device that cannot work, found before any work; a checkpoint that does not fit.
         OSError: a folder that cannot be written, a full disk, a device out of memory.
-        FloatingPointError: the loss or the gradient norm is not finite; names the step. The last checkpoint is good.
+        FloatingPointError: the loss or the gradient norm is not finite, or a spike; names the step and the batch. The last
+            checkpoint is good.
+        Stopped: SIGTERM or SIGINT, after a checkpoint.
     In several processes, ValueError, FloatingPointError and an OSError of rank 0's files are raised in all of them.
     """
     settings = config.train
@@ -154,79 +179,145 @@ def train(
     tensor_cores = "tf32" if settings.dtype == "fp32" and device.type == "cuda" else settings.dtype
     peak = devices.peak_flops(devices.device_name(device), tensor_cores)
     last_checkpoint, resumed_from = (saved.path, saved.step) if saved else (None, None)
+    guard = _Guard(settings, sampler, saved.extra.get("guard") if saved else None)
+    # Of the steps since the last row, on the device. A run that a signal ended goes on with those that had no row yet.
+    losses, norms = ([*values] for values in replica.tensors(saved.extra.get("since_row") if saved else None))
     del saved  # its tensors are in the model and the optimizer now
     first_step = 1 if resumed_from is None else resumed_from + 1
     step = first_step
     started = time.perf_counter() - (rows[-1]["elapsed_s"] if rows else 0.0)
-    losses: list[Tensor] = []  # of the steps since the last row, on the device
-    norms: list[Tensor] = []
 
-    def save(step: int) -> Path:
-        """Write a checkpoint on rank 0. The others wait for it, so that none goes on from what is not on the disk."""
+    def save(step: int, valid_loss: float | None, since_row: list[tuple[float, float]]) -> None:
+        """Save on rank 0, in the background if so set; all processes give their part."""
         weights, optimizer = replica.whole_state()
-        return _from_rank0(
-            lambda: checkpoint.save(
-                run_dir / CHECKPOINTS,
-                step,
-                weights=weights,
-                optimizer=optimizer,
-                sampler_state=sampler.state_dict(),
-                rng=checkpoint.rng_state(),
-                config=config,
-                extra={"steps": steps, "train_tokens": fingerprint(train_tokens), "world_size": world_size}
-                | {"scaler": replica.scaler.state_dict()},
-                keep_last=settings.keep_checkpoints,
-            )
-        )
+        content = {"steps": steps, "train_tokens": fingerprint(train_tokens), "world_size": world_size}
+        content |= {"scaler": replica.scaler.state_dict(), "guard": guard.state_dict(), "since_row": since_row}
 
+        def save_here() -> None:
+            saver.save(
+                checkpoint.snapshot(
+                    step,
+                    weights=weights,
+                    optimizer=optimizer,
+                    sampler_state=sampler.state_dict(),
+                    rng=checkpoint.rng_state(),
+                    config=config,
+                    extra=content,
+                    valid_loss=valid_loss,
+                ),
+                owned=replica.gathers,
+            )
+
+        _from_rank0(save_here)
+
+    def read_window() -> list[tuple[float, float]]:
+        """Loss and gradient norm of the steps since the last row, means over the ranks. Waits for the device.
+
+        Raises:
+            FloatingPointError: one is bad, in every process, as each has the same means.
+        """
+        pairs = [tuple(pair) for pair in _means(losses, norms)]
+        for at, (loss, norm) in enumerate(pairs, start=step - len(pairs) + 1):
+            if at <= guard.step:  # looked at before: where steps are skipped, each is before its update
+                continue
+            if fault := guard.fault(loss, None if replica.scaler.is_enabled() else norm):
+                kept = _kept(_from_rank0(saver.finish))
+                raise FloatingPointError(
+                    f"{fault} at step {at}; lower optim.learning_rate or warm up longer, or set train.on_bad_step=skip "
+                    f"({guard.batch(step - at)}; {kept})"
+                )
+            guard.accept(at, loss)
+        losses.clear()
+        norms.clear()
+        return pairs
+
+    skips = settings.on_bad_step == "skip"
     with (
         devices.fp32_products("high" if device.type == "cuda" else None),  # TF32
+        checkpoint.Saver(
+            (run_dir or Path()) / CHECKPOINTS,
+            keep_last=settings.keep_checkpoints,
+            keep_best=settings.keep_best_checkpoints,
+            background=settings.async_checkpoints,
+            device=device,
+            last=last_checkpoint,
+        ) as saver,
         _memory_errors_told(lambda: f"at step {step} ({_kept(last_checkpoint)})"),
         _Log(run_dir if is_main else None, rows, samples, wandb_run if is_main else None) as log,
         _bar(steps, first_step - 1, progress and is_main, world_size) as bar,
+        _Requests(device, lambda number: _stopped(number, None, steps, last_checkpoint, say)) as requests,
     ):
-        window_started = time.perf_counter()
+        window_started, timed = time.perf_counter(), 0  # and how many steps since then
         for step in range(first_step, steps + 1):
             step_loss = replica.accumulate(sampler)
+            saver.before_update()
             learning_rate = rate_at(step)
-            losses.append(step_loss)
-            norms.append(replica.update(learning_rate))
+            if skips:
+                norm = replica.clip()
+                ((loss, seen_norm),) = _means([step_loss], [norm])
+                fault = guard.fault(loss, None if replica.scaler.is_enabled() else seen_norm)
+                if fault:
+                    replica.discard()
+                    guard.skip(step, fault, say)
+                else:
+                    replica.apply(learning_rate)
+                    guard.accept(step, loss)
+                    losses.append(step_loss)
+                    norms.append(norm)
+            else:
+                losses.append(step_loss)
+                norms.append(replica.update(learning_rate))
+            timed += 1
             bar.update()
+            requests.something_to_save()
 
-            evaluating = _due(step, settings.eval_interval, steps)
-            sampling = tokenizer is not None and _due(step, settings.sample_interval, steps)
+            request = requests.agreed(saver.failed)
+            if request == _Requests.FAILED:
+                _from_rank0(saver.finish)  # raises the error of the write, in every process
+            stopping = request == _Requests.STOP
             saving = run_dir is not None and _due(step, settings.checkpointing_interval, steps)
-            if evaluating or sampling or saving or step % settings.log_interval == 0:
-                # Waits for the device.
-                window, norm = _finite(step, losses, norms, last_checkpoint, skips=replica.scaler.is_enabled())
+            evaluating = _due(step, settings.eval_interval, steps) or (saving and settings.keep_best_checkpoints > 0)
+            sampling = tokenizer is not None and _due(step, settings.sample_interval, steps)
+            logging = evaluating or sampling or saving or step % settings.log_interval == 0
+            valid_loss = None
+            if logging:
+                window = read_window()
                 seconds = time.perf_counter() - window_started
-                rate = len(losses) * tokens_per_step / seconds
+                rate = timed * tokens_per_step / seconds
                 row = dict.fromkeys(COLUMNS) | {
                     "step": step,
                     "tokens": step * tokens_per_step,
-                    "train_loss": sum(window) / len(window),
                     "learning_rate": learning_rate,
-                    "grad_norm": norm,
                     "tokens_per_s": rate,
                     "mfu": cost.mfu(rate, flops_per_token, peak),
                 }
-                losses.clear()
-                norms.clear()
+                if window:  # else all its steps were skipped
+                    norm = window[-1][1]
+                    row["train_loss"] = sum(loss for loss, _ in window) / len(window)
+                    row["grad_norm"] = norm if math.isfinite(norm) else None
                 if evaluating:
-                    row["valid_loss"] = replica.evaluate(valid_tokens)
+                    row["valid_loss"] = valid_loss = replica.evaluate(valid_tokens)
                 row["elapsed_s"] = time.perf_counter() - started
                 log.add_row(row)
-                bar.set_postfix_str(f"loss {row['train_loss']:.3f}, {rate:,.0f} tokens/s")
+                shown = "skipped" if row["train_loss"] is None else f"loss {row['train_loss']:.3f}"
+                bar.set_postfix_str(f"{shown}, {rate:,.0f} tokens/s")
             if sampling:
                 for sample in replica.samples(tokenizer):
                     log.add_sample({"step": step} | sample)
-            if saving:
-                last_checkpoint = save(step)
+            if saving or (stopping and run_dir is not None):
+                save(step, valid_loss, since_row=read_window())
+                last_checkpoint = run_dir / CHECKPOINTS / f"step-{step:08d}"
             if on_step is not None:
                 on_step(step, step_loss)
-            if not losses:
-                window_started = time.perf_counter()  # evaluation, samples and checkpoints do not count as training
-    return History(log.rows, log.samples, last_checkpoint, resumed_from)
+            if stopping:
+                break
+            if logging:
+                # Evaluation, samples and what a checkpoint holds up do not count as training.
+                window_started, timed = time.perf_counter(), 0
+        last_checkpoint = _from_rank0(saver.finish)
+    if requests.number is not None or step < steps:
+        raise _stopped(requests.number or signal.SIGTERM, step, steps, last_checkpoint, say)
+    return History(log.rows, log.samples, last_checkpoint, resumed_from, guard.skipped)
 
 
 @torch.no_grad()
@@ -315,6 +406,9 @@ class _Replica:
         self.config, self.device = config, device
         self.rank, self.world_size = group.current()
         self.fully_sharded = settings.ddp_wrapper in FULLY_SHARDED
+        # Whether what whole_state() gives on the CPU is a copy: gathered from several processes, or from GPUs.
+        self.gathers = self.fully_sharded and self.world_size > 1
+        self.gathers |= settings.sharded_optimizer and device.type == "cuda"
         torch.manual_seed(settings.seed)
         with device:  # initialized where it will be: a large model takes minutes on the CPU
             self.model = TransformerLM(config.model, attention_kernel=settings.attention_kernel)
@@ -394,6 +488,12 @@ class _Replica:
 
     def update(self, learning_rate: float) -> Tensor:
         """Clip the gradients and take the optimizer's step. Returns the global gradient norm before clipping."""
+        norm = self.clip()
+        self.apply(learning_rate)
+        return norm
+
+    def clip(self) -> Tensor:
+        """Clip the gradients. Returns their global norm before that."""
         max_norm = self.config.optim.max_grad_norm
         self.scaler.unscale_(self.optimizer)
         if self.fully_sharded:
@@ -402,12 +502,26 @@ class _Replica:
             norm = self.optimizer.clip_grad_norm_(max_norm)
         else:
             norm = clip_grad_norm(self.parameters, max_norm)
+        return norm
+
+    def apply(self, learning_rate: float) -> None:
+        """Take the optimizer's step with the clipped gradients."""
         for options in self.optimizer.param_groups:
             options["lr"] = learning_rate
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
+
+    def discard(self) -> None:
+        """Drop the gradients: the step leaves weights and optimizer as they were."""
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def tensors(self, pairs: list[list[float]] | None) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Losses and gradient norms that a checkpoint holds as numbers, on the device."""
+        if not pairs:
+            return (), ()
+        return tuple(tuple(column) for column in torch.tensor(pairs, device=self.device).unbind(1))
 
     def evaluate(self, tokens: np.ndarray) -> float:
         """The validation loss over eval_batches times the sequences of a step, which the processes share."""
@@ -613,28 +727,149 @@ def _extremes(tokens: np.ndarray, block: int = 1 << 24) -> tuple[int, int]:
     return min(int(part.min()) for part in blocks), max(int(part.max()) for part in blocks)
 
 
-def _finite(
-    step: int, losses: list[Tensor], norms: list[Tensor], last_checkpoint: Path | None, skips: bool
-) -> tuple[list[float], float | None]:
-    """The losses of the steps up to `step`, means over the ranks, and the last of their gradient norms, as numbers.
-
-    skips: steps whose gradients overflow are skipped; the norm of the last is None where it did.
-    Raises:
-        FloatingPointError: one is not finite; in every process, as each has the same means.
-    """
-    pairs = group.mean_over_ranks(torch.stack([torch.stack(losses), torch.stack(norms)], -1)).tolist()
-    for at, (loss, norm) in enumerate(pairs, start=step - len(pairs) + 1):
-        if not (math.isfinite(loss) and (skips or math.isfinite(norm))):
-            what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm}"
-            raise FloatingPointError(
-                f"{what} at step {at}; lower optim.learning_rate or warm up longer ({_kept(last_checkpoint)})"
-            )
-    last = pairs[-1][1]
-    return [loss for loss, _ in pairs], last if math.isfinite(last) else None
+def _means(losses: list[Tensor], norms: list[Tensor]) -> list[list[float]]:
+    """(loss, gradient norm) of each step, means over the ranks, as numbers: waits for the device."""
+    if not losses:
+        return []
+    return group.mean_over_ranks(torch.stack([torch.stack(losses), torch.stack(norms)], -1)).tolist()
 
 
 def _kept(last_checkpoint: Path | None) -> str:
     return f"the last checkpoint is {last_checkpoint}" if last_checkpoint else "no checkpoint was saved"
+
+
+class _Guard:
+    """Tells bad steps: a loss or gradient norm that is not finite, a loss far above the median of those before it.
+
+    It is given means over the ranks, so that each process tells the same. The state is what a resumed run needs to do so too.
+    """
+
+    def __init__(self, settings: TrainConfig, sampler: BatchSampler, state: dict[str, Any] | None):
+        self.factor, self.sampler = settings.loss_spike, sampler
+        state = state or {"step": 0, "losses": [], "in_a_row": 0, "skipped": []}
+        self.step: int = state["step"]  # the last one that was looked at
+        self.losses = deque((float(loss) for loss in state["losses"]), maxlen=SPIKE_WINDOW)
+        self.in_a_row: int = state["in_a_row"]
+        self.skipped: list[dict[str, Any]] = list(state["skipped"])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "losses": [*self.losses], "in_a_row": self.in_a_row, "skipped": [*self.skipped]}
+
+    def fault(self, loss: float, norm: float | None) -> str | None:
+        """What is bad about a step, or None. norm None: it may be infinite, as where fp16 overflows."""
+        if not math.isfinite(loss):
+            return f"the loss is {loss}"
+        if norm is not None and not math.isfinite(norm):
+            return f"the gradient norm is {norm}"
+        if self.factor is None or len(self.losses) < SPIKE_LEAST:
+            return None
+        usual = statistics.median(self.losses)
+        if loss <= self.factor * usual:
+            return None
+        return f"the loss is {loss:.4g}, {loss / usual:.3g} times the median {usual:.4g} of the {len(self.losses)} before it,"
+
+    def accept(self, step: int, loss: float) -> None:
+        """A good step."""
+        self.step, self.in_a_row = step, 0
+        self.losses.append(loss)
+
+    def skip(self, step: int, fault: str, say: Callable[[str], None]) -> None:
+        """A bad step that changes nothing. FloatingPointError where it is one of too many."""
+        self.step, self.in_a_row = step, self.in_a_row + 1
+        self.skipped.append({"step": step, "draw": self.sampler.draws - 1, "fault": fault})
+        if self.in_a_row > SKIPS_IN_A_ROW:
+            raise FloatingPointError(
+                f"{fault} at step {step}, as in the {SKIPS_IN_A_ROW} steps before it, which were skipped; lower "
+                f"optim.learning_rate or warm up longer ({self.batch()})"
+            )
+        say(f"step {step} is skipped: {fault} ({self.batch()})")
+
+    def batch(self, ago: int = 0) -> str:
+        """Which batch the step `ago` steps back read."""
+        return f"its batch is draw {self.sampler.draws - 1 - ago} of the sampler with seed {self.sampler.seed}"
+
+
+# --- Ending early ---------------------------------------------------------------------------------
+
+
+def _stopped(number: int, step: int | None, steps: int, path: Path | None, say: Callable[[str], None]) -> Stopped:
+    """The exception that ends a run by a signal, after a line about it. step None: before the first one."""
+    when = "before a step was done" if step is None else f"after step {step} of {steps}"
+    say(
+        f"stopped by {signal.Signals(number).name} {when}; {_kept(path)}"
+        + ("; the same command with train.resume=true (train: --resume) goes on from there" if path else "")
+    )
+    return Stopped(number, path)
+
+
+class _Requests:
+    """What asks a run to end after the step at hand: SIGTERM or SIGINT to a process, a failed write on rank 0.
+
+    with _Requests(device, stop) as requests:
+        ...; requests.something_to_save()   # a step is done
+        request = requests.agreed(failed)   # once a step, by all processes: the same NOTHING, STOP or FAILED in each
+
+    Within the block, a signal is noted; until there is something to save, it raises stop(number) at once. A second SIGINT
+    raises KeyboardInterrupt, unless it follows within a moment: torchrun passes on what its processes may have got as well.
+    Between processes the request travels as one number a step. On a GPU it is that of the step before, whose end the host
+    then waits for: it stays one step ahead of the GPU, which is never idle for it.
+    """
+
+    NOTHING, STOP, FAILED = range(3)
+    _TWICE_S = 2.0
+
+    def __init__(self, device: torch.device, stop: Callable[[int], BaseException]):
+        self.number: int | None = None  # of the signal that this process got
+        self._device, self._stop = device, stop
+        self._at = -math.inf
+        self._savable = False
+        self._handlers: dict[int, Any] = {}
+        self._flying: tuple[Tensor, torch.cuda.Event] | None = (
+            None  # the request of the step before, on its way to the host
+        )
+        self._slots: list[Tensor] = []
+
+    def __enter__(self) -> _Requests:
+        if threading.current_thread() is threading.main_thread():  # only there can handlers be set
+            for number in (signal.SIGTERM, signal.SIGINT):
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self._handlers[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: object) -> None:
+        before, self._at = self._at, time.monotonic()
+        if self.number is None:
+            self.number = number
+            if not self._savable:
+                raise self._stop(number)
+        elif number == signal.SIGINT and self._at - before > self._TWICE_S:
+            raise KeyboardInterrupt
+
+    def something_to_save(self) -> None:
+        self._savable = True
+
+    def agreed(self, failed: bool) -> int:
+        """The gravest request of any process, the same in all of them."""
+        mine = self.FAILED if failed else self.NOTHING if self.number is None else self.STOP
+        if group.current()[1] == 1:
+            return mine
+        request = torch.full((1,), mine, dtype=torch.int32, device=self._device)
+        dist.all_reduce(request, op=dist.ReduceOp.MAX)
+        if self._device.type != "cuda":
+            return int(request)
+        self._slots = self._slots or [torch.zeros(1, dtype=torch.int32, pin_memory=True) for _ in range(2)]
+        arrived, slot = self._flying, self._slots[0]
+        self._slots.reverse()
+        slot.copy_(request, non_blocking=True)
+        self._flying = slot, torch.cuda.current_stream(self._device).record_event()
+        if arrived is None:
+            return self.NOTHING
+        arrived[1].synchronize()
+        return int(arrived[0])
 
 
 # --- Resuming -------------------------------------------------------------------------------------
@@ -664,7 +899,7 @@ def _resume_point(
             raise ValueError(f"rank {rank} sees no {path}: give a run_dir on a file system that all processes share")
         saved = checkpoint.load(path, verify=rank == 0)
         differing = _differences(saved, config, world_size)
-        if saved.extra["train_tokens"] != fingerprint(train_tokens):
+        if saved.extra.get("train_tokens") != fingerprint(train_tokens):
             differing.append("the training tokens are other ones")
         if differing:
             raise ValueError(
@@ -815,7 +1050,10 @@ def _memory_errors_told(when: Callable[[], str]) -> Iterator[None]:
     """OSError in place of torch.OutOfMemoryError: says when, and what helps."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (MemoryError, RuntimeError) as error:  # torch says it so on a GPU, and in a message on the CPU
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+        if not known:
+            raise
         raise OSError(
             errno.ENOMEM,
             f"out of memory {when()}: {_first_line(error)} Lower train.batch_size and raise "
