@@ -179,9 +179,10 @@ def train(
     tensor_cores = "tf32" if settings.dtype == "fp32" and device.type == "cuda" else settings.dtype
     peak = devices.peak_flops(devices.device_name(device), tensor_cores)
     last_checkpoint, resumed_from = (saved.path, saved.step) if saved else (None, None)
-    guard = _Guard(settings, sampler, saved.extra.get("guard") if saved else None)
-    # Of the steps since the last row, on the device. A run that a signal ended goes on with those that had no row yet.
-    losses, norms = ([*values] for values in replica.tensors(saved.extra.get("since_row") if saved else None))
+    with _damage_told(last_checkpoint):
+        guard = _Guard(settings, sampler, saved.extra.get("guard") if saved else None)
+        # Of the steps since the last row, on the device. A run that a signal ended goes on with those that had no row yet.
+        losses, norms = ([*values] for values in replica.tensors(saved.extra.get("since_row") if saved else None))
     del saved  # its tensors are in the model and the optimizer now
     first_step = 1 if resumed_from is None else resumed_from + 1
     step = first_step
@@ -414,6 +415,7 @@ class _Replica:
             self.model = TransformerLM(config.model, attention_kernel=settings.attention_kernel)
         if saved:
             checkpoint.load_weights(self.model, saved.weights)
+        shapes = [parameter.shape for options in parameter_groups(self.model, 0.0) for parameter in options["params"]]
         self.loss_function = cross_entropy
         if settings.compile:
             self.model.compile_blocks()
@@ -421,11 +423,13 @@ class _Replica:
         self.module = parallel.wrap(self.model, settings.ddp_wrapper, **_wrapper_options(settings))
         self.parameters = list(self.module.parameters())
         self.optimizer = self._make_optimizer()
-        if saved:
-            self._load_optimizer(saved.optimizer)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.dtype == "fp16")
-        if saved and saved.extra.get("scaler"):
-            self.scaler.load_state_dict(saved.extra["scaler"])
+        if saved:
+            with _damage_told(saved.path):
+                self._check_optimizer(saved.optimizer, shapes)
+                self._load_optimizer(saved.optimizer)
+                if saved.extra.get("scaler"):
+                    self.scaler.load_state_dict(saved.extra["scaler"])
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         optim = self.config.optim
@@ -438,6 +442,30 @@ class _Replica:
                 groups, AdamW, reduce_scatter_gradients=self.config.train.reduce_scatter_gradients, **options
             )
         return AdamW(groups, **options)
+
+    def _check_optimizer(self, state: dict[str, Any], shapes: list[torch.Size]) -> None:
+        """ValueError unless a state is of parameters of these shapes and has this optimizer's options."""
+        ours, theirs = self.optimizer.param_groups, state["param_groups"]
+        indices = [index for options in theirs for index in options["params"]]
+        if len(ours) != len(theirs) or indices != list(range(len(shapes))):
+            raise ValueError(f"its optimizer is of {len(indices)} parameters in {len(theirs)} groups")
+        for mine, saved in zip(ours, theirs, strict=True):
+            for name in ("betas", "eps", "weight_decay"):
+                if json.dumps(mine[name]) != json.dumps(saved.get(name)):
+                    raise ValueError(f"its optimizer's {name} is {saved.get(name)!r} and this run's {mine[name]}")
+        for index, values in state["state"].items():
+            if not 0 <= index < len(shapes):
+                raise ValueError(f"its optimizer has a state of parameter {index} of {len(shapes)}")
+            moments = {name for name, value in values.items() if isinstance(value, Tensor) and value.ndim}
+            for name in {"exp_avg", "exp_avg_sq"} | moments:
+                moment = values[name]
+                if moment.shape != shapes[index] or not moment.is_floating_point():
+                    raise ValueError(
+                        f"its optimizer's {name} of parameter {index} is {tuple(moment.shape)} of {moment.dtype}, the "
+                        f"parameter {tuple(shapes[index])}"
+                    )
+            if not float(values["step"]) >= 1:
+                raise ValueError(f"its optimizer's step of parameter {index} is {values['step']}")
 
     def _load_optimizer(self, state: dict[str, Any]) -> None:
         if self.fully_sharded:
@@ -521,7 +549,8 @@ class _Replica:
         """Losses and gradient norms that a checkpoint holds as numbers, on the device."""
         if not pairs:
             return (), ()
-        return tuple(tuple(column) for column in torch.tensor(pairs, device=self.device).unbind(1))
+        losses, norms = torch.tensor(pairs, dtype=torch.float32, device=self.device).unbind(1)
+        return tuple(losses), tuple(norms)
 
     def evaluate(self, tokens: np.ndarray) -> float:
         """The validation loss over eval_batches times the sequences of a step, which the processes share."""
@@ -747,9 +776,9 @@ class _Guard:
     def __init__(self, settings: TrainConfig, sampler: BatchSampler, state: dict[str, Any] | None):
         self.factor, self.sampler = settings.loss_spike, sampler
         state = state or {"step": 0, "losses": [], "in_a_row": 0, "skipped": []}
-        self.step: int = state["step"]  # the last one that was looked at
+        self.step = int(state["step"])  # the last one that was looked at
         self.losses = deque((float(loss) for loss in state["losses"]), maxlen=SPIKE_WINDOW)
-        self.in_a_row: int = state["in_a_row"]
+        self.in_a_row = int(state["in_a_row"])
         self.skipped: list[dict[str, Any]] = list(state["skipped"])
 
     def state_dict(self) -> dict[str, Any]:
@@ -916,6 +945,9 @@ def _differences(saved: checkpoint.Checkpoint, config: PipelineConfig, world_siz
     """What a checkpoint's run and this one give differently of what decides the computation. The length may change, and how
     a step's sequences are shared among processes and micro-batches."""
     old, new = saved.config, to_dict(config)
+    for section in ("model", "optim", "train"):
+        if not isinstance(old.get(section), dict):
+            raise ValueError(f"{saved.path} is damaged: its config has no section '{section}'")
     keys = [(section, key) for section in ("model", "optim") for key in new[section]] + [("train", "seed")]
     differing = [
         f"{section}.{key} is {new[section][key]} and was {old[section].get(key)}"
@@ -924,9 +956,11 @@ def _differences(saved: checkpoint.Checkpoint, config: PipelineConfig, world_siz
     ]
     names = ("batch_size", "gradient_accumulation_steps")
     was, now = (
-        {"the number of processes": processes} | {f"train.{name}": train[name] for name in names}
+        {"the number of processes": processes} | {f"train.{name}": train.get(name) for name in names}
         for processes, train in ((saved.extra.get("world_size", 1), old["train"]), (world_size, new["train"]))
     )
+    if not all(type(value) is int for value in was.values()):
+        raise ValueError(f"{saved.path} is damaged: of {', '.join(was)}, one is not a number")
     if math.prod(was.values()) != math.prod(now.values()):
         changed = ", ".join(f"{name} is {now[name]} and was {was[name]}" for name in was if was[name] != now[name])
         differing.append(
@@ -1059,6 +1093,16 @@ def _memory_errors_told(when: Callable[[], str]) -> Iterator[None]:
             f"out of memory {when()}: {_first_line(error)} Lower train.batch_size and raise "
             "train.gradient_accumulation_steps, or shard the model: train.ddp_wrapper=fsdp",
         ) from error
+
+
+@contextmanager
+def _damage_told(path: Path | None) -> Iterator[None]:
+    """ValueError, naming the checkpoint, in place of what its state's wrong form leads to."""
+    try:
+        yield
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError, OverflowError, AssertionError) as error:
+        what = f"it has no {error}" if isinstance(error, KeyError) else _first_line(error)
+        raise ValueError(f"{path} is damaged: {what}; remove it to go on from one before it") from error
 
 
 def _bar(total: int, initial: int, shown: bool, world_size: int) -> Any:
