@@ -323,6 +323,9 @@ def _floors(case: Case, tensors: Sequence[torch.Tensor], exact: Sequence[torch.T
     An output is rounded to its dtype: eps of its largest element. FlashAttention's backward pass (arXiv:2307.08691, algorithm 2)
     takes delta = rowsum(dO o) from the rounded o, where PyTorch's softmax takes the same sum from its probabilities: a rounding has
     a standard deviation of at most 0.29 eps |o|, and five of those, carried through dS = P (dP - delta) to dQ and dK, are added there.
+    It also makes P = exp(S - lse) anew, where PyTorch keeps P: three roundings (the score, lse, and lse in base 2) of numbers that
+    for scores in the hundreds are as large, in float32 whatever the inputs' dtype; three times their standard deviation, carried
+    through dV = P^T dO, is added there.
     """
     q, k, _, do = (t.detach().double() for t in tensors)
     o, lse = exact[:2]
@@ -338,10 +341,14 @@ def _floors(case: Case, tensors: Sequence[torch.Tensor], exact: Sequence[torch.T
     at_dq = (delta * (p @ keys)).abs().max()
     squares = (p * delta).square().transpose(-2, -1) @ q.square()  # (B, H, S, D); the heads of a group add up
     at_dk = squares.unflatten(1, (case.kv_heads, -1)).sum(2).max().sqrt()
+    rounding = 3 * 0.29 * math.sqrt(3) * torch.finfo(torch.float32).eps * lse.abs()[..., None]
+    squares = (p * rounding).square().transpose(-2, -1) @ do.square()
+    at_dv = squares.unflatten(1, (case.kv_heads, -1)).sum(2).max().sqrt()
     largest = {name: t.abs().max().item() for name, t in zip(OUTPUTS, exact, strict=True)}
     floors = {name: eps * largest[name] for name in OUTPUTS}
     floors["lse"] = 8 * torch.finfo(torch.float32).eps * max(1.0, largest["lse"])  # float32 whatever the inputs' dtype
-    return floors | {"dq": floors["dq"] + at_dq.item(), "dk": floors["dk"] + at_dk.item()}
+    added = {"dq": at_dq, "dk": at_dk, "dv": at_dv}
+    return floors | {name: floors[name] + value.item() for name, value in added.items()}
 
 
 def _ratio(actual: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor, floor: float) -> float:
@@ -367,7 +374,7 @@ def run(sweep: AccuracySettings, folder: str | Path, *, on_row: Callable[[dict[s
         "oracle": "float64, the inputs as rounded to the kernel's dtype",
         "ratio": "largest error over that of PyTorch's plain attention in the same dtype plus half the floor; 2 is allowed",
         "error": "norm of the difference over the norm",
-        "floor": "rounding of the output, and in dq and dk what the rounding of o does to rowsum(dO o)",
+        "floor": "rounding of the output; in dq and dk what the rounding of o does to rowsum(dO o), in dv that of scores and lse to P",
         "memory": "uninitialized tensors hold NaN",
     }
     with records.ResultWriter(NAME, folder, method=how, parameters=parameters, extra_columns=EXTRA_COLUMNS) as writer:
