@@ -736,7 +736,7 @@ class FullyShardedModule(nn.Module):
                 tensor.copy_(state_dict[name])
 
     def save_sharded(self, folder: str | Path, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Write weights, buffers and the optimizer's state with torch.distributed.checkpoint, each rank its own part."""
+        """Write weights, buffers and the optimizer's state, each rank its own part (shards.save_pieces)."""
         pieces = self._weight_pieces()
         if self._rank == 0:
             pieces += [Piece(name, tuple(t.shape), 0, t.detach()) for name, t in self._whole_tensors().items()]

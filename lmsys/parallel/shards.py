@@ -1,24 +1,36 @@
 """What ZeRO-1 and full sharding share: collectives on flat tensors, and state that lies in pieces on several ranks.
 
-A piece is a run of a flattened tensor. Pieces become whole tensors on rank 0 (gather_pieces), or are written by
-torch.distributed.checkpoint as they lie (save_pieces) and read again, cut otherwise, by any number of processes (load_pieces).
+A piece is a run of a flattened tensor. Pieces become whole tensors on rank 0 (gather_pieces), or are written as they lie
+(save_pieces) and read again, cut otherwise, by any number of processes (load_pieces):
+
+    index.json                    which pieces there are, in which file, each with its SHA-256; and what belongs to all ranks
+    <save>-<rank>.safetensors     a rank's pieces; <save> tells the files of one saving from those of another
+
+torch.distributed.checkpoint does the same with an index that is a pickle, whose reading can run any code; hence this one. The
+index is put in place when all else is on the disk, so that what was saved before stays whole until then. The folder must be
+one that all processes see.
 The state of an optimizer that updates pieces of parameters becomes pieces by one rule: a tensor shaped like the piece holds a
 value for each element and is cut like it; everything else (a step count) belongs to the parameter as a whole.
 """
 
 from __future__ import annotations
 
-import pickle
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+
+INDEX_FILE = "index.json"
 
 ALIGNMENT = (
     64  # elements, where a tensor starts in a flat buffer: at least 128 bytes, of which kernels read 16 at a time
@@ -109,40 +121,76 @@ def gather_pieces(pieces: Sequence[Piece], group: dist.ProcessGroup | None, devi
 def save_pieces(
     pieces: Iterable[Piece], shared: Mapping[str, Any], folder: str | Path, group: dist.ProcessGroup | None
 ) -> None:
-    """Write every rank's pieces to the folder with torch.distributed.checkpoint. All ranks call it.
+    """Write every rank's pieces to the folder. All ranks call it. What was saved there before is replaced.
 
-    shared: what belongs to all ranks; dictionaries under one key are united over the ranks.
+    shared: what belongs to all ranks, JSON-ready; dictionaries under one key are united over the ranks.
+    Raises:
+        OSError: a full disk, an unwritable folder; in every process. What was saved there before stays.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
-    tensors: dict[str, Any] = {}
-    for name, shape, start, tensor in pieces:
-        shapes[name] = tuple(shape)
-        tensors[f"{name}/{start}"] = tensor.detach().reshape(-1)
-    mine = {"shapes": shapes, **shared}
-    everyone: list[Any] = [mine]
-    if dist.is_initialized():
-        everyone = [None] * dist.get_world_size(group)
-        dist.all_gather_object(everyone, mine, group=group)
-    united = dict(everyone[0])
-    for other in everyone[1:]:
-        united |= {key: united[key] | value for key, value in other.items() if isinstance(value, dict)}
-    packed = pickle.dumps(united)  # as one item: the checkpoint would take a dictionary apart
-    dcp.save(
-        {**tensors, "shared": packed}, checkpoint_id=folder, process_group=group, no_dist=not dist.is_initialized()
-    )
+    folder = Path(folder)
+    rank = dist.get_rank(group) if dist.is_initialized() else 0
+    mine = {_key(piece.name, piece.start, piece.start + piece.tensor.numel()): piece for piece in pieces}
+    described = [
+        (key, piece.name, tuple(piece.shape), piece.start, piece.tensor.numel(), str(piece.tensor.dtype))
+        for key, piece in mine.items()
+    ]
+    plans = _everyone((described, dict(shared), secrets.token_hex(4)), group)
+    save = plans[0][2]
+    writer: dict[str, int] = {}  # a piece that several ranks have whole is written by the first of them
+    for source, (others, _, _) in enumerate(plans):
+        for key, *_ in others:
+            writer.setdefault(key, source)
+    file = f"{save}-{rank:05d}.safetensors"
+
+    def write() -> dict[str, str]:
+        """This rank's file; returns its pieces' SHA-256."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            key: piece.tensor.detach().reshape(-1).to("cpu", copy=True)  # a storage of its own, as the format needs
+            for key, piece in mine.items()
+            if writer[key] == rank
+        }
+        try:
+            save_file(tensors, folder / file)
+        except SafetensorError as error:  # it wraps the system's error
+            raise OSError(f"cannot write {folder / file}: {error}") from error
+        _flush(folder / file)
+        return {key: _sha256(tensor) for key, tensor in tensors.items()}
+
+    sums = _everyone(_together(write, group), group)
+
+    def put_index() -> None:
+        united: dict[str, Any] = {}
+        shapes: dict[str, list[int]] = {}
+        places: dict[str, list[dict[str, Any]]] = {}
+        for source, (others, given, _) in enumerate(plans):
+            for key, value in given.items():
+                united[key] = united[key] | value if isinstance(united.get(key), dict) else united.get(key, value)
+            for key, name, shape, start, numel, dtype in others:
+                shapes[name] = list(shape)
+                if writer[key] == source:
+                    where = {"file": f"{save}-{source:05d}.safetensors", "start": start, "stop": start + numel}
+                    where |= {"dtype": dtype.removeprefix("torch."), "sha256": sums[source][key]}
+                    places.setdefault(name, []).append(where)
+        temporary = folder / f".{INDEX_FILE}.tmp"
+        temporary.write_text(json.dumps({**united, "shapes": shapes, "pieces": places}), encoding="utf-8")
+        _flush(temporary)
+        os.replace(temporary, folder / INDEX_FILE)
+        _flush(folder)
+        for old in folder.glob("*.safetensors"):
+            if not old.name.startswith(f"{save}-"):
+                old.unlink()
+
+    _together(put_index if rank == 0 else lambda: None, group)
 
 
 def load_shared(folder: str | Path, group: dist.ProcessGroup | None) -> dict[str, Any]:
     """What save_pieces got as `shared`, with the whole tensors' shapes by name under "shapes".
 
     Raises:
-        ValueError: no such checkpoint.
+        ValueError: no such checkpoint, or a damaged one.
     """
-    if not (Path(folder) / ".metadata").exists():
-        raise ValueError(f"no sharded state at {folder}; give the folder that it was saved to")
-    state: dict[str, Any] = {"shared": b""}
-    _read(state, folder, group)
-    return pickle.loads(state["shared"])
+    return {key: value for key, value in _read_index(folder).items() if key != "pieces"}
 
 
 def load_pieces(
@@ -150,35 +198,103 @@ def load_pieces(
 ) -> list[Tensor]:
     """For each (name, start, stop) the elements of that tensor, flat, on the CPU. All ranks call it, each for its own.
 
-    Reads the saved pieces that overlap what is wanted, whole.
+    Reads the saved pieces that overlap what is wanted, whole, and checks them.
+    Raises:
+        ValueError: a file is missing or damaged; in every process.
     """
-    saved: dict[str, list[tuple[int, int, torch.dtype]]] = {}
-    for key, entry in dcp.FileSystemReader(folder).read_metadata().state_dict_metadata.items():
-        if key != "shared":
-            name, _, start = key.rpartition("/")
-            saved.setdefault(name, []).append((int(start), int(start) + entry.size.numel(), entry.properties.dtype))
-    tensors: dict[str, Tensor] = {}
-    for name, start, stop in wanted:
-        for a, b, dtype in saved[name]:
-            if a < stop and start < b:
-                tensors[f"{name}/{a}"] = torch.empty(b - a, dtype=dtype)
-    _read(tensors, folder, group)
-    parts = []
-    for name, start, stop in wanted:
-        part = torch.empty(stop - start, dtype=saved[name][0][2])
-        for a, b, _ in saved[name]:
-            low, high = max(a, start), min(b, stop)
-            if low < high:
-                part[low - start : high - start] = tensors[f"{name}/{a}"][low - a : high - a]
-        parts.append(part)
-    return parts
+    folder = Path(folder)
+
+    def read() -> list[Tensor]:
+        places = _read_index(folder)["pieces"]
+        return [_read_run(folder, name, start, stop, places.get(name, [])) for name, start, stop in wanted]
+
+    return _together(read, group)
 
 
-def _read(state: dict[str, Any], folder: str | Path, group: dist.ProcessGroup | None) -> None:
-    """Fill the dictionary's entries with what was saved under their names."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process, as intended
-        dcp.load(state, checkpoint_id=folder, process_group=group, no_dist=not dist.is_initialized())
+def _read_run(folder: Path, name: str, start: int, stop: int, places: Sequence[Mapping[str, Any]]) -> Tensor:
+    """Elements [start, stop) of a tensor, of the pieces that hold some."""
+    if not places:
+        raise ValueError(f"{folder} is damaged: it holds nothing of {name}")
+    run = torch.empty(stop - start, dtype=getattr(torch, places[0]["dtype"]))
+    filled = 0
+    for place in places:
+        low, high = max(place["start"], start), min(place["stop"], stop)
+        if low < high:
+            piece = _read_piece(folder, name, place)
+            run[low - start : high - start] = piece[low - place["start"] : high - place["start"]]
+            filled += high - low
+    if filled != stop - start:
+        raise ValueError(f"{folder} is damaged: it holds {filled} of the elements {start} to {stop} of {name}")
+    return run
+
+
+def _read_index(folder: str | Path) -> dict[str, Any]:
+    """index.json, of the right form."""
+    file = Path(folder) / INDEX_FILE
+    if not file.exists():
+        raise ValueError(f"no sharded state at {folder}; give the folder that it was saved to")
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+        for name, shape in index["shapes"].items():
+            assert all(type(size) is int and size >= 0 for size in shape), name
+        for places in index["pieces"].values():
+            for place in places:
+                assert type(place["start"]) is type(place["stop"]) is int and 0 <= place["start"] <= place["stop"]
+                assert type(place["sha256"]) is str and Path(place["file"]).name == place["file"], place["file"]
+                assert type(getattr(torch, place["dtype"])) is torch.dtype, place["dtype"]
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged: it is not an index of pieces ({type(error).__name__}: {error})") from None
+    return index
+
+
+def _read_piece(folder: Path, name: str, place: Mapping[str, Any]) -> Tensor:
+    file, key = folder / place["file"], _key(name, place["start"], place["stop"])
+    try:
+        with safe_open(file, framework="pt") as opened:
+            piece = opened.get_tensor(key)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is missing or damaged: {error}") from None
+    if tuple(piece.shape) != (place["stop"] - place["start"],) or _sha256(piece) != place["sha256"]:
+        raise ValueError(f"{file} is damaged: the SHA-256 of {key} is not the one in {INDEX_FILE}")
+    return piece
+
+
+def _key(name: str, start: int, stop: int) -> str:
+    return f"{name}/{start}:{stop}"
+
+
+def _sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.view(torch.uint8).numpy()).hexdigest()
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _everyone(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    """Each rank's value, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def _together(function: Callable[[], Any], group: dist.ProcessGroup | None) -> Any:
+    """What the function returns here; a ValueError or OSError of any rank is raised on all."""
+    outcome, error = None, None
+    try:
+        outcome = function()
+    except (ValueError, OSError) as caught:
+        error = caught
+    for each in _everyone(error, group):
+        if each is not None:
+            raise each
+    return outcome
 
 
 # --- Optimizer state ------------------------------------------------------------------------------
@@ -260,7 +376,7 @@ def save_states(
     folder: str | Path,
     group: dist.ProcessGroup | None,
 ) -> None:
-    """Write the states with torch.distributed.checkpoint, each rank its own. All ranks call it."""
+    """Write the states, each rank its own pieces. All ranks call it."""
     pieces, rest = _state_pieces(states)
     save_pieces(pieces, {"rest": rest, **shared}, folder, group)
 

@@ -315,7 +315,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         )
 
     def save_sharded(self, folder: str | Path) -> None:
-        """Write the state to a folder with torch.distributed.checkpoint, each rank its own part. All ranks call it."""
+        """Write the state to a folder, each rank its own part (shards.save_pieces). All ranks call it."""
         groups = self._packed()["param_groups"]
         shards.save_states(self._states(), {"param_groups": groups}, folder, self._group)
 
