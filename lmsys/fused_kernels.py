@@ -198,3 +198,66 @@ def adamw_(
             DTYPE=_TRITON_DTYPES[dtype], MASTER=masters is not None, SCALED=gradient_scale is not None,
             ALIGNED=aligned, BLOCK=block, num_warps=8,
         )  # fmt: skip
+
+
+# --- Rotary embedding -----------------------------------------------------------------------------
+
+
+@triton.jit
+def _rotated(source, offsets, mask, cos, sin, ROWS: tl.constexpr, D_PAD: tl.constexpr):
+    """The (ROWS, D_PAD) tile, each pair of neighbours rotated by the angle of cos and sin (ROWS, D_PAD / 2)."""
+    pairs = tl.reshape(tl.load(source + offsets, mask=mask).to(tl.float32), (ROWS, D_PAD // 2, 2))
+    a, b = tl.split(pairs)
+    return tl.reshape(tl.join(a * cos - b * sin, a * sin + b * cos), (ROWS, D_PAD))
+
+
+@triton.jit
+def _rotate_kernel(
+    q, k, v, q_out, k_out, v_out, cos, sin, T, H,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    out_qb, out_qh, out_qt, out_kb, out_kh, out_kt, out_vb, out_vh, out_vt,
+    sign, D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, COPY_V: tl.constexpr,
+):  # fmt: skip
+    """ROWS tokens of one head: q and k rotated, by the angles or, with sign -1, back; v copied where COPY_V."""
+    batch, head = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns, half = tl.arange(0, D_PAD), tl.arange(0, D_PAD // 2)
+    mask = (rows < T)[:, None] & (columns < D)[None, :]
+    angles = rows[:, None] * (D // 2) + half[None, :]
+    angle_mask = (rows < T)[:, None] & (half < D // 2)[None, :]
+    c = tl.load(cos + angles, mask=angle_mask, other=0.0)
+    s = tl.load(sin + angles, mask=angle_mask, other=0.0) * sign
+    rows = rows.to(tl.int64)[:, None]
+    columns = columns[None, :]
+    x = _rotated(q + batch * stride_qb + head * stride_qh, rows * stride_qt + columns, mask, c, s, ROWS, D_PAD)
+    target = q_out + batch * out_qb + head * out_qh
+    tl.store(target + rows * out_qt + columns, x.to(q_out.dtype.element_ty), mask=mask)
+    x = _rotated(k + batch * stride_kb + head * stride_kh, rows * stride_kt + columns, mask, c, s, ROWS, D_PAD)
+    target = k_out + batch * out_kb + head * out_kh
+    tl.store(target + rows * out_kt + columns, x.to(k_out.dtype.element_ty), mask=mask)
+    if COPY_V:
+        y = tl.load(v + batch * stride_vb + head * stride_vh + rows * stride_vt + columns, mask=mask)
+        tl.store(v_out + batch * out_vb + head * out_vh + rows * out_vt + columns, y, mask=mask)
+
+
+def rotate_(
+    sources: tuple[Tensor, Tensor, Tensor | None],
+    targets: tuple[Tensor, Tensor, Tensor | None],
+    cos: Tensor,
+    sin: Tensor,
+    sign: float,
+) -> None:
+    """Write q and k rotated, and v, where there is one, as it is, to the targets.
+
+    All (B, H, T, D) with a stride of 1 in the last dimension, and any others; cos, sin: (T, D/2) fp32, contiguous.
+    """
+    batch, heads, length, head_dim = sources[0].shape
+    copied = sources[2] is not None
+    sources, targets = (tuple(some[0] if one is None else one for one in some) for some in (sources, targets))
+    rows = 64
+    with torch.cuda.device_of(cos):
+        _rotate_kernel[(-(-length // rows), batch * heads)](
+            *sources, *targets, cos, sin, length, heads,
+            *[stride for tensor in (*sources, *targets) for stride in tensor.stride()[:3]],
+            sign, D=head_dim, D_PAD=max(16, triton.next_power_of_2(head_dim)), ROWS=rows, COPY_V=copied, num_warps=4,
+        )  # fmt: skip

@@ -22,6 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lmsys.attention import check_support, get_kernel
 from lmsys.config import ModelConfig
+from lmsys.fused_loss import linear_cross_entropy
+from lmsys.fused_rope import rotated_heads
 
 
 class Linear(nn.Module):
@@ -37,15 +39,16 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """A vector for each token id. Weights: normal of standard deviation std, truncated at three of them."""
+    """A vector for each token id, in output_dtype if that is set. Weights: normal of standard deviation std, truncated at three of them."""
 
     def __init__(self, vocab_size: int, d_model: int, std: float = 1.0):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
+        self.output_dtype: torch.dtype | None = None
         _truncated_normal(self.weight, std)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.weight)
+        return F.embedding(ids, self.weight).to(self.output_dtype or self.weight.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -104,6 +107,7 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: ModelConfig, kernel: str):
         super().__init__()
         self.num_heads, self.head_dim = config.num_heads, config.head_dim
+        self.fused_rope = False
         self.set_kernel(kernel)
         self.qkv_proj = Linear(config.d_model, 3 * config.d_model)
         _truncated_normal(self.qkv_proj.weight, config.d_model**-0.5)  # three square matrices, each at its own scale
@@ -115,23 +119,32 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable[..., Tensor] | None = None) -> Tensor:
         """x: (B, T, d) -> (B, T, d). cos, sin: (T, D/2), or (B, 1, T, D/2). attend: (q, k, v, causal) -> y, for the kernel."""
-        qkv = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
-        q, k = rotate(qkv[:2], cos, sin).unbind(0)  # (B, H, T, D) each
-        y = (attend or self.attend)(q, k, qkv[2], True)
+        qkv = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        if self.fused_rope and cos.ndim == 2:
+            q, k, v = rotated_heads(qkv, cos, sin)
+        else:
+            heads = qkv.permute(2, 0, 3, 1, 4)
+            q, k, v = *rotate(heads[:2], cos, sin).unbind(0), heads[2]  # (B, H, T, D) each
+        y = (attend or self.attend)(q, k, v, True)
         return self.output_proj(y.transpose(1, 2).flatten(-2))
 
 
 class SwiGLU(nn.Module):
-    """W2 (silu(W1 x) * W3 x)."""
+    """W2 (silu(W1 x) * W3 x). merged: W1 and W3 are put together in forward, for one product in place of two."""
 
     def __init__(self, d_model: int, d_ff: int):
         super().__init__()
+        self.merged = False
         self.w1 = Linear(d_model, d_ff)
         self.w2 = Linear(d_ff, d_model)
         self.w3 = Linear(d_model, d_ff)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        if self.merged:
+            gate, up = F.linear(x, torch.cat((self.w1.weight, self.w3.weight))).chunk(2, -1)
+        else:
+            gate, up = self.w1(x), self.w3(x)
+        return self.w2(F.silu(gate) * up)
 
 
 class TransformerBlock(nn.Module):
@@ -176,15 +189,17 @@ class TransformerLM(nn.Module):
         self.ln_final = RMSNorm(config.d_model)
         self.lm_head = None if config.tie_embeddings else Linear(config.d_model, config.vocab_size)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
         """ids: (B, T) int64 -> logits (B, T, V), in the autocast dtype where autocast is on.
 
+        targets: (B, T) int64; given, the result is their mean cross-entropy in fp32, and no logits are kept (lmsys.fused_loss).
         Raises:
             ValueError: T beyond context_length; a device or dtype that the attention kernel does not take; on the CPU,
                 an id outside the vocabulary. On a GPU that last check would wait for the device at every step: check
                 the data once instead, as lmsys.train does.
         """
-        return self.logits(self.hidden(ids))
+        hidden = self.hidden(ids)
+        return self.logits(hidden) if targets is None else linear_cross_entropy(hidden, self.head, targets)
 
     def hidden(
         self, ids: Tensor, *, positions: Tensor | None = None, attend: Callable[..., Tensor] | None = None
@@ -241,8 +256,12 @@ class TransformerLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., d) -> (..., V)."""
-        head = self.token_embeddings if self.lm_head is None else self.lm_head
-        return F.linear(hidden, head.weight)
+        return F.linear(hidden, self.head)
+
+    @property
+    def head(self) -> nn.Parameter:
+        """(V, d): the last matrix, or, tied, the embedding."""
+        return (self.token_embeddings if self.lm_head is None else self.lm_head).weight
 
     def set_attention_kernel(self, name: str) -> None:
         """Use another attention kernel from now on."""
@@ -254,6 +273,29 @@ class TransformerLM(nn.Module):
         for layer in self.layers:
             layer.compile(**options)
         self.compiled = True
+
+    def compile_rest(self, **options: Any) -> None:
+        """torch.compile what is in no block beside the head: the embedding and the last norm.
+
+        Compiled, the embedding's gradient adds up by atomic operations on a GPU: its last bits are others in every run.
+        """
+        self.token_embeddings.compile(**options)
+        self.ln_final.compile(**options)
+
+    def fuse(
+        self, *, rope: bool = False, gate: bool = False, residual_dtype: torch.dtype | None = None
+    ) -> TransformerLM:
+        """Choose how the step computes the same model; returns the model.
+
+        Args:
+            rope: rotation and the splitting of Q, K and V as one kernel each way (lmsys.fused_rope).
+            gate: the feed-forward layer's W1 and W3 as one product.
+            residual_dtype: of the stream from block to block; None: the embedding's, fp32 under autocast too.
+        """
+        self.token_embeddings.output_dtype = residual_dtype
+        for layer in self.layers:
+            layer.attn.fused_rope, layer.ffn.merged = rope, gate
+        return self
 
     def checkpoint_blocks(self, size: int | None, *, nested: bool = False) -> None:
         """Activation checkpointing: keep for the backward pass the input of each group of `size` blocks, and compute the rest again in it.
