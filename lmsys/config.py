@@ -186,6 +186,17 @@ class TrainConfig:
         "fp32"  # bf16, fp16: autocast, parameters stay fp32; fp16 scales the loss, and skips a step that overflows
     )
     compile: bool = False  # torch.compile, block by block
+    compile_rest: bool = False  # with compile: the embedding and the last norm, too
+    fused_loss: bool = False  # head and loss in one, in chunks of tokens: no logits of all tokens (lmsys.fused_loss)
+    fused_rope: bool = False  # rotation and splitting of Q, K and V as one kernel (lmsys.fused_rope)
+    merged_gate: bool = False  # the two matrices that the feed-forward layer begins with as one product
+    fused_optimizer: bool = False  # AdamW in one pass over memory (optim.FusedAdamW)
+    bf16_parameters: bool = (
+        False  # with fused_optimizer and bf16: matrices and gradients in bf16, fp32 masters in the optimizer
+    )
+    residual_dtype: str | None = (
+        None  # of the stream from block to block; None: the embedding's, fp32 unless bf16_parameters
+    )
     device: str = "auto"
     attention_kernel: str = "vectorized_torch"
     ddp_wrapper: str = "none"
@@ -236,7 +247,27 @@ class TrainConfig:
             self.processes is None or self.processes >= 1,
             f"train.processes is {self.processes}; it must be at least 1, or null",
         )
+        self._check_step()
         self._check_parallel()
+
+    def _check_step(self) -> None:
+        """ValueError where options of the step cannot go together."""
+        require(
+            self.compile or not self.compile_rest,
+            "train.compile_rest compiles what train.compile leaves; set that to true as well",
+        )
+        if self.residual_dtype is not None and self.residual_dtype not in DTYPES:
+            raise unknown_name("train.residual_dtype", self.residual_dtype, DTYPES)
+        require(
+            not self.fused_optimizer or not (self.sharded_optimizer or self.ddp_wrapper in FULLY_SHARDED),
+            f"train.fused_optimizer updates whole parameters, and with train.ddp_wrapper '{self.ddp_wrapper}' and "
+            f"train.sharded_optimizer={str(self.sharded_optimizer).lower()} a process has parts; set train.fused_optimizer=false",
+        )
+        require(
+            not self.bf16_parameters or (self.fused_optimizer and self.dtype == "bf16"),
+            f"train.bf16_parameters needs train.dtype=bf16 (it is {self.dtype}) and train.fused_optimizer=true, which keeps them in "
+            "fp32 beside",
+        )
 
     def _check_parallel(self) -> None:
         """ValueError where settings of data parallelism cannot go together; the wrapper's name is checked when it is used."""
