@@ -166,7 +166,7 @@ def test_unknown_paths_are_refused(monkeypatch):
         chosen(*half(), path="fast")
     monkeypatch.setenv(paths.VARIABLE, "fast")
     with pytest.raises(ValueError, match="variable LMSYS_FLASH_PATH=fast; it takes auto, portable, hopper"):
-        attention(*half(), causal=True, kernel=KERNEL)
+        chosen(*half())
 
 
 # --- explain --------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from lmsys.attention.reference import reference_attention
 from lmsys.bench import accuracy
 from lmsys.records import SCHEMAS
 
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU Triton runs nothing on the CPU")
 CASE = accuracy.Case(0, 2, 4, 2, 33, 47, 16, "fp32", True, "tokens first", 0.3, 4.0)
 
 
@@ -135,6 +136,7 @@ def test_a_wrong_kernel_is_found_out(fake, wrong, note):
     assert row["deterministic"] is (wrong != "random")
 
 
+@interpreted
 def test_gradients_that_must_be_the_same_bits(fake, monkeypatch):
     """A kernel with the option deterministic is asked for it, and its gradients are compared."""
     asked = []
@@ -151,6 +153,7 @@ def test_gradients_that_must_be_the_same_bits(fake, monkeypatch):
     assert row["deterministic"] is False and row["note"] == "dv: not the same bits in a second run"
 
 
+@interpreted
 def test_both_paths_are_checked_where_there_are_two(fake, monkeypatch):
     asked = []
 

@@ -11,6 +11,7 @@ from lmsys.attention.reference import reference_attention
 from lmsys.bench import attention, standings
 from lmsys.records import REPOSITORY, SCHEMAS, read_results
 
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU Triton runs nothing on the CPU")
 CPU = torch.device("cpu")
 
 
@@ -173,6 +174,7 @@ def test_a_backward_pass_that_fails_leaves_the_forward_pass_its_row(monkeypatch)
     assert backward["status"] == "error" and backward["note"] == "RuntimeError: no such kernel image"
 
 
+@interpreted
 def test_the_portable_path_is_measured_beside_another_default(monkeypatch):
     """As on a Hopper GPU: flash_attention_triton twice, the row saying which path each pass took."""
     explained = []
@@ -205,6 +207,7 @@ def test_the_portable_path_is_measured_beside_another_default(monkeypatch):
     assert [row["path"] for row in attention.rows(sweep, CPU)] == ["portable", "portable"]
 
 
+@interpreted
 def test_a_path_that_the_environment_forces_and_that_refuses_is_a_row(monkeypatch):
     monkeypatch.setenv("LMSYS_FLASH_PATH", "hopper")
     sweep = attention.settings("smoke", groups=["throughput"], kernels=["flash_attention_triton"], device="cpu")

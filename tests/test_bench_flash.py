@@ -11,6 +11,7 @@ from lmsys.bench.measure import Measurement
 from lmsys.records import SCHEMAS
 
 pytestmark = pytest.mark.filterwarnings("ignore:no CUDA GPU")
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU Triton runs nothing on the CPU")
 CPU = torch.device("cpu")
 NAMES = ("flash_steps", "ceilings", "counters", "pytorch_attention", "flash_benchmarking")
 
@@ -58,6 +59,7 @@ def test_settings_fill_from_the_scale_and_refuse_what_is_wrong():
             flash.settings("smoke", **bad)
 
 
+@interpreted
 def test_every_table_has_its_schema_and_a_row_for_each_point(frames):
     for name in NAMES:
         frame = frames[name.removeprefix("flash_") if name == "flash_steps" else name]
@@ -75,6 +77,7 @@ def test_every_table_has_its_schema_and_a_row_for_each_point(frames):
         assert (both.forward_backward > both[["forward", "backward"]].max(axis=1)).all()
 
 
+@interpreted
 def test_memory_before_backward_is_what_the_formula_says(frames):
     course = frames["pytorch_attention"]
     assert course.before_backward_mib.tolist() == pytest.approx(course.computed_mib.tolist(), rel=0.02)
@@ -303,6 +306,7 @@ def test_a_profiler_that_does_not_answer(tmp_path, monkeypatch, case):
     assert ("longer than 0.3 s" if case == "too long" else "did not start") in row["note"]
 
 
+@interpreted
 def test_compiling_ahead_covers_what_compiles_and_a_failure_ends_nothing(capsys):
     full = flash.settings("full", device="cpu")
     tasks = flash._compilations(full)

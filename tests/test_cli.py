@@ -105,7 +105,7 @@ def test_context_beyond_the_models(tmp_path, capsys):
             "'flash_attention_triton'",
         ),
         (["--ddp_wrapper", "flashddp", "--processes", "0"], "train.processes is 0"),
-        (["--processes", "2"], "'none' is for one process and this run has 2"),
+        (["--processes", "2", "--override", "train.device=cpu"], "'none' is for one process and this run has 2"),
         (["--sharded_optimizer"], "train.sharded_optimizer shares the optimizer's state among processes"),
         (["--ddp_wrapper", "dpp"], "unknown ddp_wrapper 'dpp'"),
         (["--override", "train.device=cuda:64"], "cuda:64"),

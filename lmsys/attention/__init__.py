@@ -309,11 +309,11 @@ def attention(
     """
     entry = get_kernel(kernel)
     _check_tensors(q, k, v, kernel)
-    backward = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    entry.check(q.device, q.dtype, q.shape[-1], q.shape[-3], k.shape[-3], backward)
     if scale is not None or options:
         entry.check_arguments(scale, options)
         scale = None if scale is None else float(scale)
+    backward = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    entry.check(q.device, q.dtype, q.shape[-1], q.shape[-3], k.shape[-3], backward)
     _load(kernel)
     function = _LOADED[kernel]
     if q.ndim == 4:
