@@ -55,7 +55,15 @@ from lmsys.config import FULLY_SHARDED, PipelineConfig, TrainConfig, to_dict
 from lmsys.data import BatchSampler, sequential_batches
 from lmsys.generate import generate_text
 from lmsys.model import TransformerLM, cross_entropy
-from lmsys.optim import AdamW, clip_grad_norm, cosine_schedule, parameter_groups
+from lmsys.optim import (
+    AdamW,
+    FusedAdamW,
+    clip_factor,
+    clip_grad_norm,
+    cosine_schedule,
+    parameter_groups,
+    to_low_precision,
+)
 from lmsys.parallel import group
 from lmsys.records import SCHEMAS, atomic_path, writable_dir
 
@@ -330,6 +338,7 @@ def evaluate(
     max_batches: int,
     dtype: str = "fp32",
     forward: nn.Module | None = None,
+    fused_loss: bool = False,
     rank: int = 0,
     world_size: int = 1,
 ) -> float:
@@ -337,6 +346,7 @@ def evaluate(
 
     Args:
         forward: what computes the logits where it is not the model itself, as a wrapper that gathers its parameters.
+        fused_loss: without the logits of all tokens.
         rank, world_size: of the processes that share the batches; all of them call this, and go forward equally often.
     """
     forward = model if forward is None else forward
@@ -346,7 +356,8 @@ def evaluate(
     while together := list(itertools.islice(batches, world_size)):
         inputs, targets = together[min(rank, len(together) - 1)]
         with autocast(device, dtype):
-            loss = cross_entropy(forward(_to_device(inputs, device)), _to_device(targets, device))
+            ids, wanted = _to_device(inputs, device), _to_device(targets, device)
+            loss = forward(ids, wanted) if fused_loss else cross_entropy(forward(ids), wanted)
         if rank < len(together):
             sums += torch.stack((loss.double() * targets.size, torch.full_like(sums[1], targets.size)))
     if world_size > 1:
@@ -416,10 +427,22 @@ class _Replica:
         if saved:
             checkpoint.load_weights(self.model, saved.weights)
         shapes = [parameter.shape for options in parameter_groups(self.model, 0.0) for parameter in options["params"]]
+        self.model.fuse(
+            rope=settings.fused_rope,
+            gate=settings.merged_gate,
+            residual_dtype={"bf16": torch.bfloat16, "fp32": torch.float32, None: None}[settings.residual_dtype],
+        )
+        self.masters = {}  # fp32 values of what becomes bf16 here, for the optimizer
+        if settings.bf16_parameters:
+            group.broadcast_from_rank0(self.model.parameters())  # in fp32, which the wrapper will not see
+            self.masters = to_low_precision(self.model, torch.bfloat16)
+        self.gradient_scale: Tensor | None = None  # of clipping, where the optimizer applies it
         self.loss_function = cross_entropy
         if settings.compile:
             self.model.compile_blocks()
             self.loss_function = torch.compile(cross_entropy)
+        if settings.compile_rest:
+            self.model.compile_rest()
         self.module = parallel.wrap(self.model, settings.ddp_wrapper, **_wrapper_options(settings))
         self.parameters = list(self.module.parameters())
         self.optimizer = self._make_optimizer()
@@ -441,6 +464,9 @@ class _Replica:
             return ShardedOptimizer(
                 groups, AdamW, reduce_scatter_gradients=self.config.train.reduce_scatter_gradients, **options
             )
+        if self.config.train.fused_optimizer:
+            masters, self.masters = self.masters, {}
+            return FusedAdamW(groups, masters=masters, **options)
         return AdamW(groups, **options)
 
     def _check_optimizer(self, state: dict[str, Any], shapes: list[torch.Size]) -> None:
@@ -481,6 +507,9 @@ class _Replica:
             weights = checkpoint.each_once(self.module.full_state_dict())
             return weights, self.module.gather_optimizer_state(self.optimizer)
         weights = checkpoint.model_weights(self.model)
+        if isinstance(self.optimizer, FusedAdamW):
+            masters, named = self.optimizer.masters(), dict(self.model.named_parameters())
+            weights = {name: masters.get(named.get(name), weight) for name, weight in weights.items()}
         if self.config.train.sharded_optimizer:
             return weights, self.optimizer.full_state_dict()
         return weights, self.optimizer.state_dict()
@@ -493,7 +522,7 @@ class _Replica:
             inputs, targets = (_to_device(array, self.device) for array in sampler.next())
             with self._communicating(is_last=index == count - 1):
                 with autocast(self.device, self.config.train.dtype):
-                    loss = self.loss_function(self.module(inputs), targets) / count
+                    loss = self._loss(inputs, targets) / count
                 self.scaler.scale(loss).backward()
             step_loss += loss.detach()
         if self.config.train.reduce_scatter_gradients:
@@ -501,6 +530,11 @@ class _Replica:
         elif self.world_size > 1:
             self.module.finish_gradient_synchronization()
         return step_loss
+
+    def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        if self.config.train.fused_loss:
+            return self.module(inputs, targets)
+        return self.loss_function(self.module(inputs), targets)
 
     @contextmanager
     def _communicating(self, is_last: bool) -> Iterator[None]:
@@ -528,6 +562,9 @@ class _Replica:
             norm = self.module.clip_grad_norm_(max_norm)
         elif self.config.train.sharded_optimizer:
             norm = self.optimizer.clip_grad_norm_(max_norm)
+        elif isinstance(self.optimizer, FusedAdamW):
+            norm = clip_grad_norm(self.parameters, 0)
+            self.gradient_scale = clip_factor(norm, max_norm) if max_norm > 0 else None
         else:
             norm = clip_grad_norm(self.parameters, max_norm)
         return norm
@@ -536,7 +573,8 @@ class _Replica:
         """Take the optimizer's step with the clipped gradients."""
         for options in self.optimizer.param_groups:
             options["lr"] = learning_rate
-        self.scaler.step(self.optimizer)
+        fused = isinstance(self.optimizer, FusedAdamW)
+        self.scaler.step(self.optimizer, **({"gradient_scale": self.gradient_scale} if fused else {}))
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -562,6 +600,7 @@ class _Replica:
             max_batches=settings.eval_batches * settings.gradient_accumulation_steps * self.world_size,
             dtype=settings.dtype,
             forward=self.module if self.fully_sharded else None,
+            fused_loss=settings.fused_loss,
             rank=self.rank,
             world_size=self.world_size,
         )
