@@ -100,7 +100,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 def generate(arguments: argparse.Namespace) -> None:
     from lmsys.config import GenerateConfig
-    from lmsys.generate import generate_text
+    from lmsys.generate import generate_texts
     from lmsys.pipeline import load_run
 
     settings = GenerateConfig(
@@ -112,8 +112,29 @@ def generate(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
     )
     model, tokenizer = load_run(arguments.checkpoint, arguments.tokenizer, device=arguments.device)
-    for prompt in settings.prompts:
-        print(generate_text(model, tokenizer, prompt, settings), end="\n\n")
+    _, written = generate_texts(
+        model,
+        tokenizer,
+        settings.prompts,
+        settings,
+        use_cache=not arguments.no_cache,
+        write=lambda piece: print(piece, end="", flush=True),
+    )
+    print(written.speed(), file=sys.stderr)
+
+
+def export(arguments: argparse.Namespace) -> None:
+    from lmsys import interchange
+    from lmsys.pipeline import load_run
+
+    model, tokenizer = load_run(arguments.checkpoint, arguments.tokenizer, device="cpu")
+    _print_written([interchange.export_llama(model, tokenizer, arguments.output)])
+
+
+def import_hf(arguments: argparse.Namespace) -> None:
+    from lmsys import interchange
+
+    _print_written([interchange.import_llama(arguments.input, arguments.output)])
 
 
 def attention_sweep(arguments: argparse.Namespace) -> None:
@@ -429,7 +450,7 @@ def _parser() -> argparse.ArgumentParser:
         "generate",
         generate,
         "Write text with a trained model",
-        "Samples from a checkpoint of a run.",
+        "Prints the text of a checkpoint's model as it is written, and its speed on standard error. Several prompts are continued together.",
         'generate --checkpoint runs/pipeline-cpu --prompt "Once upon a time"',
     )
     added.add_argument("--checkpoint", required=True, help="a checkpoint, or a run folder (then its newest good one)")
@@ -440,7 +461,30 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--top_k", type=int, default=0, help="sample among the k likeliest; 0 is off (default: 0)")
     added.add_argument("--top_p", type=float, default=0.95, help="nucleus sampling; 1 is off (default: 0.95)")
     added.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    added.add_argument("--no_cache", action="store_true", help="read the whole window anew for each token, to compare")
     added.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+
+    added = command(
+        "export",
+        export,
+        "Write a model in Hugging Face's Llama format",
+        "A folder for transformers' AutoModelForCausalLM and AutoTokenizer: config.json, model.safetensors, tokenizer.json and their\n"
+        "companions. The weights stay fp32; the logits are the same.",
+        "export --checkpoint runs/pipeline-cpu --output exported",
+    )
+    added.add_argument("--checkpoint", required=True, help="a checkpoint, or a run folder (then its newest good one)")
+    added.add_argument("--output", required=True, help="the folder to write; it must not exist, or be empty")
+    added.add_argument("--tokenizer", help="tokenizer.json (default: the run folder's)")
+
+    added = command(
+        "import-hf",
+        import_hf,
+        "Make a run folder of a model in Hugging Face's Llama format",
+        "Its config.json, safetensors and byte-level tokenizer.json; nothing is unpickled. What our model cannot hold is refused by name.",
+        "import-hf --input exported --output runs/imported",
+    )
+    added.add_argument("--input", required=True, help="the model's folder")
+    added.add_argument("--output", required=True, help="the run folder to write; it must not exist, or be empty")
 
     added = command(
         "attention-sweep",

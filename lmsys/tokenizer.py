@@ -1025,6 +1025,50 @@ class Tokenizer:
             },
         )
 
+    @classmethod
+    def from_huggingface(cls, path: str | os.PathLike) -> Tokenizer:
+        """A tokenizer from a Hugging Face tokenizer.json, which gives the same ids.
+
+        Raises:
+            ValueError: the file is missing or damaged, or anything but byte-level BPE with GPT-2's pattern: names what it has.
+        """
+
+        def only(what: str, found: Any, *allowed: Any) -> None:
+            require(
+                any(type(found) is type(one) and found == one for one in allowed),
+                f"{path}: {what} is {json.dumps(found)[:80]}, which is not supported: only "
+                f"{' or '.join(map(json.dumps, allowed))} is, as in byte-level BPE with GPT-2's pattern",
+            )
+
+        value = _read_json(path)
+        with _damage_named(path):
+            model, before, after = value["model"], value["pre_tokenizer"] or {}, value.get("post_processor") or {}
+            only("the model's type", model.get("type"), "BPE")
+            for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+                only(f"the model's {name}", model.get(name), None, "", 0.0)
+            for name in ("byte_fallback", "ignore_merges"):
+                only(f"the model's {name}", model.get(name), None, False)
+            only("the normalizer", value.get("normalizer"), None)
+            only("the pre-tokenizer's type", before.get("type"), "ByteLevel")
+            only("the pre-tokenizer's add_prefix_space", before.get("add_prefix_space"), False)
+            only("the pre-tokenizer's use_regex", before.get("use_regex", True), True)
+            only("the post-processor's type", after.get("type"), None, "ByteLevel")
+            special = {}
+            for token in value.get("added_tokens") or ():
+                for name in ("single_word", "lstrip", "rstrip"):
+                    only(f"{name} of token {token['content']!r}", token.get(name), None, False)
+                special[token["content"]] = token["id"]
+            names = model["vocab"] | special
+            vocab = {
+                index: name.encode() if name in special else _from_printable(name) for name, index in names.items()
+            }
+            require(len(vocab) == len(names), "two tokens have the same id")
+            merges = [
+                _merge_from_line(one) if isinstance(one, str) else tuple(map(_from_printable, one))
+                for one in model["merges"]
+            ]
+            return cls(vocab, merges, list(special))
+
 
 def _keep(known: dict[str, bytes], new: Mapping[str, bytes], always: Mapping[str, bytes] | None = None) -> None:
     """Add new entries to a cache, without the long ones. A cache that would pass _MAX_PIECES is emptied, but for `always`."""
