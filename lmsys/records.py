@@ -149,6 +149,11 @@ SCHEMAS: dict[str, tuple[str, ...]] = {
         *("step_ms", "p20_ms", "p80_ms", "samples", "peak_mib", "activations_mib", "block_forwards", "loss"),
         *("predicted_peak_mib", "predicted_activations_mib", "predicted_ms", "note"),
     ),
+    "faults_results": ("fault", "tried", "nothing_lost", "longest_s", "status", "note"),
+    "saving_results": (
+        *("mode", "size", "interval", "status", "step_ms", "p20_ms", "p80_ms", "samples"),
+        *("cost_pct", "hold_ms", "write_ms", "checkpoint_mib"),
+    ),
     "sharding_parallelism": ("strategy", "pass", "tokens", "devices", "compute_ms", "communication_ms", "bound"),
 }
 
