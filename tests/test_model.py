@@ -252,3 +252,28 @@ def test_the_courses_weights_load_through_the_adapters(model):
     x = torch.randn(2, 12, 32)
     expected = model.layers[0](x, model.rope.cos[:12], model.rope.sin[:12])
     assert torch.equal(adapters.run_transformer_block(32, 4, 48, 24, 10_000.0, block, x), expected)
+
+
+def test_fused_parts_compute_the_same_model():
+    """Loss and gradients of targets given, with rotation fused and the gate merged, against the plain model's."""
+    torch.manual_seed(0)
+    config = ModelConfig(16, 32, 2, 2, 12, 40)
+    plain, fused = (TransformerLM(config) for _ in range(2))
+    fused.load_state_dict(plain.state_dict())
+    fused.fuse(rope=True, gate=True)
+    ids, targets = torch.randint(40, (2, 2, 12))
+    cross_entropy(plain(ids), targets).backward()
+    fused(ids, targets).backward()
+    for a, b in zip(plain.parameters(), fused.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_residual_stream_has_the_dtype_that_it_is_given():
+    model = TransformerLM(ModelConfig(16, 32, 2, 2, 12, 40))
+    seen = []
+    model.ln_final.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        for dtype in (None, torch.bfloat16):
+            model.fuse(residual_dtype=dtype)(torch.zeros(1, 3, dtype=torch.int64))
+    assert seen == [torch.float32, torch.bfloat16]
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())

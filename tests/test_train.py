@@ -501,3 +501,74 @@ def test_config_of_a_checkpoint_builds_again(tmp_path):
     history = run(tmp_path, train={"steps": 2})
     assert build(PipelineConfig, checkpoint.load(history.checkpoint).config) == config(train={"steps": 2})
     assert to_dict(config())["model"]["d_model"] == 16
+
+
+# --- Options of the step --------------------------------------------------------------------------
+
+STEP_OPTIONS = ("fused_loss", "fused_rope", "merged_gate", "fused_optimizer")
+BF16 = {"dtype": "bf16", "fused_optimizer": True, "bf16_parameters": True}
+
+
+def losses(history: History) -> np.ndarray:
+    return np.array([row["train_loss"] for row in history.rows] + [history.valid_loss])
+
+
+@pytest.mark.parametrize(
+    "options", [*[{name: True} for name in STEP_OPTIONS], dict.fromkeys(STEP_OPTIONS, True)], ids=str
+)
+def test_options_of_the_step_compute_the_same(options):
+    np.testing.assert_allclose(losses(run(train=options)), losses(run()), rtol=2e-6)
+
+
+@pytest.mark.parametrize("options", [BF16, {"dtype": "bf16", "residual_dtype": "bf16"}], ids=str)
+def test_less_precision_stays_near(options):
+    distance = np.abs(losses(run(train=options)) / losses(run(train={"dtype": "bf16"})) - 1).max()
+    assert 1e-7 < distance < 2e-3
+
+
+def test_a_run_with_masters_resumes_exactly_and_its_checkpoint_is_in_fp32(tmp_path):
+    whole = run(tmp_path / "whole", train=BF16)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "cut", interrupt_at(7), train=BF16)
+    assert computed(run(tmp_path / "cut", train=BF16)) == computed(whole)
+    saved = checkpoint.load(whole.checkpoint)
+    assert {tensor.dtype for tensor in saved.weights.values()} == {torch.float32}
+    rounded = [tensor for tensor in saved.weights.values() if torch.equal(tensor, tensor.bfloat16().float())]
+    assert all(tensor.ndim < 2 for tensor in rounded)  # gains that are still 1, and no matrix
+
+
+def test_a_run_goes_on_under_other_options_of_the_step(tmp_path):
+    """The checkpoint is the same whatever the options: fp32 weights and moments, from the plain optimizer and to it."""
+    expected = losses(run(train={"dtype": "bf16"}))
+    for first, then in (({}, BF16), (BF16, {})):
+        folder = tmp_path / str(len(first))
+        with pytest.raises(Interrupted):
+            run(folder, interrupt_at(7), train={"dtype": "bf16"} | first)
+        history = run(folder, train={"dtype": "bf16"} | then)
+        assert history.resumed_from == 5
+        np.testing.assert_allclose(losses(history), expected, rtol=2e-3)
+
+
+def test_fused_optimizer_clips_as_the_plain_one():
+    strict = {"max_grad_norm": 0.05}
+    ours, theirs = (run(train={"fused_optimizer": fused}, optim=strict) for fused in (True, False))
+    for a, b in zip(computed(ours), computed(theirs), strict=True):
+        np.testing.assert_allclose(np.array(a, dtype=float), np.array(b, dtype=float), rtol=2e-5)
+    assert all(row["grad_norm"] > 0.05 for row in ours.rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compile_rest": True}, "train.compile"),
+        ({"residual_dtype": "fp8"}, "train.residual_dtype"),
+        ({"bf16_parameters": True, "fused_optimizer": True}, "train.dtype=bf16"),
+        ({"bf16_parameters": True, "dtype": "bf16"}, "train.fused_optimizer=true"),
+        ({"fused_optimizer": True, "ddp_wrapper": "fsdp"}, "train.fused_optimizer=false"),
+        ({"fused_optimizer": True, "ddp_wrapper": "flat", "sharded_optimizer": True}, "train.fused_optimizer=false"),
+    ],
+    ids=str,
+)
+def test_options_of_the_step_that_cannot_go_together(options, message):
+    with pytest.raises(ValueError, match=message):
+        config(train=options)

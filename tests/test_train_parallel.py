@@ -33,6 +33,11 @@ CASES = {
     "reduce_scatter": {"ddp_wrapper": "flashddp", "sharded_optimizer": True, "reduce_scatter_gradients": True},
     "fsdp_accumulated": {"ddp_wrapper": "fsdp", "gradient_accumulation_steps": 2},
 }
+FUSED = {"fused_loss": True, "fused_rope": True, "merged_gate": True}
+CASES |= {
+    f"{name}_fused": {"ddp_wrapper": name, "fused_optimizer": True, **FUSED} for name in ("flashddp", "torch_ddp")
+}
+CASES |= {f"{name}_fused": {"ddp_wrapper": name, **FUSED} for name in ("fsdp", "torch_fsdp2")}
 COMPILED = {"ddp_wrapper": "fsdp", "compile": True}
 CASES["reduce_scatter_accumulated"] = CASES["reduce_scatter"] | {"gradient_accumulation_steps": 4}
 RESUMED = {f"{name}, resumed": CASES[name] for name in ("flashddp", "zero1", "fsdp", "torch_fsdp2")}
@@ -111,6 +116,7 @@ def in_two_processes(process, folder, alone):
         results["compiled"] = run(folder / "compiled", **seldom, **COMPILED)
     for name in ("fsdp", "torch_fsdp2"):
         results[f"{name}, bf16"] = run(ddp_wrapper=name, dtype="bf16")
+    results["bf16 parameters"] = run(ddp_wrapper="flashddp", dtype="bf16", fused_optimizer=True, bf16_parameters=True)
     results["bf16 gradients"] = run(ddp_wrapper="flashddp", communication_dtype="bf16")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.amp.GradScaler, "__init__", large_scale(torch.amp.GradScaler.__init__))
@@ -178,7 +184,8 @@ def test_a_compiled_model_trains_alike(alone, together):
 def test_bf16_reaches_the_wrapper(alone, together):
     """Whole parameters, or gradients on their way, in bf16: close, and not the same."""
     rounded = run(dtype="bf16")
-    expected = {"fsdp, bf16": rounded, "torch_fsdp2, bf16": rounded, "bf16 gradients": alone[0]}
+    expected = dict.fromkeys(("fsdp, bf16", "torch_fsdp2, bf16", "bf16 parameters"), rounded)
+    expected |= {"bf16 gradients": alone[0]}
     for name, history in expected.items():
         ours, theirs = (np.array([row["train_loss"] for row in each.rows]) for each in (together[0][name][0], history))
         assert 1e-6 < np.abs(ours / theirs - 1).max() < 5e-3, name
