@@ -118,6 +118,7 @@ def generate(arguments: argparse.Namespace) -> None:
         settings.prompts,
         settings,
         use_cache=not arguments.no_cache,
+        cuda_graph=model.token_embeddings.weight.is_cuda,
         write=lambda piece: print(piece, end="", flush=True),
     )
     print(written.speed(), file=sys.stderr)

@@ -86,16 +86,34 @@ class KeyValueCache:
     """Keys and values of what B texts have been read, (layers, B, H, max_len, D) each, allocated once, at the first read.
 
     lengths: how many tokens each text has there. Places beyond are zeros or left over, and masked.
+
+    Args:
+        cuda_graph: replay a step as one launch. A step of few texts is some forty small kernels a layer, whose launches take
+            longer than their work. The recorded step reads all max_len places, as its shapes cannot change, and not under
+            autocast, whose casts of the weights it would repeat.
     """
 
-    def __init__(self, model: TransformerLM, batch: int, max_len: int):
-        self.model, self.max_len = model, max_len
-        self.lengths = [0] * batch
+    def __init__(self, model: TransformerLM, batch: int, max_len: int, *, cuda_graph: bool = False):
+        self.model, self.max_len, self.cuda_graph = model, max_len, cuda_graph
+        self.device = model.token_embeddings.weight.device
+        require(
+            not cuda_graph or (self.device.type == "cuda" and not torch.is_autocast_enabled("cuda")),
+            f"a CUDA graph is for a model on a CUDA GPU without autocast; this one is on {self.device}: leave it out",
+        )
         self.keys = self.values = torch.empty(0)
+        self._hold([0] * batch)
+
+    def _hold(self, lengths: list[int]) -> None:
+        self.lengths = lengths
+        self._rows = torch.arange(len(lengths), device=self.device)
+        self._inputs = torch.zeros(
+            2, len(lengths), dtype=torch.int64, device=self.device
+        )  # tokens, and their positions
+        self._recorded: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
 
     def read(self, rows: Sequence[int], windows: Sequence[Sequence[int]]) -> Tensor:
         """Forget texts `rows` and read their windows in one pass: what the head reads after each one's last token, (R, d)."""
-        index = torch.tensor(rows, device=self.model.token_embeddings.weight.device)
+        index = torch.tensor(rows, device=self.device)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
             if not self.keys.numel():  # only now is the dtype known that the model computes keys in
@@ -111,32 +129,48 @@ class KeyValueCache:
         return hidden
 
     def step(self, tokens: Sequence[int]) -> Tensor:
-        """Read one more token of each text: what the head reads after it, (B, d)."""
-        device = self.keys.device
-        rows = torch.arange(len(tokens), device=device)
-        ids, positions = torch.tensor([tokens, self.lengths], device=device)  # (B) each
-        longest = max(self.lengths) + 1
-        beyond = None
-        if min(self.lengths) + 1 < longest:
-            beyond = (torch.arange(longest, device=device) > positions[:, None])[:, None, None]  # (B, 1, 1, longest)
+        """Read one more token of each text: what the head reads after it, (B, d), until the next step."""
+        self._inputs.copy_(torch.tensor([tokens, self.lengths]))
+        if self.cuda_graph:
+            graph, hidden = self._recorded = self._recorded or self._record()
+            graph.replay()
+        else:
+            hidden = self._step(max(self.lengths) + 1)
+        self.lengths = [length + 1 for length in self.lengths]
+        return hidden
+
+    def _step(self, span: int) -> Tensor:
+        """Read _inputs, with the first `span` places of the cache in sight. Done twice, it leaves what it leaves done once."""
+        tokens, positions = self._inputs
+        beyond = (torch.arange(span, device=self.device) > positions[:, None])[:, None, None]  # (B, 1, 1, span)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
             keys, values = self.keys[layer], self.values[layer]
-            keys[rows, :, positions] = k[:, :, 0]
-            values[rows, :, positions] = v[:, :, 0]
-            scores = q * q.shape[-1] ** -0.5 @ keys[:, :, :longest].transpose(-2, -1)  # (B, H, 1, longest)
-            if beyond is not None:
-                scores = scores.masked_fill(beyond, -torch.inf)
-            return scores.softmax(-1).to(values.dtype) @ values[:, :, :longest]
+            keys[self._rows, :, positions] = k[:, :, 0]
+            values[self._rows, :, positions] = v[:, :, 0]
+            scores = q * q.shape[-1] ** -0.5 @ keys[:, :, :span].transpose(-2, -1)  # (B, H, 1, span)
+            return scores.masked_fill(beyond, -torch.inf).softmax(-1).to(values.dtype) @ values[:, :, :span]
 
-        hidden = self.model.hidden(ids[:, None], positions=positions[:, None], attend=attend)[:, 0]
-        self.lengths = [length + 1 for length in self.lengths]
-        return hidden
+        return self.model.hidden(tokens[:, None], positions=positions[:, None], attend=attend)[:, 0]
+
+    def _record(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """(the graph of a step, where it leaves its result)."""
+        with torch.cuda.device(self.device):
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                for _ in range(2):  # first calls load kernels and make workspaces, which cannot be recorded
+                    self._step(self.max_len)
+            torch.cuda.current_stream().wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                hidden = self._step(self.max_len)
+        return graph, hidden
 
     def keep(self, rows: Sequence[int]) -> None:
         """Forget all texts but `rows`."""
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
-        self.lengths = [self.lengths[row] for row in rows]
+        self._hold([self.lengths[row] for row in rows])
 
 
 def _padded(length: int, context_length: int) -> int:
@@ -191,6 +225,7 @@ def generate_batch(
     stop_id: int | None = None,
     vocab_size: int | None = None,
     use_cache: bool = True,
+    cuda_graph: bool = False,
     on_token: Callable[[int, int | None], None] | None = None,
 ) -> Generation:
     """Continue sequences of token ids together, each up to stop_id or max_new_tokens.
@@ -198,7 +233,7 @@ def generate_batch(
     Args:
         seed: of each text's own generator: a text does not depend on what is written beside it.
         vocab_size: sample only ids below it, for a model whose vocabulary is padded beyond its tokenizer's.
-        use_cache: False reads each window anew for every token.
+        use_cache: False reads each window anew for every token. cuda_graph: see KeyValueCache.
         on_token: called with the index of a prompt and its new id, as soon as it is drawn; with None at that prompt's end.
     Raises:
         ValueError: no ids, or one outside the model's vocabulary.
@@ -210,7 +245,7 @@ def generate_batch(
     require(max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}; it must be at least 1")
     longest = max(map(len, windows))
     room = min(context_length, max(_padded(longest, context_length), longest + max_new_tokens - 1))
-    cache = KeyValueCache(model, len(windows), room) if use_cache else None
+    cache = KeyValueCache(model, len(windows), room, cuda_graph=cuda_graph) if use_cache else None
     generators = [torch.Generator().manual_seed(seed) for _ in windows]
     new: list[list[int]] = [[] for _ in windows]
     active = list(range(len(windows)))  # those that are not at their end, in the order of the cache's rows
@@ -287,6 +322,7 @@ def generate_texts(
     config: GenerateConfig,
     *,
     use_cache: bool = True,
+    cuda_graph: bool = False,
     write: Callable[[str], None] | None = None,
 ) -> tuple[list[str], Generation]:
     """The prompts and their continuations up to <|endoftext|>. An empty prompt starts at <|endoftext|>, as a new text does.
@@ -313,6 +349,7 @@ def generate_texts(
         stop_id=end[0],
         vocab_size=tokenizer.vocab_size,
         use_cache=use_cache,
+        cuda_graph=cuda_graph,
         on_token=_InOrder(tokenizer, prompts, write) if write else None,
     )
     return [tokenizer.decode(one + new) for one, new in zip(ids, written.tokens, strict=True)], written

@@ -105,6 +105,34 @@ def test_a_step_gives_the_logits_of_the_whole_text(dtype):
             torch.testing.assert_close(hidden[row], model.hidden(torch.tensor([[*text[: start + 23], last]]))[0, -1])
 
 
+def test_a_step_may_see_the_whole_cache(model):
+    """As its CUDA graph does: what is beyond a text changes nothing, nor does a second go."""
+    with torch.no_grad():
+        cache = KeyValueCache(model, 2, 20)
+        cache.read([0, 1], [[1, 2, 3], [4]])
+        short = cache.step([5, 6])
+        before = cache.keys.clone(), cache.values.clone()
+        for _ in range(2):
+            torch.testing.assert_close(cache._step(20), short)
+        assert torch.equal(cache.keys, before[0]) and torch.equal(cache.values, before[1])
+    with pytest.raises(
+        ValueError, match="a CUDA graph is for a model on a CUDA GPU without autocast; this one is on cpu"
+    ):
+        generate(model, [1], max_new_tokens=1, cuda_graph=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_recorded_step_changes_no_token():
+    torch.manual_seed(1)
+    model = TransformerLM(ModelConfig(64, 96, 3, 4, 32, 90)).cuda().double()
+    prompts = [[4], [7, 8, 9], list(range(40)), [1]]
+    for stop in (None, 5):
+        settings = {"max_new_tokens": 80, "temperature": 1.3, "seed": 2, "stop_id": stop}
+        expected = generate_batch(model, prompts, use_cache=False, **settings).tokens
+        for cuda_graph in (False, True):
+            assert generate_batch(model, prompts, cuda_graph=cuda_graph, **settings).tokens == expected
+
+
 def test_a_cached_token_is_read_once(model, monkeypatch):
     read = []
     embed = model.token_embeddings.forward
