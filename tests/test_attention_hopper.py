@@ -116,6 +116,8 @@ SHAPES = [
     (130, 257, 4, 2, 1, 3),
     (449, 129, 2, 1, 2, 3),
     (256, 384, 3, 1, 1, 1),  # whole tiles
+    (130, 400, 4, 2, 2, 1),  # items enough: the query heads of a key head stay together
+    (100, 300, 4, 1, 2, 2),  # and parted in two
 ]
 
 
@@ -395,7 +397,7 @@ def tiles(rows, columns, element=dtype):
 
 
 vector = f"tensordesc<fp32[64],{gl.NVMMASharedLayout(0, 32, 1)!r}>"
-integers = ("counter", "H", "H_kv", "heads", "section", "items", "T", "S", "T_PAD", "splits")
+integers = ("counter", "H", "X", "H_kv", "parts", "heads", "section", "items", "T", "S", "T_PAD", "splits")
 types = dict.fromkeys(integers, "i32") | {"counter": "*i32", "lse_ptr": "*fp32", "scale": "fp32", "scale_log2": "fp32"}
 if which == "forward":
     kernel, tile = flash_hopper._forward_kernel, flash_hopper._TILES[head_dim]

@@ -5,7 +5,8 @@ appendix on the backward pass.
 
 How it works:
 - _prepare_kernel: delta = rowsum(O dO), the log-sum-exp in base 2, and zeros for dQ's float32 sum.
-- One item of work is 128 keys of a key head: it walks over the queries of all heads that read them, with dK and dV in registers.
+- One item of work is 128 keys of a key head: it walks over the queries of all heads that read them, with dK and dV in registers; or
+  of a part of these heads where items are few, the sums of the parts being added up at the end.
   Two groups of four warps (consumers) take 64 keys each, and a producer group copies Q and dO tiles of 64 queries into a ring.
 - Scores are computed transposed, S^T = K Q^T and dP^T = V dO^T, so that P^T and dS^T feed dV and dK as left operands from registers.
   Only dS goes through shared memory, for dQ.
@@ -18,7 +19,7 @@ TFLOP/s with). Head dim 128: a step is one query tile, and consumer g adds up ha
 
 Limits: those of flash_hopper, and gradients are not the same bits in every run.
 
-Legend: B batch, H heads, H_kv key heads, T queries, S keys, D head dim.
+Legend: B batch, H heads, H_kv key heads, X heads of dK and dV as they are summed, T queries, S keys, D head dim.
 """
 
 from __future__ import annotations
@@ -134,15 +135,20 @@ def _finish_kernel(
 
 @gluon.jit
 def _item(item, sizes, D: gl.constexpr, CAUSAL: gl.constexpr):
-    """Batch, key head, first key, first query tile, query tiles of a head, and how many of them need a mask.
+    """Batch, head (of X), first key, first query tile, query tiles of a head, and how many of them need a mask.
 
-    A key head's items follow each other, the longest first. At head_dim 64 tiles come in pairs.
+    Sections of heads follow each other, and in each the longest items of all its heads come first, so that what ends last is short.
+    At head_dim 64 tiles come in pairs.
     """
-    _H, H_kv, T, S, _T_PAD, _items = sizes
+    _H, X, _parts, section, T, S, _T_PAD, items = sizes
     per_head = gl.cdiv(S, _KEYS)
-    head = item // per_head
-    b = head // H_kv
-    first_key = (item - head * per_head) * _KEYS
+    first_head = item // (section * per_head) * section
+    rest = item - first_head * per_head
+    width = gl.minimum(section, items // per_head - first_head)
+    block = rest // width
+    head = first_head + rest - block * width
+    b = head // X
+    first_key = block * _KEYS
     tiles = gl.cdiv(T, _ROWS)
     if D == 64:
         tiles = gl.cdiv(T, 2 * _ROWS) * 2
@@ -154,7 +160,7 @@ def _item(item, sizes, D: gl.constexpr, CAUSAL: gl.constexpr):
     tiles -= first
     if first_key + _KEYS > S:
         masked = tiles
-    return b, head - b * H_kv, first_key, first, tiles, masked
+    return b, head - b * X, first_key, first, tiles, masked
 
 
 @gluon.jit
@@ -174,15 +180,16 @@ def _producer(inputs, counter, state, D: gl.constexpr, STAGES: gl.constexpr, CAU
     q_s, do_s, k_s, v_s, lse_s, delta_s, _ds_s, _dq_s = buffers
     k_full, v_full, q_full, do_full = full
     k_empty, v_empty, q_empty = empty
-    H, H_kv, _T, _S, T_PAD, items = sizes
-    group = H // H_kv
+    H, X, parts, _section, _T, _S, T_PAD, items = sizes
+    group = H // X
     item = gl.program_id(0)
     n = 0  # items, and
     done = 0  # query tiles that this program has seen
     while item < items:
         following = next_item(counter)
         put_item(slots, slots_ready, n, item)
-        b, h_kv, first_key, first, tiles, _masked = _item(item, sizes, D, CAUSAL)
+        b, x, first_key, first, tiles, _masked = _item(item, sizes, D, CAUSAL)
+        h_kv = x // parts
         _load_pair(k_desc, b, h_kv, first_key, k_full.index(0), k_empty.index(0), k_s, n)
         total = tiles * group
         if D == 64 or total == 0:
@@ -190,7 +197,7 @@ def _producer(inputs, counter, state, D: gl.constexpr, STAGES: gl.constexpr, CAU
         for i in range(total):
             stage = (done + i) % STAGES
             member = i // tiles
-            h = h_kv * group + member
+            h = x * group + member
             row = (first + i - member * tiles) * _ROWS
             vector = (b * H + h) * T_PAD + row
             ready = q_full.index(stage)
@@ -329,15 +336,15 @@ def _consumer_64(
     _q_s, _do_s, k_s, v_s, _lse_s, _delta_s, ds_s, _dq_s = buffers
     k_full, v_full, q_full, _do_full = full
     k_empty, v_empty, q_empty = empty
-    H, H_kv, _T, S, _T_PAD, _items = sizes
+    H, X, _parts, _section, _T, S, _T_PAD, _items = sizes
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     zeros = gl.zeros([_ROWS, 64], gl.float32, LAYOUT)
-    group = H // H_kv
+    group = H // X
     n = 0
     done = 0
     item = get_item(slots, slots_ready, 0)
     while item >= 0:
-        b, h_kv, first_key, first, tiles, masked = _item(item, sizes, 64, CAUSAL)
+        b, x, first_key, first, tiles, masked = _item(item, sizes, 64, CAUSAL)
         total = tiles * group
         first_query = _first_query(first_key, S, G, CAUSAL, LAYOUT)
         dk = zeros
@@ -352,7 +359,7 @@ def _consumer_64(
         for i in range(0, total, 2):
             dk, dv = _step_64(
                 i, done + i, tiles, masked, first, k, v, dk, dv, dq_desc, buffers, q_full, q_empty, zeros, first_query,
-                b, h_kv * group, scale * _LOG2_E, G, STAGES, MASK, GROUPED, LAYOUT,
+                b, x * group, scale * _LOG2_E, G, STAGES, MASK, GROUPED, LAYOUT,
             )  # fmt: skip
         mbarrier.arrive(k_empty.index(0), count=1)
         _consumers_barrier()  # nobody reads dS any more: dK and dV leave through its buffers
@@ -361,8 +368,8 @@ def _consumer_64(
         dk_s.reshape([_ROWS, 64]).store((dk * scale).to(dk_desc.dtype))
         dv_s.reshape([_ROWS, 64]).store(dv.to(dv_desc.dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(dk_desc, [b, h_kv, first_key + G * _ROWS, 0], dk_s)
-        tma.async_copy_shared_to_global(dv_desc, [b, h_kv, first_key + G * _ROWS, 0], dv_s)
+        tma.async_copy_shared_to_global(dk_desc, [b, x, first_key + G * _ROWS, 0], dk_s)
+        tma.async_copy_shared_to_global(dv_desc, [b, x, first_key + G * _ROWS, 0], dv_s)
         done += total
         n += 1
         item = get_item(slots, slots_ready, n)
@@ -435,16 +442,16 @@ def _consumer_128(
     _q_s, _do_s, _k_s, _v_s, _lse_s, _delta_s, ds_s, dq_s = buffers
     k_full, v_full, q_full, do_full = full
     k_empty, v_empty, q_empty = empty
-    H, H_kv, _T, S, _T_PAD, _items = sizes
+    H, X, _parts, _section, _T, S, _T_PAD, _items = sizes
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     WIDE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     zeros = gl.zeros([_ROWS, 64], gl.float32, LAYOUT)
-    group = H // H_kv
+    group = H // X
     n = 0
     done = 0
     item = get_item(slots, slots_ready, 0)
     while item >= 0:
-        b, h_kv, first_key, first, tiles, masked = _item(item, sizes, 128, CAUSAL)
+        b, x, first_key, first, tiles, masked = _item(item, sizes, 128, CAUSAL)
         total = tiles * group
         first_query = _first_query(first_key, S, G, CAUSAL, LAYOUT)
         dk = gl.zeros([_ROWS, 128], gl.float32, WIDE)
@@ -456,7 +463,7 @@ def _consumer_128(
         for i in range(total):
             dk, dv = _step_128(
                 i, done + i, tiles, masked, first, dk, dv, dq_desc, buffers, q_full, do_full, q_empty, zeros, first_query,
-                b, h_kv * group, scale * _LOG2_E, G, STAGES, MASK, GROUPED, LAYOUT,
+                b, x * group, scale * _LOG2_E, G, STAGES, MASK, GROUPED, LAYOUT,
             )  # fmt: skip
         mbarrier.arrive(v_empty.index(0), count=1)
         mbarrier.arrive(k_empty.index(0), count=1)
@@ -465,12 +472,12 @@ def _consumer_128(
         dv_s = dq_s.index(G)._reinterpret(dv_desc.dtype, [1, 1, _ROWS, 128], dv_desc.layout)
         dk_s.reshape([_ROWS, 128]).store((dk * scale).to(dk_desc.dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(dk_desc, [b, h_kv, first_key + G * _ROWS, 0], dk_s)
+        tma.async_copy_shared_to_global(dk_desc, [b, x, first_key + G * _ROWS, 0], dk_s)
         tma.store_wait(1)  # all but dK's copy: the last part of dQ
         group_barrier()
         dv_s.reshape([_ROWS, 128]).store(dv.to(dv_desc.dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(dv_desc, [b, h_kv, first_key + G * _ROWS, 0], dv_s)
+        tma.async_copy_shared_to_global(dv_desc, [b, x, first_key + G * _ROWS, 0], dv_s)
         done += total
         n += 1
         item = get_item(slots, slots_ready, n)
@@ -491,12 +498,15 @@ def _consumer(
         _consumer_128(G, outputs, scale, state, STAGES, CAUSAL, MASK, GROUPED)
 
 
-@gluon.jit(do_not_specialize=["H", "H_kv", "items", "T", "S", "T_PAD"])
+@gluon.jit(do_not_specialize=["H", "X", "parts", "section", "items", "T", "S", "T_PAD"])
 def _backward_kernel(
-    q_desc, do_desc, k_desc, v_desc, dq_desc, dk_desc, dv_desc, lse_desc, delta_desc, counter, scale, H, H_kv, items,
-    T, S, T_PAD, D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, MASK: gl.constexpr, GROUPED: gl.constexpr,
+    q_desc, do_desc, k_desc, v_desc, dq_desc, dk_desc, dv_desc, lse_desc, delta_desc, counter, scale, H, X, parts, section,
+    items, T, S, T_PAD, D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, MASK: gl.constexpr, GROUPED: gl.constexpr,
 ):  # fmt: skip
-    """dK, dV, and dQ's float32 sum without the scale. MASK: causal, or S is no multiple of 128. GROUPED: H > H_kv."""
+    """dK, dV, and dQ's float32 sum without the scale. MASK: causal, or S is no multiple of 128. GROUPED: H > X.
+
+    dK and dV have X = H_kv * parts heads: each is the sum over H / X of the H / H_kv query heads that read a key head.
+    """
     dtype: gl.constexpr = q_desc.dtype
     k_s = gl.allocate_shared_memory(dtype, [2, 1, 1, _ROWS, D], k_desc.layout)
     v_s = gl.allocate_shared_memory(dtype, [2, 1, 1, _ROWS, D], v_desc.layout)
@@ -512,7 +522,7 @@ def _backward_kernel(
     empty = (barriers(1, 2), barriers(1, 2), barriers(STAGES, 2))  # k, v, q and do
     fence_async_shared()
     buffers = (q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s)
-    state = (buffers, slots, slots_ready, full, empty, (H, H_kv, T, S, T_PAD, items))
+    state = (buffers, slots, slots_ready, full, empty, (H, X, parts, section, T, S, T_PAD, items))
     inputs = (q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc)
     outputs = (dq_desc, dk_desc, dv_desc)
     gl.warp_specialize(
@@ -533,6 +543,8 @@ _STAGES = {64: 4, 128: 2}  # by head dim: what shared memory holds
 # heads x head_dim 2048, causal, TFLOP/s: head_dim 64 at 1024 298 and 273, 2048 378 and 362, 4096 425 and 423, 16384 472 and 488;
 # head_dim 128 at 512 219 and 212, 1024 321 and 315, 2048 384 and 404, 4096 433 and 474.
 _PERSISTENT_QUERIES = {64: 4096, 128: 1024}
+_SECTION_ITEMS = 2  # a multiprocessor, of a section of heads: their queries stay in the L2 cache, and lengths even out
+_ITEMS_EACH = 6  # a multiprocessor, from which the query heads of a key head need no parting
 _launch_prepare, _launch_backward, _launch_finish = map(Launcher, (_prepare_kernel, _backward_kernel, _finish_kernel))
 
 
@@ -551,10 +563,15 @@ def backward(
     padded = triton.cdiv(q_len, 128) * 128
     rows = batch * heads * q_len
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    processors, _ = device_sizes(q.device.index)
+    blocks = triton.cdiv(k_len, _KEYS.value)
+    parts = _parting(batch * kv_heads * blocks, heads // kv_heads, processors)
+    item_heads = kv_heads * parts
+    items = batch * item_heads * blocks
+    section = triton.cdiv(_SECTION_ITEMS * processors, blocks)
+    dk_parts, dv_parts = (dk, dv) if parts == 1 else k.new_empty(2, batch, item_heads, k_len, head_dim)
     dq_sum = torch.empty(batch, heads, q_len, head_dim, dtype=torch.float32, device=q.device)
     lse_log2, delta = torch.empty(2, batch * heads * padded, dtype=torch.float32, device=q.device)
-    items = batch * kv_heads * triton.cdiv(k_len, _KEYS.value)
-    processors, _ = device_sizes(q.device.index)
     tile = _ROWS.value
     kind = q.device.index, q.dtype
     with torch.cuda.device(q.device):
@@ -567,15 +584,25 @@ def backward(
             min(items, processors) if q_len <= _PERSISTENT_QUERIES[head_dim] else items, kind,
             (
                 tiles_of(q, tile, head_dim), tiles_of(do, tile, head_dim), tiles_of(k, tile, head_dim), tiles_of(v, tile, head_dim),
-                tiles_of(dq_sum, tile, 64), tiles_of(dk, tile, head_dim), tiles_of(dv, tile, head_dim),
-                pieces_of(lse_log2, tile), pieces_of(delta, tile), list_counter(q.device), scale, heads, kv_heads, items, q_len, k_len, padded,
+                tiles_of(dq_sum, tile, 64), tiles_of(dk_parts, tile, head_dim), tiles_of(dv_parts, tile, head_dim),
+                pieces_of(lse_log2, tile), pieces_of(delta, tile), list_counter(q.device), scale,
+                heads, item_heads, parts, section, items, q_len, k_len, padded,
             ),
-            (head_dim, _STAGES[head_dim], causal, causal or k_len % _KEYS.value != 0, heads != kv_heads),
+            (head_dim, _STAGES[head_dim], causal, causal or k_len % _KEYS.value != 0, heads != item_heads),
         )  # fmt: skip
         _launch_finish(
             triton.cdiv(rows, tile), kind, (dq_sum, dq, scale, heads, q_len, rows, *in_eights(dq)), (head_dim, tile)
         )
+        if parts > 1:
+            for part, gradient in ((dk_parts, dk), (dv_parts, dv)):
+                torch.sum(part.unflatten(1, (kv_heads, parts)), 2, out=gradient)
     return dq, dk, dv
+
+
+def _parting(items: int, group: int, processors: int) -> int:
+    """Into how many the query heads of a key head are parted, so that every multiprocessor has several items to even out their lengths."""
+    divisors = [n for n in range(1, group + 1) if group % n == 0]
+    return next((n for n in divisors if items * n >= _ITEMS_EACH * processors), group)
 
 
 def _readable(tensor: Tensor) -> Tensor:
