@@ -240,6 +240,32 @@ def lm_matrix(arguments: argparse.Namespace) -> None:
     _print_written([folder / f"{matrix.NAME}.csv", *matrix.write_report(frame, losses, folder).values()])
 
 
+def train_step(arguments: argparse.Namespace) -> None:
+    from lmsys.bench import train_step as steps
+    from lmsys.records import artifacts_dir
+
+    chosen = steps.settings(
+        scale=arguments.scale,
+        sizes=arguments.sizes,
+        options=arguments.options,
+        batch=arguments.batch_size,
+        context_length=arguments.context_length,
+        vocab_size=arguments.vocab_size,
+        dtype=arguments.dtype,
+        compiled=arguments.compile,
+        kernel=arguments.attention_kernel,
+        loss_steps=arguments.loss_steps,
+        timed_steps=arguments.timed_steps,
+        device=arguments.device,
+        seed=arguments.seed,
+    )
+    folder = artifacts_dir(arguments.machine)
+    frame, losses = steps.run(chosen, folder, on_row=lambda row: print(steps.row_line(row), flush=True))
+    for sentence in steps.conclusions(frame, losses):
+        print(sentence.replace("**", ""))
+    _print_written([folder / f"{steps.NAME}.csv", *steps.write_report(frame, losses, folder).values()])
+
+
 def benchmark(arguments: argparse.Namespace) -> None:
     from lmsys.bench import model, model_report
     from lmsys.records import artifacts_dir
@@ -586,6 +612,30 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile, block by block")
     added.add_argument("--seed", type=int, default=0, help="of weights and data (default: 0)")
     added.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    add_machine(added)
+
+    added = command(
+        "train-step",
+        train_step,
+        "Time the trainer's step beside plain PyTorch's, and without each of its options",
+        "All from the same weights on the same data, losses compared. The options are those of the config's train section.",
+        "train-step --sizes gpt2 --options fused_loss fused_optimizer bf16_parameters",
+    )
+    add_scale(added, "auto")
+    added.add_argument("--sizes", nargs="+", metavar="S", help=f"model sizes: {', '.join(MODEL_SIZES)}")
+    added.add_argument(
+        "--options", nargs="+", metavar="O", help="that are on, and taken away one by one (default: all)"
+    )
+    added.add_argument("--batch_size", type=int, help="sequences (default: the size's)")
+    added.add_argument("--context_length", type=int, help="tokens of a sequence (default: the scale's)")
+    added.add_argument("--vocab_size", type=int, help="vocabulary (default: the size's)")
+    added.add_argument("--dtype", choices=("fp32", "bf16"), help="default: the scale's")
+    added.add_argument("--compile", action=argparse.BooleanOptionalAction, help="ours by block, PyTorch's whole")
+    added.add_argument("--attention_kernel", metavar="K", help="ours; PyTorch's is its own (default: the scale's)")
+    added.add_argument("--loss_steps", type=int, help="of training before the timing (default: the scale's)")
+    added.add_argument("--timed_steps", type=int, help="default: the scale's")
+    added.add_argument("--seed", type=int, default=0, help="of weights and data (default: 0)")
+    added.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add_machine(added)
 
     added = command(

@@ -1302,3 +1302,57 @@ def checkpointing(frame) -> Figure:
         color="#555555",
     )
     return figure
+
+
+# --- notebooks/train_step -------------------------------------------------------------------------
+
+_STEP_COLOURS = {"PyTorch": "#999999", "lmsys": "#0072B2", "lmsys without options": "#56B4E9"}
+
+
+def train_step_options(frame) -> Figure:
+    """Time and peak memory of a step: the peer, ours, ours without each option. A row of panels a size. frame: with a column name."""
+    sizes = list(dict.fromkeys(frame["size"]))
+    counts = [int((frame["size"] == size).sum()) for size in sizes]
+    figure = Figure(figsize=(11.0, 0.34 * sum(counts) + 1.0 * len(sizes)), layout="constrained")
+    axes = figure.subplots(len(sizes), 2, squeeze=False, sharey="row", height_ratios=counts)
+    for pair, size in zip(axes, sizes, strict=True):
+        rows = frame[frame["size"] == size]
+        per, unit = _memory_unit(rows.peak_mib)
+        panels = (("step_ms", 1, "time of a step, ms"), ("peak_mib", per, f"peak memory, {unit}"))
+        for axis, (column, scale, text) in zip(pair, panels, strict=True):
+            axis.spines[["top", "right"]].set_visible(False)
+            values = rows[column] / scale
+            axis.barh(range(len(rows)), values, 0.7, color=[_STEP_COLOURS.get(name, "#E69F00") for name in rows.name])
+            for y, (value, mfu) in enumerate(zip(values, rows.mfu, strict=True)):
+                share = f", MFU {mfu:.1%}" if column == "step_ms" and mfu == mfu else ""
+                axis.annotate(f" {significant(value)}{share}", (value, y), va="center", fontsize=7)
+            axis.set_xlim(0, 1.3 * values.max())
+            axis.set_xlabel(text, fontsize=8)
+        pair[0].set_yticks(range(len(rows)), rows.name, fontsize=8)
+        pair[0].invert_yaxis()
+        first = rows.iloc[0]
+        setting = f"{size}, {first.local_batch} x {first.context_length} tokens, {first['dtype']}"
+        pair[0].set_title(f"{setting}; {first.device}", loc="left", fontsize=10)
+    return figure
+
+
+def train_step_loss(losses) -> Figure:
+    """Losses of the first steps from the same weights, and their distance from the peer's: a row of panels a size. With a column name."""
+    sizes = list(dict.fromkeys(losses["size"]))
+    figure, axes = _figure(11.0, 3.4 * len(sizes) + 0.5, len(sizes), 2)
+    for (left, right), size in zip(axes, sizes, strict=True):
+        rows = losses[losses["size"] == size]
+        peer = rows[rows.name == "PyTorch"].set_index("step").loss
+        for name, curve in rows.groupby("name", sort=False):
+            curve = curve.set_index("step").loss
+            style = {"color": _STEP_COLOURS[name], "label": name}
+            left.plot(curve.index, curve, linewidth=3 if name == "PyTorch" else 1.3, **style)
+            if name != "PyTorch":
+                right.plot(curve.index, (curve - peer).reindex(curve.index), marker="o", markersize=3, **style)
+        right.axhline(0.0, color="#444444", linewidth=0.8)
+        left.set_title(f"{size}, loss", loc="left", fontsize=10)
+        right.set_title("less PyTorch's", loc="left", fontsize=10)
+        for axis in (left, right):
+            axis.set_xlabel("step")
+    _legend(figure, axes.flat)
+    return figure

@@ -91,6 +91,11 @@ SCHEMAS: dict[str, tuple[str, ...]] = {
     "model_benchmark_repeat": _MODEL_COLUMNS,
     "model_benchmark_warmup": ("size", "context_length", "batch", "dtype", "mode", "step", "time_ms"),
     "model_benchmark_first_step": ("name", "first_ms", "later_ms", "first_calls", "later_calls"),
+    "train_step_results": (
+        *("size", "implementation", "option", "context_length", "local_batch", "dtype", "status"),
+        *("step_ms", "p20_ms", "p80_ms", "samples", "tokens_per_s", "mfu", "peak_mib", "loss"),
+    ),
+    "train_step_losses": ("size", "implementation", "option", "step", "loss"),
     "collectives_results": (
         *("backend", "op", "gpus", "size_mib", "status", "median_ms", "p20_ms", "p80_ms", "samples", "busbw_gb_s"),
     ),

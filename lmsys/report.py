@@ -28,6 +28,7 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
     "pipeline": {"smoke": {}, "cpu": {}, "full": {}},
     "flash_attention": {"smoke": {}, "cpu": {}, "full": {}},
     "attention_sweep": {"smoke": {}, "cpu": {}, "full": {"passes": ["forward", "backward"]}},
+    "train_step": {"smoke": {}, "cpu": {}, "full": {}},
     "lm_matrix": {"smoke": {}, "cpu": {}, "full": {}},
     "data_parallel": {"smoke": {}, "cpu": {}, "full": {}},
     "sharding": {"smoke": {}, "cpu": {}, "full": {}},
