@@ -2,7 +2,7 @@
 
 A prompt is read in one pass (prefill), which leaves its keys and values in the cache; then each new token reads itself alone
 (decode). Several prompts are read and continued together, each as if it were alone. Without the cache, every new token
-reads its whole window anew: the same tokens, up to logits that differ by less than rounding, several times slower.
+reads its whole window anew: the same logits to rounding, and so the same tokens, several times slower.
 
 Past context_length: a prompt is cut to its last context_length tokens. When a text outgrows context_length, its window is
 cut to its last half, which is read anew at positions from 0, and grows again. Positions are in the cached keys, so that a
