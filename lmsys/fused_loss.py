@@ -58,12 +58,10 @@ def linear_cross_entropy(
     if path == "auto":
         path = "triton" if hidden.is_cuda else "torch"
     rows = targets.numel()
-    if chunk is None:
-        chunk = chunk_tokens(rows, *weight.shape, dtype.itemsize, _multiprocessors(hidden.device))
     if not torch.is_grad_enabled():  # which the autograd function could not know
         hidden, weight = hidden.detach(), weight.detach()
     flat = hidden.reshape(rows, weight.shape[1])
-    return LinearCrossEntropy.apply(flat, weight, targets.reshape(rows), dtype, min(chunk, rows), ignore_index, path)
+    return LinearCrossEntropy.apply(flat, weight, targets.reshape(rows), dtype, chunk, ignore_index, path)
 
 
 def chunk_tokens(tokens: int, vocabulary: int, d_model: int, itemsize: int, multiprocessors: int) -> int:
@@ -122,7 +120,7 @@ def _losses(
     weight: Tensor,
     targets: Tensor,
     dtype: torch.dtype,
-    chunk: int,
+    chunk: int | None,
     ignore_index: int,
     path: str,
     wants_hidden: bool,
@@ -133,6 +131,7 @@ def _losses(
     rows, d_model = hidden.shape
     vocabulary, device = weight.shape[0], hidden.device
     wide = torch.promote_types(dtype, torch.float32)
+    chunk = chunk or chunk_tokens(rows, vocabulary, d_model, dtype.itemsize, _multiprocessors(device))
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         hidden, weight, targets = hidden.to(dtype), weight.to(dtype), targets.contiguous()
         if device.type == "cpu":
@@ -207,7 +206,7 @@ def _(
     weight: Tensor,
     targets: Tensor,
     dtype: torch.dtype,
-    chunk: int,
+    chunk: int | None,
     ignore_index: int,
     path: str,
     wants_hidden: bool,
@@ -235,7 +234,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         dtype: torch.dtype,
-        chunk: int,
+        chunk: int | None,
         ignore_index: int,
         path: str,
     ) -> Tensor:

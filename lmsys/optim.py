@@ -236,6 +236,7 @@ class _Buffers:
             )
         )
         self._addresses: list[list[int]] = []
+        self._aligned = False
         self._tables: Tensor | None = None
 
     def view(self, flat: Tensor, slot: int) -> Tensor:
@@ -276,6 +277,7 @@ class _Buffers:
             if self.exp_avg.is_cuda:
                 tables = tables.pin_memory().to(self.exp_avg.device, non_blocking=True)
             self._addresses, self._tables = addresses, tables
+            self._aligned = all(address % 16 == 0 for part in addresses for address in part)
         lr, (beta1, beta2) = group["lr"], group["betas"]
         scalars = (
             *(1 - lr * group["weight_decay"], 1 - beta1, beta2, 1 - beta2),
@@ -289,7 +291,7 @@ class _Buffers:
             gradient_scale,
             scalars,
             dtype=self.dtype,
-            aligned=all(address % 16 == 0 for part in addresses for address in part),
+            aligned=self._aligned,
             block=self.BLOCK,
         )
 

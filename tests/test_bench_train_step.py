@@ -77,12 +77,16 @@ def test_what_is_written(measured):
     assert len(train_step.row_line(frame.iloc[0].to_dict()).splitlines()) == 1
 
 
-def test_points_of_the_full_scale():
+def test_points_of_the_full_scale(monkeypatch):
     chosen = train_step.settings("full", kernel="vectorized_torch", compiled=False, device="cpu")
     assert chosen.batch == (32, 16) and "compile_rest" not in chosen.options
     found = train_step.points(chosen)
     assert len(found) == 2 + 6 + 1 + 3
     trains = {(p.size, p.implementation, p.option): train_step.pipeline_config(chosen, p).train for p in found}
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    shares = train_step._shares(chosen)
+    assert sorted(str(point) for share in shares for point in share) == sorted(map(str, found))
+    assert list(map(len, shares)) == [1, 1, 3, 3, 2, 2]
     everything, nothing = trains["gpt2", "lmsys", "all"], trains["gpt2", "lmsys", "none"]
     assert everything.bf16_parameters and everything.residual_dtype == "bf16" and everything.fused_loss
     assert not (nothing.bf16_parameters or nothing.fused_optimizer or nothing.fused_rope or nothing.merged_gate)

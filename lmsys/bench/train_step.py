@@ -12,6 +12,7 @@ Limits: one device; points run one after the other in one process; no accumulati
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import math
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # now and not in the first step
 
 from lmsys import cost, records
 from lmsys import train as training
@@ -100,7 +102,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "kernel": "flash_attention_triton",
         "loss_steps": 30,
         "timed_steps": 20,
-        "compile_ahead": 12,
+        "compile_ahead": 6,  # processes whose models fit an H200 together
         "learning_rate": 3e-4,
     },
 }
@@ -238,7 +240,11 @@ def run(chosen: StepSettings, folder: str | Path, *, on_row: Callable[[dict[str,
         )
         for name, more in ((NAME, 1), (LOSSES, 0))
     ]
-    with writers[0] as rows, writers[1] as losses:
+    gc.collect()
+    gc.freeze()  # what was imported, which the collector need not look through at each point
+    with contextlib.ExitStack() as stack:
+        stack.callback(gc.unfreeze)
+        rows, losses = (stack.enter_context(writer) for writer in writers)
         compile_ahead(chosen)
         for point in points(chosen):
             row, curve = measure(chosen, point, device)
@@ -300,7 +306,7 @@ def _measured(
     chosen: StepSettings, config: PipelineConfig, point: Point, device: torch.device
 ) -> tuple[dict[str, Any], list[float]]:
     with one_thread(device.type == "cpu"), fp32_products("high" if device.type == "cuda" else None):
-        replica = _replica(config, point, device)
+        replica, held = _replica(config, point, device)
         sampler = _sampler(chosen, config)
 
         def step() -> torch.Tensor:
@@ -310,7 +316,6 @@ def _measured(
 
         losses = [step() for _ in range(chosen.loss_steps)]
         curve = torch.stack(losses).tolist()
-        gc.collect()
         clock = Clock(device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -324,16 +329,20 @@ def _measured(
         else:
             peak = live_bytes(device, replica.model) + peak_bytes_cpu(step, lambda: ())
     median, p20, p80 = quantiles(times)
-    return {"step_ms": median, "p20_ms": p20, "p80_ms": p80, "samples": len(times), "peak_mib": peak / 2**20}, curve
+    peak_mib = (peak - held) / 2**20
+    return {"step_ms": median, "p20_ms": p20, "p80_ms": p80, "samples": len(times), "peak_mib": peak_mib}, curve
 
 
-def _replica(config: PipelineConfig, point: Point, device: torch.device) -> Any:
+def _replica(config: PipelineConfig, point: Point, device: torch.device) -> tuple[Any, float]:
+    """What trains a point, and the bytes that were there before it."""
     if config.train.compile:
-        torch._dynamo.reset()  # compiled code of another point, and its limit on recompilations
+        torch._dynamo.reset()  # compiled code of another point, the memory that it holds, and its limit on recompilations
         torch._dynamo.config.fail_on_recompile_limit_hit = True  # or the rest would run eager without a word
+        release(device)
+    held = live_bytes(device)
     if point.implementation == PEER:
-        return NativeStep(config, device)
-    return training._Replica(config, device, None)
+        return NativeStep(config, device), held
+    return training._Replica(config, device, None), held
 
 
 def _sampler(chosen: StepSettings, config: PipelineConfig) -> BatchSampler:
@@ -347,21 +356,30 @@ def _sampler(chosen: StepSettings, config: PipelineConfig) -> BatchSampler:
 
 def compile_ahead(chosen: StepSettings) -> None:
     """Compile what the points compile in several processes, so that the measuring process finds it on disk."""
-    shares = min(chosen.compile_ahead, os.cpu_count() or 1, len(points(chosen)))
-    if shares > 1 and chosen.compiled:
-        ahead.compile_shares(_compile_share, chosen, shares, _COMPILE_LIMIT_S)
+    shares = _shares(chosen)
+    if len(shares) > 1 and chosen.compiled:
+        ahead.compile_shares(_compile_share, chosen, len(shares), _COMPILE_LIMIT_S)
+
+
+def _shares(chosen: StepSettings) -> list[list[Point]]:
+    """The points of each process: a peer, which takes longest, alone; the others dealt out. None where one process would have all."""
+    peers = [point for point in points(chosen) if point.implementation == PEER]
+    rest = [point for point in points(chosen) if point.implementation == OURS]
+    others = min(chosen.compile_ahead, os.cpu_count() or 1) - len(peers)
+    return [[peer] for peer in peers] + [rest[index::others] for index in range(others)] if others > 0 else []
 
 
 def _compile_share(chosen: StepSettings, share: int, shares: int) -> None:
-    """One process's part: one step of every shares-th point, the peers, which take longest, in processes of their own where there
-    are enough. A block compiles the same in a model of one layer; a whole model needs all."""
+    """One process's part: a step of each of its points. A block compiles the same in a model of one layer; a whole model needs all."""
+    import torch._inductor.config as inductor
+
     device = resolve_device(chosen.device)
-    order = sorted(points(chosen), key=lambda point: point.implementation != PEER)
-    for point in order[share::shares]:
+    for point in _shares(chosen)[share]:
+        inductor.compile_threads = 4 if point.implementation == PEER else 1  # the processes are the parallelism
         config = pipeline_config(chosen, point, None if point.implementation == PEER else 1)
         try:
             with fp32_products("high" if device.type == "cuda" else None):
-                replica = _replica(config, point, device)
+                replica, _ = _replica(config, point, device)
                 replica.accumulate(_sampler(chosen, config))
                 replica.update(chosen.learning_rate)
         except Exception as error:  # fails again when it is measured, and is a row there
