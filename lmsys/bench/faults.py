@@ -604,7 +604,7 @@ def _damaged(lab: Lab, tally: Tally) -> None:
     """A bit of the newest checkpoint flips while nobody looks: the run goes on from the one before."""
     for _ in range(lab.chosen.trials):
         run = lab.start()
-        run.reaches(lab.random.randrange(3 * _INTERVAL, lab.chosen.steps - _INTERVAL))
+        run.reaches(lab.random.randrange(2 * _INTERVAL + 1, lab.chosen.steps - 2))
         run.signal(signal.SIGTERM)
         run.codes()
         newest = checkpoint.steps(run.folder / training.CHECKPOINTS)[-1]
