@@ -1,0 +1,72 @@
+"""The kernels of the training step as compiled for a Hopper GPU, which needs none: vector accesses, no spills, the registers they may have."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+COMPILE = """
+import contextlib, io, json, tempfile
+import torch
+torch.cuda.is_available = lambda: True  # or the kernels are those of the interpreter
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from lmsys import fused_kernels
+
+triton.knobs.cache.dir = tempfile.mkdtemp()
+triton.knobs.nvidia.dump_ptxas_log = True
+strides = [name for name in fused_kernels._rotate_kernel.arg_names if name.startswith(("stride_", "out_"))]
+flat = dict.fromkeys(("masters", "exp_avgs", "exp_avg_sqs", "gradient_scale"), "*fp32")
+tables = dict.fromkeys(("gradients", "parameters", "lengths"), "*i64") | dict.fromkeys(("firsts", "slots"), "*i32")
+scalars = dict.fromkeys(("decay", "lerp1", "beta2", "lerp2", "step_size", "correction", "eps", "scale", "sign"), "fp32")
+types = flat | tables | scalars | dict.fromkeys(("q", "k", "v", "q_out", "k_out", "v_out", "logits"), "*bf16")
+types |= {"targets": "*i64", "losses": "*fp32", "cos": "*fp32", "sin": "*fp32"}
+cases = {
+    "cross_entropy": (32, {"GRADIENT": True, "LANES": 1024, "WIDTH": 8}),
+    "adamw": (8, {"DTYPE": tl.bfloat16, "MASTER": True, "SCALED": True, "ALIGNED": True, "BLOCK": 2048}),
+    "rotate": (4, {"D": 64, "D_PAD": 64, "ROWS": 64, "COPY_V": True}),
+}
+found = {}
+for name, (warps, constants) in cases.items():
+    kernel = getattr(fused_kernels, f"_{name}_kernel")
+    signature = {arg: "constexpr" if arg in constants else types.get(arg, "i32") for arg in kernel.arg_names}
+    divisible = [arg for arg in kernel.arg_names if signature[arg][0] == "*" or arg in (*strides, "row_stride", "vocabulary")]
+    aligned = {(kernel.arg_names.index(arg),): [["tt.divisibility", 16]] for arg in divisible}
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log):
+        source = ASTSource(kernel, signature, constants, aligned)
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    found[name] = {"ptx": compiled.asm["ptx"], "log": log.getvalue()}
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, timeout=240, env=environment)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("kernel", "registers", "loads", "stores"),
+    [
+        ("cross_entropy", 32, 4, 2),  # two programs of 1,024 threads on an SM; whole blocks and the last one, twice
+        ("adamw", 64, 7, 7),  # four programs of 256; fp32 arrays twice a thread, bf16 once
+        ("rotate", 80, 10, 6),
+    ],
+)
+def test_memory_is_accessed_in_vectors_and_nothing_spills(compiled, kernel, registers, loads, stores):
+    ptx, log = compiled[kernel]["ptx"], compiled[kernel]["log"]
+    assert int(re.search(r"Used (\d+) registers", log)[1]) <= registers
+    assert re.findall(r"(\d+) bytes spill stores", log) == ["0"]
+    assert len(re.findall(r"ld\.global[.\w]*\.v4\.b32", ptx)) >= loads
+    assert len(re.findall(r"st\.global[.\w]*\.v4\.b32", ptx)) >= stores
