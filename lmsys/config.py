@@ -34,10 +34,15 @@ END_OF_TEXT = "<|endoftext|>"
 
 def unknown_name(what: str, given: object, known: Iterable[str]) -> ValueError:
     """The error for a name that is not in a table: what was given, the nearest known name, all known names."""
-    known = list(known)
-    near = difflib.get_close_matches(str(given), known, n=1)
+    known, given = list(known), shortened(str(given))
+    near = difflib.get_close_matches(given, known, n=1)
     hint = f" Did you mean '{near[0]}'?" if near else ""
     return ValueError(f"unknown {what} '{given}'.{hint} Known: {', '.join(known)}.")
+
+
+def shortened(text: str, most: int = 100) -> str:
+    """What a message shows of a text that was given."""
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
 
 
 def require(condition: bool, message: str) -> None:
@@ -187,6 +192,9 @@ class TrainConfig:
     )
     compile: bool = False  # torch.compile, block by block
     compile_rest: bool = False  # with compile: the embedding and the last norm, too
+    autotune: bool = (
+        False  # with compile: inductor times kernels of its own beside cuBLAS's, for minutes, and takes the fastest
+    )
     fused_loss: bool = False  # head and loss in one, in chunks of tokens: no logits of all tokens (lmsys.fused_loss)
     fused_rope: bool = False  # rotation and splitting of Q, K and V as one kernel (lmsys.fused_rope)
     merged_gate: bool = False  # the two matrices that the feed-forward layer begins with as one product
@@ -252,10 +260,11 @@ class TrainConfig:
 
     def _check_step(self) -> None:
         """ValueError where options of the step cannot go together."""
-        require(
-            self.compile or not self.compile_rest,
-            "train.compile_rest compiles what train.compile leaves; set that to true as well",
-        )
+        for name in ("compile_rest", "autotune"):
+            require(
+                self.compile or not getattr(self, name),
+                f"train.{name} is an option of train.compile; set that to true as well",
+            )
         if self.residual_dtype is not None and self.residual_dtype not in DTYPES:
             raise unknown_name("train.residual_dtype", self.residual_dtype, DTYPES)
         require(
@@ -556,7 +565,8 @@ def _merge(into: dict[str, Any], layer: Mapping[str, Any], cls: type, source: st
             raise ValueError(f"{source}: {unknown_name('key', prefix + key, [prefix + name for name in hints])}")
         if dataclasses.is_dataclass(hints[key]):
             require(
-                isinstance(value, dict), f"{source}: '{prefix}{key}' is a section; give it as an object, not {value!r}"
+                isinstance(value, dict),
+                f"{source}: '{prefix}{key}' is a section; give it as an object, not {shortened(repr(value))}",
             )
             _merge(into.setdefault(key, {}), value, hints[key], source, f"{prefix}{key}.")
         else:
@@ -583,7 +593,7 @@ def _check_type(key: str, value: Any, hint: Any, source: str) -> Any:
         "null" if o is type(None) else "a list of strings" if typing.get_origin(o) is tuple else o.__name__
         for o in options
     )
-    raise ValueError(f"{source}: '{key}' must be {wanted}, got {json.dumps(value, default=str)}")
+    raise ValueError(f"{source}: '{key}' must be {wanted}, got {shortened(json.dumps(value, default=str))}")
 
 
 def build(cls: type, values: Mapping[str, Any], source: str = "config") -> Any:

@@ -375,7 +375,9 @@ def load_tokens(path: str | Path, *, vocab_size: int | None = None, context_leng
     require(path.is_file(), f"no token file at {path}")
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, SyntaxError, TypeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a header is read as Python source: a damaged one fails in any way that source can
         raise ValueError(f"{path} is not a whole .npy token file: {_first_line(error)}") from None
     if not isinstance(tokens, np.memmap):
         if hasattr(tokens, "close"):
