@@ -192,9 +192,7 @@ class TrainConfig:
     )
     compile: bool = False  # torch.compile, block by block
     compile_rest: bool = False  # with compile: the embedding and the last norm, too
-    autotune: bool = (
-        False  # with compile: inductor times kernels of its own beside cuBLAS's, for minutes, and takes the fastest
-    )
+    autotune: bool = False  # with compile: inductor times its own matrix products beside cuBLAS's, for minutes
     fused_loss: bool = False  # head and loss in one, in chunks of tokens: no logits of all tokens (lmsys.fused_loss)
     fused_rope: bool = False  # rotation and splitting of Q, K and V as one kernel (lmsys.fused_rope)
     merged_gate: bool = False  # the two matrices that the feed-forward layer begins with as one product

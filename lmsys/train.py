@@ -439,7 +439,7 @@ class _Replica:
         self.gradient_scale: Tensor | None = None  # of clipping, where the optimizer applies it
         self.loss_function = cross_entropy
         if settings.compile:
-            self.model.compile_blocks()
+            self.model.compile_blocks(mode="max-autotune-no-cudagraphs" if settings.autotune else None)
             self.loss_function = torch.compile(cross_entropy)
         if settings.compile_rest:
             self.model.compile_rest()

@@ -51,8 +51,10 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "bf16_parameters": ({"bf16_parameters": True}, {"bf16_parameters": False}),
     "bf16_residual": ({"residual_dtype": "bf16"}, {"residual_dtype": "fp32"}),
     "compile_rest": ({"compile_rest": True}, {"compile_rest": False}),
+    "autotune": ({"autotune": True}, {"autotune": False}),
 }
-_OF_BF16, _OF_COMPILE = ("bf16_parameters", "bf16_residual"), ("compile_rest",)
+_OF_BF16, _OF_COMPILE = ("bf16_parameters", "bf16_residual"), ("compile_rest", "autotune")
+_WHERE_NAMED = ("autotune",)  # takes minutes
 
 
 # --- Settings -------------------------------------------------------------------------------------
@@ -129,7 +131,7 @@ def settings(
     """The settings of a scale, with what is given in their place.
 
     Args:
-        options: that are on, and taken away one by one; None: all that dtype and compiled allow.
+        options: that are on, and taken away one by one; None: all that dtype and compiled allow, but for autotune.
     Raises:
         ValueError: an unknown name, a number out of range, or a device that cannot run them.
     """
@@ -151,7 +153,9 @@ def settings(
         for name in OPTIONS
         if (values["dtype"] == "bf16" or name not in _OF_BF16) and (values["compiled"] or name not in _OF_COMPILE)
     ]
-    values["options"] = tuple(possible if options is None else options)
+    values["options"] = tuple(
+        options if options is not None else (name for name in possible if name not in _WHERE_NAMED)
+    )
     for name in values["options"]:
         if name not in OPTIONS:
             raise unknown_name("option", name, OPTIONS)
@@ -250,7 +254,7 @@ def run(chosen: StepSettings, folder: str | Path, *, on_row: Callable[[dict[str,
             row, curve = measure(chosen, point, device)
             rows.write(row)
             for step, loss in enumerate(curve, start=1):
-                losses.write(dataclasses.asdict(point) | {"step": step, "loss": loss})
+                losses.write(dataclasses.asdict(point) | {"step": step, "loss": f"{loss:.9g}"})
             on_row(row)
     return tuple(records.read_results(writer.path) for writer in writers)
 
@@ -418,10 +422,6 @@ def loss_distance(losses, size: str, a: tuple[str, str], b: tuple[str, str]) -> 
     return float((curves[0].loss - curves[1].loss).abs().max())
 
 
-def _difference(distance: float) -> str:
-    return f"{distance:.2g}" if distance else "less than is written"  # six digits
-
-
 def table(frame, losses) -> str:
     """Every point: time, rate, MFU, memory; time over that with all options; distance of the losses from the peer's."""
     lines = []
@@ -441,7 +441,7 @@ def table(frame, losses) -> str:
                     "tokens_per_s": f"{row['tokens_per_s']:,.0f}",
                     "mfu": "" if math.isnan(row["mfu"]) else f"{row['mfu']:.1%}",
                     "peak": f"{row['peak_mib']:,.0f}",
-                    "distance": "" if math.isnan(distance) else _difference(distance),
+                    "distance": "" if math.isnan(distance) else f"{distance:.2g}",
                 }
             )
     columns = {
@@ -477,8 +477,8 @@ def conclusions(frame, losses) -> list[str]:
             less = loss_distance(losses, size, (OURS, NONE), (PEER, ALL))
             said.append(
                 f"{size} beside PyTorch: {peer.step_ms / ours.step_ms:.3g} times as fast, "
-                f"{ours.peak_mib / peer.peak_mib:.2g} of its memory; over {steps} steps losses differ by {_difference(distance)} at most"
-                + ("." if math.isnan(less) else f", without the options by {_difference(less)}.")
+                f"{ours.peak_mib / peer.peak_mib:.2g} of its memory; over {steps} steps losses differ by {distance:.2g} at most"
+                + ("." if math.isnan(less) else f", without the options by {less:.2g}.")
             )
         gains = [
             (row.step_ms - ours.step_ms, row.peak_mib - ours.peak_mib, option)
@@ -490,7 +490,7 @@ def conclusions(frame, losses) -> list[str]:
             share = abs(saved_ms) / (ours.step_ms + saved_ms)
             said.append(
                 f"{size}, `{option}` {'saves' if saved_ms >= 0 else 'costs'} {abs(saved_ms):.2f} ms ({share:.1%}) and "
-                f"{'saves' if saved_mib >= 0 else 'costs'} {abs(saved_mib):,.0f} MiB; losses differ by {_difference(distance)} at most."
+                f"{'saves' if saved_mib >= 0 else 'costs'} {abs(saved_mib):,.0f} MiB; losses differ by {distance:.2g} at most."
             )
     return said
 
