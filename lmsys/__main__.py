@@ -1,22 +1,27 @@
 """python -m lmsys COMMAND: one thin function a command; the notebooks call the same functions of the package.
 
-Bad input ends in one line on standard error and exit code 2. LMSYS_TRACEBACK=1 shows the traceback as well.
+Bad input ends in one line on standard error and exit code 2. LMSYS_TRACEBACK=1 shows the traceback as well. A command that SIGTERM
+ends leaves nothing half-written and has exit code 143; one that trains saves a checkpoint first, and on SIGINT too (exit code 130).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return its exit code: 0, 1 for a slowdown that compare found, 2 for bad input and a run that it made impossible."""
+    """Run one command; return its exit code: 0, 1 for a slowdown that compare found or a loss that faults found, 2 for bad input and a run that it made impossible."""
     arguments = _parser().parse_args(argv)
     try:
-        return arguments.function(arguments) or 0
+        with _ended_by_sigterm(arguments.command):
+            return arguments.function(arguments) or 0
     except (ValueError, OSError, FloatingPointError) as error:  # bad input, or a loss that is not finite
         if os.environ.get("LMSYS_TRACEBACK"):
             raise
@@ -26,6 +31,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"lmsys {arguments.command}: interrupted; what was written so far stays", file=sys.stderr)
         return 130
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm(command: str) -> Iterator[None]:
+    """Within the block, SIGTERM is an exception, so that temporary files go and processes that were started end."""
+    owner = os.getpid()
+
+    def end(number: int, _frame: object) -> None:
+        if os.getpid() != owner:  # a worker that was forked here
+            os._exit(128 + number)
+        signal.signal(number, signal.SIG_IGN)  # once is enough: what it starts must not be cut off
+        print(f"lmsys {command}: ended by SIGTERM; what was written so far stays", file=sys.stderr, flush=True)
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # only there can a handler be set
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _one_line(error: BaseException) -> str:
@@ -332,6 +359,29 @@ def collectives(arguments: argparse.Namespace) -> None:
         print(sentence)
     figure = plots.save(plots.collectives(frame), folder / "collectives.png")
     _print_written([folder / f"{collectives.NAME}.csv", figure])
+
+
+def faults(arguments: argparse.Namespace) -> int:
+    from lmsys.bench import faults
+    from lmsys.records import artifacts_dir
+
+    chosen = faults.settings(
+        scale=arguments.scale,
+        faults=arguments.faults,
+        kills=arguments.kills,
+        trials=arguments.trials,
+        trainers=arguments.trainers,
+        device=arguments.device,
+        seed=arguments.seed,
+    )
+    folder = artifacts_dir(arguments.machine)
+    frame = faults.run(chosen, folder, on_row=lambda row: print(faults.row_line(row), flush=True))
+    saving = faults.measure_saving(chosen, folder, on_row=lambda row: print(faults.row_line(row), flush=True))
+    for sentence in faults.conclusions(frame, saving):
+        print(sentence.replace("**", ""))
+    written = [folder / f"{faults.NAME}.csv", folder / f"{faults.SAVING_NAME}.csv"]
+    _print_written([*written, faults.write_report(frame, saving, folder)])
+    return 1 if (frame.status == "error").any() else 0
 
 
 def bench_tokenizer(arguments: argparse.Namespace) -> None:
@@ -702,6 +752,23 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--gpus", nargs="+", type=int, metavar="N", help="numbers of GPUs (default: 2, 4, 8)")
     added.add_argument("--samples", type=int, help="of each point at most (default: the scale's)")
     added.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    add_machine(added)
+
+    added = command(
+        "faults",
+        faults,
+        "Kill, stop and starve training processes, and check that nothing is lost",
+        "Each fault is tried several times; the run that goes on is compared with an undisturbed one. Then the time of a step with\n"
+        "checkpoints written in the background, and with ones that it waits for. Exit code 1 where something was lost.",
+        "faults --faults sigkill sigkill_in_save --kills 20",
+    )
+    add_scale(added, "auto")
+    added.add_argument("--faults", nargs="+", metavar="F", help="faults by name (default: the scale's)")
+    added.add_argument("--kills", type=int, help="times that each kind of SIGKILL is tried (default: the scale's)")
+    added.add_argument("--trials", type=int, help="times that each other fault is tried (default: the scale's)")
+    added.add_argument("--trainers", default="cpu", help="device of the runs that are disturbed (default: cpu)")
+    added.add_argument("--seed", type=int, default=0, help="of moments and runs (default: 0)")
+    added.add_argument("--device", default="auto", help="on which saving is timed: auto, cpu, cuda or cuda:N")
     add_machine(added)
 
     added = command(
