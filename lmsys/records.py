@@ -239,8 +239,24 @@ def naming(path: Path):
         raise OSError(error.errno, f"cannot write this file ({error.strerror})", str(path)) from error
 
 
+def without_home(text: str) -> str:
+    """The text with the user's home folder as ~, for what others read."""
+    home = os.path.expanduser("~").rstrip("/")
+    if not home.startswith("/") or home == "":
+        return text
+    return re.sub(rf"(file://|(?<![\w/.-])){re.escape(home)}(?![\w.-])", r"\1~", text)
+
+
+def is_published(path: str | Path) -> bool:
+    """Whether a file lies in artifacts/ or book/, which others read."""
+    path = Path(path).absolute()
+    return any(path.is_relative_to((output_root() / name).absolute()) for name in ("artifacts", "book"))
+
+
 def write_text(path: str | Path, text: str) -> Path:
-    """Write a UTF-8 text file atomically."""
+    """Write a UTF-8 text file atomically. What is published does not name the user's home folder."""
+    if is_published(path):
+        text = without_home(text)
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return Path(path)
@@ -293,7 +309,8 @@ class ResultWriter:
         unknown = set(row) - set(self.columns)
         assert not unknown, f"columns not in the schema: {sorted(unknown)}"
         assert "status" not in self.columns or row["status"] in STATUSES, row.get("status")
-        self._csv.writerow([cell(row.get(column)) for column in self.columns])
+        values = [cell(row.get(column)) for column in self.columns]
+        self._csv.writerow([without_home(value) if isinstance(value, str) else value for value in values])
         self._file.flush()
 
     def __exit__(self, kind, error, trace) -> None:

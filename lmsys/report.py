@@ -74,6 +74,7 @@ def run_notebook(
     try:
         papermill.execute_notebook(source, running, settings, kernel_name="python3", progress_bar=False)
     except papermill.exceptions.PapermillExecutionError:
+        _clean(running)
         os.replace(running, failed)
         say(f"[{name}] failed; what ran is in {failed}")
         raise
@@ -85,7 +86,7 @@ def run_notebook(
 
 
 def _clean(notebook: Path) -> None:
-    """Take papermill's paths and times of this machine out of an executed notebook's metadata."""
+    """Take papermill's paths and times of this machine, and the user's home folder, out of an executed notebook."""
     import nbformat
 
     content = nbformat.read(notebook, as_version=4)
@@ -93,7 +94,7 @@ def _clean(notebook: Path) -> None:
     for cell in content.cells:
         for key in ("papermill", "execution"):
             cell.metadata.pop(key, None)
-    nbformat.write(content, notebook)
+    records.write_text(notebook, nbformat.writes(content) + "\n")
 
 
 def take_parameters(

@@ -403,7 +403,7 @@ class Lab:
         return Run(folder or self.new_folder(), run_config(self.chosen, processes, **train), injection, processes)
 
     def same(self, run: Run, exact: bool | None = None) -> str:
-        """What of a run's rows, and of its weights if it is finished, is not the undisturbed run's; empty if nothing."""
+        """What of a run's rows, and of its weights if it ended well, is not the undisturbed run's; empty if nothing."""
         exact = self.exact if exact is None else exact
         rows = run.rows()
         if [row["step"] for row in rows] != list(range(1, len(rows) + 1)):
@@ -415,8 +415,8 @@ class Lab:
                     exact or None in (ours, theirs) or not math.isclose(ours, theirs, rel_tol=TOLERANCE)
                 ):
                     return f"{name} of step {row['step']} is {ours} and was {theirs}"
-        saved = run.saved()
-        if rows and rows[-1]["step"] == run.steps:
+        if all(process.exitcode == 0 for process in run.processes):
+            saved = run.saved()
             if saved is None or saved.step != run.steps:
                 return "the last checkpoint is missing"
             for name, tensor in self.weights.items():
