@@ -13,12 +13,14 @@ import sys
 import time
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 from test_checkpoint import save, trained
 from test_train import TOKENS, Interrupted, computed, config, interrupt_at, one_thread, run, saved_steps  # noqa: F401
 
-from lmsys import checkpoint, records
+from lmsys import checkpoint, records, report
+from lmsys import pipeline as pipelines
 from lmsys import train as training
 from lmsys.bench import faults
 from lmsys.parallel import group, shards
@@ -468,3 +470,35 @@ def requested(process):
         seen += [requests.agreed(False), requests.agreed(process.rank == 0)]
         requests.number = None
         return [*seen, requests.agreed(False)]
+
+
+# --- What a run leaves for others to read ---------------------------------------------------------
+
+
+def test_keys_and_home_folders_stay_out(tmp_path, output_root, monkeypatch):
+    """A pipeline of a text in the user's home folder, with a key in the environment and in netrc."""
+    home, key = tmp_path / "home" / "ann", "0123456789abcdef" * 2 + "01234567"
+    home.mkdir(parents=True)
+    (home / "text.txt").write_text("Once upon a time there was a cat. It sat on a mat.<|endoftext|>\n" * 400)
+    (home / ".netrc").write_text(f"machine api.wandb.ai login user password {key}\n")
+    for name, value in {"HOME": home, "WANDB_API_KEY": key, "WANDB_MODE": "offline"}.items():
+        monkeypatch.setenv(name, str(value))
+    overrides = ["train.steps=2", "tokenizer.vocab_size=270", "generate.max_new_tokens=2", "tokenizer.num_workers=1"]
+    chosen = pipelines.settings("smoke", overrides=overrides, text_path=str(home / "text.txt"))
+    folder = records.artifacts_dir()
+    pipelines.write_report(pipelines.run(chosen, progress=False, say=lambda _line: None), folder)
+    executed = nbformat.v4.new_notebook(
+        cells=[
+            nbformat.v4.new_code_cell(outputs=[nbformat.v4.new_output("stream", text=f"no file at {home}/text.txt")])
+        ]
+    )
+    nbformat.write(executed, folder / "executed.ipynb")
+    report._clean(folder / "executed.ipynb")
+
+    left = content(output_root)
+    assert not [name for name, data in left.items() if key.encode() in data]
+    published = {name: data for name, data in left.items() if name.startswith("artifacts/")}
+    assert not [name for name, data in published.items() if str(home).encode() in data]
+    assert b'"text_path": "~/text.txt"' in published["artifacts/local/pipeline_metrics.json"]
+    assert b"no file at ~/text.txt" in published["artifacts/local/executed.ipynb"]
+    assert str(home).encode() in left["runs/pipeline-smoke/stages.json"]  # which must find it again
