@@ -2,7 +2,7 @@
 
 The idea is that of Liger-Kernel's fused linear cross-entropy (Hsu et al., arXiv 2410.10989, section 3.2) and of Apple's Cut
 Cross-Entropy (Wijmans et al., arXiv 2411.09009): a chunk of tokens at a time, logits, loss and the gradient of the logits in their
-place, and from it, in the forward pass, the gradients of the hidden states and the weight. Different from both:
+place, and from it, in the forward pass, the gradients of the hidden states and the weight. What is done here:
 - Products are cuBLAS's, on chunks that fill whole waves of its tiles on the GPU (chunk_tokens).
 - The weight's gradient adds up in fp32 over the chunks, inside the product, and leaves rounded once to the weight's dtype.
 - The gradient of a logit is softmax - one_hot, of size 1 and not 1 / tokens: divided, and multiplied by the incoming gradient (a loss
