@@ -102,8 +102,8 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "dtype": "bf16",
         "compiled": True,
         "kernel": "flash_attention_triton",
-        "loss_steps": 30,
-        "timed_steps": 20,
+        "loss_steps": 20,
+        "timed_steps": 15,
         "compile_ahead": 6,  # processes whose models fit an H200 together
         "learning_rate": 3e-4,
     },
