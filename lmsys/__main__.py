@@ -367,7 +367,7 @@ def faults(arguments: argparse.Namespace) -> int:
 
     chosen = faults.settings(
         scale=arguments.scale,
-        faults=arguments.faults,
+        kinds=arguments.kinds,
         kills=arguments.kills,
         trials=arguments.trials,
         trainers=arguments.trainers,
@@ -760,10 +760,10 @@ def _parser() -> argparse.ArgumentParser:
         "Kill, stop and starve training processes, and check that nothing is lost",
         "Each fault is tried several times; the run that goes on is compared with an undisturbed one. Then the time of a step with\n"
         "checkpoints written in the background, and with ones that it waits for. Exit code 1 where something was lost.",
-        "faults --faults sigkill sigkill_in_save --kills 20",
+        "faults --kinds sigkill sigkill_in_save --kills 20",
     )
     add_scale(added, "auto")
-    added.add_argument("--faults", nargs="+", metavar="F", help="faults by name (default: the scale's)")
+    added.add_argument("--kinds", nargs="+", metavar="F", help="faults by name (default: the scale's)")
     added.add_argument("--kills", type=int, help="times that each kind of SIGKILL is tried (default: the scale's)")
     added.add_argument("--trials", type=int, help="times that each other fault is tried (default: the scale's)")
     added.add_argument("--trainers", default="cpu", help="device of the runs that are disturbed (default: cpu)")

@@ -36,6 +36,7 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
     "mixed_precision": {"smoke": {}, "cpu": {}, "full": {}},
     "memory": {"smoke": {}, "cpu": {}, "full": {}},
     "profiling": {"smoke": {}, "cpu": {}, "full": {}},
+    "faults": {"smoke": {}, "cpu": {}, "full": {}},
     "speedrun_tinystories": {"smoke": {}, "cpu": {}, "full": {}},
 }
 ON_DEMAND = ("speedrun_tinystories",)  # takes the minutes that it is given: runs where it is named

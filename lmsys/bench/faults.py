@@ -77,7 +77,7 @@ class FaultSettings:
     """What is tried; make it with settings(), which fills it from a scale and checks it."""
 
     scale: str
-    faults: tuple[str, ...]
+    kinds: tuple[str, ...]  # names of FAULTS
     steps: int  # of a run
     kills: int  # times that each kind of SIGKILL is tried
     trials: int  # times that every other fault is tried
@@ -89,7 +89,7 @@ class FaultSettings:
 
 def settings(
     scale: str = "auto",
-    faults: Sequence[str] | None = None,
+    kinds: Sequence[str] | None = None,
     kills: int | None = None,
     trials: int | None = None,
     trainers: str = "cpu",
@@ -99,7 +99,7 @@ def settings(
     """The scale's settings, with what is given in their place.
 
     Args:
-        faults: names of FAULTS; None: those of the scale; full has all.
+        kinds: names of FAULTS; None: those of the scale; full has all.
         kills: times that each kind of SIGKILL is tried. trials: times for each other fault.
         trainers: the device of the runs that are disturbed; on a GPU each takes seconds more to start.
         device: on which saving is timed.
@@ -112,16 +112,16 @@ def settings(
     values |= {name: value for name, value in given.items() if value is not None}
     for name in given:
         require(values[name] >= 1, f"{name} is {values[name]}; it must be at least 1")
-    if faults is None:
+    if kinds is None:
         order = ("smoke", "cpu", "full")
-        faults = [name for name, fault in FAULTS.items() if order.index(fault.scale) <= order.index(scale)]
-    for name in faults:
+        kinds = [name for name, fault in FAULTS.items() if order.index(fault.scale) <= order.index(scale)]
+    for name in kinds:
         if name not in FAULTS:
             raise unknown_name("fault", name, FAULTS)
-    require(len(faults) > 0, "faults must not be empty")
+    require(len(kinds) > 0, "kinds must not be empty")
     return FaultSettings(
         scale,
-        tuple(faults),
+        tuple(kinds),
         trainers=str(resolve_device(trainers)),
         device=str(resolve_device(device)),
         seed=seed,
@@ -473,9 +473,9 @@ def _killed_again_and_again(lab: Lab, tally: Tally, kill: Callable[[Path], tuple
         else:  # the last one goes to its end
             run, killed = lab.start(folder), False
         codes = run.codes()
-        # A kill loses at most what was computed since the checkpoint before the one that was on its way.
+        # A kill loses at most the checkpoint that was on its way, which is whole before the next one's step is followed by another.
         rows = run.rows()
-        least = ((rows[-1]["step"] if rows else 0) // _INTERVAL - 1) * _INTERVAL
+        least = (((rows[-1]["step"] if rows else 0) - 1) // _INTERVAL - 1) * _INTERVAL
         problem = lab.same(run) or lab.whole(run, least)
         if not killed and codes != [0]:
             problem = f"it cannot go on: {run.log().strip()[-300:]}"
@@ -678,7 +678,7 @@ def run(chosen: FaultSettings, folder: str | Path, *, on_row: Callable[[dict[str
     )
     with tempfile.TemporaryDirectory(prefix="lmsys-faults-") as root, writer:
         lab = Lab(chosen, Path(root))
-        for name in chosen.faults:
+        for name in chosen.kinds:
             fault, tally = FAULTS[name], Tally()
             row: dict[str, Any] = {"fault": fault.what}
             if gpus is not None and fault.processes > gpus:
