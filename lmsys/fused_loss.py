@@ -61,7 +61,7 @@ def linear_cross_entropy(
     if not torch.is_grad_enabled():  # which the autograd function could not know
         hidden, weight = hidden.detach(), weight.detach()
     flat = hidden.reshape(rows, weight.shape[1])
-    return LinearCrossEntropy.apply(flat, weight, targets.reshape(rows), dtype, chunk, ignore_index, path)
+    return LinearCrossEntropy.apply(flat, weight, targets.reshape(rows), dtype, chunk or 0, ignore_index, path)
 
 
 def chunk_tokens(tokens: int, vocabulary: int, d_model: int, itemsize: int, multiprocessors: int) -> int:
@@ -120,14 +120,14 @@ def _losses(
     weight: Tensor,
     targets: Tensor,
     dtype: torch.dtype,
-    chunk: int | None,
+    chunk: int,
     ignore_index: int,
     path: str,
     wants_hidden: bool,
     wants_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The mean loss; the factor that its gradients lack; the hidden states' gradient in dtype, (N, d), and the weight's in fp32, (V, d),
-    both without that factor. A gradient that is not wanted is empty."""
+    both without that factor. A gradient that is not wanted is empty. chunk 0: chunk_tokens()."""
     rows, d_model = hidden.shape
     vocabulary, device = weight.shape[0], hidden.device
     wide = torch.promote_types(dtype, torch.float32)
@@ -206,7 +206,7 @@ def _(
     weight: Tensor,
     targets: Tensor,
     dtype: torch.dtype,
-    chunk: int | None,
+    chunk: int,
     ignore_index: int,
     path: str,
     wants_hidden: bool,
@@ -234,7 +234,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         dtype: torch.dtype,
-        chunk: int | None,
+        chunk: int,
         ignore_index: int,
         path: str,
     ) -> Tensor:
