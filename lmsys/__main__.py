@@ -121,7 +121,8 @@ def train(arguments: argparse.Namespace) -> None:
     if os.environ.get("RANK", "0") != "0":
         return  # rank 0 says it
     last = history.rows[-1]
-    print(f"step {last['step']}: training loss {last['train_loss']:.4f}, validation loss {history.valid_loss:.4f}")
+    loss = "none, as every step was skipped" if history.train_loss is None else f"{history.train_loss:.4f}"
+    print(f"step {last['step']}: training loss {loss}, validation loss {history.valid_loss:.4f}")
     print(f"checkpoint: {history.checkpoint}")
 
 

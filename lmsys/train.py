@@ -95,6 +95,11 @@ class History:
         """The last validation loss."""
         return next((row["valid_loss"] for row in reversed(self.rows) if row["valid_loss"] is not None), None)
 
+    @property
+    def train_loss(self) -> float | None:
+        """The last training loss; None where every step was skipped."""
+        return next((row["train_loss"] for row in reversed(self.rows) if row["train_loss"] is not None), None)
+
     def frame(self) -> pd.DataFrame:
         """The rows as a DataFrame."""
         import pandas as pd
@@ -557,14 +562,18 @@ class _Replica:
     def clip(self) -> Tensor:
         """Clip the gradients. Returns their global norm before that."""
         max_norm = self.config.optim.max_grad_norm
+        if isinstance(self.optimizer, FusedAdamW):
+            measured = self._clip(0)
+            self.gradient_scale = clip_factor(measured, max_norm) if max_norm > 0 else None
+            return measured
+        return self._clip(max_norm)
+
+    def _clip(self, max_norm: float) -> Tensor:
         self.scaler.unscale_(self.optimizer)
         if self.fully_sharded:
             norm = self.module.clip_grad_norm_(max_norm)
         elif self.config.train.sharded_optimizer:
             norm = self.optimizer.clip_grad_norm_(max_norm)
-        elif isinstance(self.optimizer, FusedAdamW):
-            norm = clip_grad_norm(self.parameters, 0)
-            self.gradient_scale = clip_factor(norm, max_norm) if max_norm > 0 else None
         else:
             norm = clip_grad_norm(self.parameters, max_norm)
         return norm
@@ -957,7 +966,12 @@ def _resume_point(
         _from_rank0(lambda: _put_aside(run_dir, say))
         return None
     rank, world_size = group.current()
-    path = _from_rank0(lambda: checkpoint.latest(run_dir / CHECKPOINTS))
+
+    def newest() -> Path | None:
+        checkpoint.recover(run_dir / CHECKPOINTS)
+        return checkpoint.latest(run_dir / CHECKPOINTS)
+
+    path = _from_rank0(newest)
     if path is None:
         return None
 
