@@ -266,9 +266,14 @@ class TrainConfig:
         if self.residual_dtype is not None and self.residual_dtype not in DTYPES:
             raise unknown_name("train.residual_dtype", self.residual_dtype, DTYPES)
         require(
-            not self.fused_optimizer or not (self.sharded_optimizer or self.ddp_wrapper in FULLY_SHARDED),
-            f"train.fused_optimizer updates whole parameters, and with train.ddp_wrapper '{self.ddp_wrapper}' and "
-            f"train.sharded_optimizer={str(self.sharded_optimizer).lower()} a process has parts; set train.fused_optimizer=false",
+            not self.fused_optimizer or not (self.sharded_optimizer or self.ddp_wrapper == "torch_fsdp2"),
+            f"train.fused_optimizer does not go with train.sharded_optimizer={str(self.sharded_optimizer).lower()} and train.ddp_wrapper "
+            f"'{self.ddp_wrapper}', whose parameters are not plain tensors; set train.fused_optimizer=false, or use flashddp or fsdp",
+        )
+        require(
+            not self.bf16_parameters or self.ddp_wrapper not in FULLY_SHARDED,
+            f"train.bf16_parameters keeps fp32 values in the optimizer, and train.ddp_wrapper '{self.ddp_wrapper}' keeps them in its shards; "
+            "set train.bf16_parameters=false",
         )
         require(
             not self.bf16_parameters or (self.fused_optimizer and self.dtype == "bf16"),

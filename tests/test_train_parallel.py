@@ -35,12 +35,13 @@ CASES = {
 }
 FUSED = {"fused_loss": True, "fused_rope": True, "merged_gate": True}
 CASES |= {
-    f"{name}_fused": {"ddp_wrapper": name, "fused_optimizer": True, **FUSED} for name in ("flashddp", "torch_ddp")
+    f"{name}_fused": {"ddp_wrapper": name, "fused_optimizer": True, **FUSED}
+    for name in ("flashddp", "torch_ddp", "fsdp")
 }
-CASES |= {f"{name}_fused": {"ddp_wrapper": name, **FUSED} for name in ("fsdp", "torch_fsdp2")}
+CASES["torch_fsdp2_fused"] = {"ddp_wrapper": "torch_fsdp2", **FUSED}
 COMPILED = {"ddp_wrapper": "fsdp", "compile": True}
 CASES["reduce_scatter_accumulated"] = CASES["reduce_scatter"] | {"gradient_accumulation_steps": 4}
-RESUMED = {f"{name}, resumed": CASES[name] for name in ("flashddp", "zero1", "fsdp", "torch_fsdp2")}
+RESUMED = {f"{name}, resumed": CASES[name] for name in ("flashddp", "zero1", "fsdp", "fsdp_fused", "torch_fsdp2")}
 
 
 def run(run_dir=None, on_step=None, sections=None, **settings):
