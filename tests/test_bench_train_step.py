@@ -77,6 +77,14 @@ def test_what_is_written(measured):
     assert len(train_step.row_line(frame.iloc[0].to_dict()).splitlines()) == 1
 
 
+def test_the_hosts_share_is_told(measured):
+    _, frame, losses, _ = measured
+    assert frame.host_ms.isna().all() and "host" not in " ".join(train_step.conclusions(frame, losses))
+    for host_ms, said in ((0.5, "never waits"), (2.0, "GPU waits")):
+        times = frame.assign(step_ms=1.0, host_ms=host_ms)
+        assert said in " ".join(train_step.conclusions(times, losses))
+
+
 def test_points_of_the_full_scale(monkeypatch):
     chosen = train_step.settings("full", kernel="vectorized_torch", compiled=False, device="cpu")
     assert chosen.batch == (32, 16) and "compile_rest" not in chosen.options

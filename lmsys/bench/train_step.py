@@ -5,7 +5,8 @@ weights. The peer (bench/native.py) is the same model and step with what PyTorch
 batches; the losses of the first steps are kept, and what options of less precision change is told from them.
 
 Times are between events at the ends of steps, nothing synchronized in between; peak memory is that of the timed steps. A point that
-fails is a row. Where compilation takes long, all points are compiled ahead in several processes (bench/ahead.py).
+fails is a row. On a GPU host_ms is how long the host takes to draw a batch and to issue a step's work when it need not wait: below the
+step's time, neither data nor launches hold the GPU up. Where compilation takes long, all points are compiled ahead in several processes (bench/ahead.py).
 
 Limits: one device; points run one after the other in one process; no accumulation over micro-batches.
 """
@@ -18,6 +19,7 @@ import gc
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +39,7 @@ from lmsys.data import BatchSampler
 from lmsys.device import device_name, fp32_products, peak_flops, resolve_device
 
 NAME, LOSSES = "train_step_results", "train_step_losses"
-EXTRA_COLUMNS = ("device", "note")
+EXTRA_COLUMNS = ("host_ms", "device", "note")
 OURS, PEER = "lmsys", "torch_native"
 ALL, NONE = "all", "none"
 _COMPILE_LIMIT_S = 100.0  # compiling ahead ends here; what is not done by then is compiled when it is measured
@@ -332,9 +334,22 @@ def _measured(
             peak = torch.cuda.max_memory_allocated(device)
         else:
             peak = live_bytes(device, replica.model) + peak_bytes_cpu(step, lambda: ())
-    median, p20, p80 = quantiles(times)
-    peak_mib = (peak - held) / 2**20
-    return {"step_ms": median, "p20_ms": p20, "p80_ms": p80, "samples": len(times), "peak_mib": peak_mib}, curve
+        host_ms = _host_ms(step, device)
+    found = dict(zip(("step_ms", "p20_ms", "p80_ms"), quantiles(times), strict=True))
+    return found | {"samples": len(times), "peak_mib": (peak - held) / 2**20, "host_ms": host_ms}, curve
+
+
+def _host_ms(step: Callable[[], Any], device: torch.device, samples: int = 3) -> float | None:
+    """The host's time for a step that begins on an idle GPU, whose queue then takes all of it."""
+    if device.type != "cuda":
+        return None
+    times = []
+    for _ in range(samples):
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        step()
+        times.append((time.perf_counter() - start) * 1e3)
+    return quantiles(times)[0]
 
 
 def _replica(config: PipelineConfig, point: Point, device: torch.device) -> tuple[Any, float]:
@@ -479,6 +494,11 @@ def conclusions(frame, losses) -> list[str]:
                 f"{size} beside PyTorch: {peer.step_ms / ours.step_ms:.3g} times as fast, "
                 f"{ours.peak_mib / peer.peak_mib:.2g} of its memory; over {steps} steps losses differ by {distance:.2g} at most"
                 + ("." if math.isnan(less) else f", without the options by {less:.2g}.")
+            )
+        if not math.isnan(ours.host_ms):
+            waits = "never waits for it" if ours.host_ms < ours.step_ms else "waits for it"
+            said.append(
+                f"{size}: the host draws a batch and issues a step in {ours.host_ms:.3g} ms, so the GPU {waits}."
             )
         gains = [
             (row.step_ms - ours.step_ms, row.peak_mib - ours.peak_mib, option)
