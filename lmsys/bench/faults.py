@@ -32,6 +32,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,6 @@ from unittest import mock
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from lmsys import checkpoint, cost, records
 from lmsys import train as training
@@ -54,21 +54,32 @@ COMPUTED = ("train_loss", "valid_loss", "learning_rate", "grad_norm")
 TOLERANCE = 1e-5  # relative, where the same bits cannot be had
 ENDS_WITHIN_S = 10.0  # a run that is told to end
 _LIMIT_S = 120.0  # of a process that should end by itself
-_PRELOADED = "torch._dynamo"  # torch.optim imports it when a run starts, which takes a second
+_PRELOADED = ("torch._dynamo", "tqdm.auto")  # that a run imports when it starts, which takes a second
 _SEQUENCES, _INTERVAL = 8, 5  # of a step; steps between checkpoints
 
+
+@dataclass(frozen=True)
+class Saving:
+    """The run in which saving is timed. batch: sequences. interval: steps between checkpoints."""
+
+    size: str
+    batch: int
+    steps: int
+    interval: int
+
+
 _PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": {"steps": 20, "kills": 1, "trials": 1, "saving": {"size": "tiny", "batch": 2, "steps": 18, "interval": 6}},
-    "cpu": {"steps": 40, "kills": 3, "trials": 1, "saving": {"size": "tiny", "batch": 2, "steps": 40, "interval": 12}},
+    "smoke": {"steps": 20, "kills": 1, "trials": 1, "saving": Saving("tiny", batch=2, steps=18, interval=6)},
+    "cpu": {"steps": 30, "kills": 2, "trials": 1, "saving": Saving("tiny", batch=2, steps=34, interval=8)},
     "full": {
         "steps": 60,
         "kills": 20,
         "trials": 5,
-        "saving": {"size": "gpt2", "batch": 32, "steps": 250, "interval": 50},
+        "saving": Saving("gpt2", batch=32, steps=250, interval=50),
     },
 }
 _SAVING_SHAPE = {"gpt2": {"context_length": 1024}}  # else 64 tokens and a vocabulary of 4096
-_ROUNDS = {"smoke": 1, "cpu": 2, "full": 3}  # of runs in each mode
+_ROUNDS = {"smoke": 1, "cpu": 1, "full": 3}  # of runs in each mode
 SAVING_MODES = ("none", "synchronous", "asynchronous")
 
 
@@ -81,7 +92,7 @@ class FaultSettings:
     steps: int  # of a run
     kills: int  # times that each kind of SIGKILL is tried
     trials: int  # times that every other fault is tried
-    saving: dict[str, Any]  # size, batch, steps, interval
+    saving: Saving
     trainers: str  # the device of the runs that are disturbed
     device: str  # on which saving is timed
     seed: int
@@ -240,6 +251,8 @@ def _train_here(
     folder: Path, config: PipelineConfig, injection: Injection | None, rank: int, processes: int, port: int
 ) -> None:
     """A trainer's process. Its output goes to log.txt."""
+    from tqdm.auto import tqdm
+
     log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -326,7 +339,7 @@ class Run:
 
 def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, _PRELOADED])
+    context.set_forkserver_preload([__name__, *_PRELOADED])
     return context
 
 
@@ -644,13 +657,13 @@ class Fault:
 
 
 FAULTS: dict[str, Fault] = {
-    "sigkill": Fault("SIGKILL at a random moment", _sigkill, scale="smoke"),
+    "sigkill": Fault("SIGKILL at a random moment", _sigkill),
     "sigkill_in_save": Fault("SIGKILL at a random operation of saving", _sigkill_in_a_save, scale="smoke"),
     "sigterm": Fault("SIGTERM", _ended_by(signal.SIGTERM), scale="smoke"),
     "sigint": Fault("SIGINT", _ended_by(signal.SIGINT), scale="full"),
     "sigterm_one_of_two": Fault("SIGTERM to one of two processes", _ended_by(signal.SIGTERM, 2), 2),
     "sigkill_one_of_two": Fault("SIGKILL of one of two processes", _one_of_two_killed, 2, scale="full"),
-    "disk_full": Fault("Disk full (ENOSPC) at a write, a flush, a rename", _disk("full"), scale="smoke"),
+    "disk_full": Fault("Disk full (ENOSPC) at a write, a flush, a rename", _disk("full")),
     "file_limit": Fault("File-size limit (EFBIG) during a save", _disk("limit"), scale="full"),
     "nan": Fault("A loss that is not a number: stop", _bad_loss(math.nan), scale="smoke"),
     "spike": Fault("A loss 50 times the median: stop", _bad_loss(50.0, loss_spike=5.0), scale="full"),
@@ -702,7 +715,7 @@ def measure_saving(
     """The time of a step by how checkpoints are saved; write saving_results.csv and its .json; return the rows."""
     device = torch.device(chosen.device)
     config = _saving_config(chosen, device)
-    interval = chosen.saving["interval"]
+    interval = chosen.saving.interval
     writer = records.ResultWriter(
         SAVING_NAME,
         folder,
@@ -714,20 +727,15 @@ def measure_saving(
             "hold_ms": "what a save holds up the training loop, the host's part",
             "device": device_name(device),
         },
-        parameters=to_dict(config) | {"saving": chosen.saving},
+        parameters=to_dict(config) | {"saving": dataclasses.asdict(chosen.saving)},
     )
-    times: dict[str, list[float]] = {mode: [] for mode in SAVING_MODES}
-    holds: dict[str, list[float]] = {mode: [] for mode in SAVING_MODES}
-    writes: dict[str, list[float]] = {mode: [] for mode in SAVING_MODES}
-    with tempfile.TemporaryDirectory(prefix="lmsys-saving-") as root, one_thread(device.type == "cpu"):
-        for _ in range(_ROUNDS[chosen.scale]):
-            for mode in SAVING_MODES:
-                _time_a_run(config, mode, interval, Path(root) / "run", times[mode], holds[mode], writes[mode])
+    with ProcessPoolExecutor(1, mp_context=_context()) as pool:  # a process that has nothing else on the device
+        times, holds, writes = pool.submit(_saving_times, config, interval, _ROUNDS[chosen.scale]).result()
     with writer:
         usual = statistics.median(times["none"])
         for mode in SAVING_MODES:
             median, p20, p80 = quantiles(times[mode])
-            row = {"mode": mode, "size": chosen.saving["size"], "interval": interval, "status": "ok"}
+            row = {"mode": mode, "size": chosen.saving.size, "interval": interval, "status": "ok"}
             row |= {"step_ms": median, "p20_ms": p20, "p80_ms": p80, "samples": len(times[mode])}
             row |= {"cost_pct": 100 * (median / usual - 1)}
             if mode != "none":
@@ -741,13 +749,24 @@ def measure_saving(
 
 def _saving_config(chosen: FaultSettings, device: torch.device) -> PipelineConfig:
     saving = chosen.saving
-    shape = _SAVING_SHAPE.get(saving["size"], {"context_length": 64, "vocab_size": 4096})
-    model = to_dict(model_size(saving["size"], **shape))
-    train = {"steps": saving["steps"], "batch_size": saving["batch"], "eval_interval": 0, "eval_batches": 1}
-    train |= {"log_interval": saving["interval"], "device": chosen.device, "seed": chosen.seed, "resume": False}
+    shape = _SAVING_SHAPE.get(saving.size, {"context_length": 64, "vocab_size": 4096})
+    model = to_dict(model_size(saving.size, **shape))
+    train = {"steps": saving.steps, "batch_size": saving.batch, "eval_interval": 0, "eval_batches": 1}
+    train |= {"log_interval": saving.interval, "device": chosen.device, "seed": chosen.seed, "resume": False}
     if device.type == "cuda":
         train |= {"dtype": "bf16", "compile": True, "attention_kernel": "flash_attention_triton"}
     return build(PipelineConfig, {"model": model, "optim": {"warmup_steps": 1}, "train": train})
+
+
+def _saving_times(config: PipelineConfig, interval: int, rounds: int) -> tuple[dict[str, list[float]], ...]:
+    """By mode: ms of a step, of a save's hold on the loop, of a write."""
+    times, holds, writes = ({mode: [] for mode in SAVING_MODES} for _ in range(3))
+    on_cpu = torch.device(config.train.device).type == "cpu"
+    with tempfile.TemporaryDirectory(prefix="lmsys-saving-") as root, one_thread(on_cpu):
+        for _ in range(rounds):
+            for mode in SAVING_MODES:
+                _time_a_run(config, mode, interval, Path(root) / "run", times[mode], holds[mode], writes[mode])
+    return times, holds, writes
 
 
 def _time_a_run(
