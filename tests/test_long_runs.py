@@ -3,14 +3,17 @@
 Real processes, of lmsys.bench.faults' fork server; the whole table of faults is `python -m lmsys faults`.
 """
 
+import ctypes
 import errno
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent import futures
 from pathlib import Path
 
 import nbformat
@@ -22,6 +25,7 @@ from test_train import TOKENS, Interrupted, computed, config, interrupt_at, one_
 from lmsys import checkpoint, records, report
 from lmsys import pipeline as pipelines
 from lmsys import train as training
+from lmsys.__main__ import main
 from lmsys.bench import faults
 from lmsys.parallel import group, shards
 from lmsys.parallel.shards import Piece
@@ -106,6 +110,54 @@ def test_sigterm_under_torchrun_saves_and_ends(tmp_path):
     saved = checkpoint.load(checkpoint.latest(run_dir / "checkpoints"))
     assert f"after step {saved.step} of 100000" in told[0] and str(saved.path) in told[0]
     assert saved.step >= training.logged(run_dir)[0][-1]["step"] >= 3
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_the_table_of_faults(lost, output_root, monkeypatch, capsys):
+    """A loss is a row with status error, a sentence, and exit code 1."""
+
+    def tried(_lab, tally):
+        tally.add(True, 0.5)
+        tally.add(not lost, 1.5, "step 7 is another one")
+
+    monkeypatch.setattr(faults, "Lab", lambda *_: None)
+    monkeypatch.setitem(faults.FAULTS, "nan", faults.Fault("SIGTERM, or so", tried))
+    timed = {"none": [10.0] * 3, "synchronous": [12.0] * 3, "asynchronous": [10.1] * 3}
+    monkeypatch.setattr(faults, "_saving_times", lambda *_: (timed, timed, timed))
+    monkeypatch.setattr(faults, "ProcessPoolExecutor", ThreadPool)
+    assert main(["faults", "--scale", "smoke", "--kinds", "nan", "--device", "cpu"]) == (1 if lost else 0)
+    frame = records.read_results(output_root / "artifacts/local/faults_results.csv")
+    (row,) = frame.itertuples()
+    assert (row.tried, row.nothing_lost, row.longest_s) == (2, 1 if lost else 2, 1.5)
+    assert row.status == ("error" if lost else "ok")
+    said = capsys.readouterr().out
+    assert f"nothing was lost in {1 if lost else 2} of them" in said and ("step 7 is another one" in said) == lost
+    assert "saved and ended within 1.5 s" in said and "takes +1.0% and +20.0% of its time" in said
+    report_text = (output_root / "artifacts/local/faults_report.md").read_text()
+    assert (
+        "| SIGTERM, or so | 2 |" in report_text
+        and "| asynchronous, every 6 steps | 10.1 [10.1, 10.1] | +1.0% |" in report_text
+    )
+
+
+class ThreadPool(futures.ThreadPoolExecutor):
+    """In place of a pool of processes."""
+
+    def __init__(self, count, mp_context):
+        super().__init__(count)
+
+
+def test_settings_of_faults():
+    given = {
+        "unknown fault 'sigkil'. Did you mean 'sigkill'": {"kinds": ["sigkil"]},
+        "kills is 0; it must be at least 1": {"kills": 0},
+        "trials is -1": {"trials": -1},
+        "kinds must not be empty": {"kinds": []},
+    }
+    for message, options in given.items():
+        with pytest.raises(ValueError, match=message):
+            faults.settings("smoke", **options)
+    assert set(faults.settings("full", device="cpu").kinds) == set(faults.FAULTS)
 
 
 # --- Signals, in this process ---------------------------------------------------------------------
@@ -354,6 +406,42 @@ def test_a_full_disk_at_every_kind_of_operation(tmp_path):
             ):
                 save(tmp_path, step, parts)
             assert [path.name for path in checkpoint.steps(tmp_path)] == ["step-00000005"] and content(good) == before
+
+
+def test_a_disk_that_is_really_full(tmp_path):
+    """A small tmpfs, in a mount namespace of a forked child; it is filled by checkpoints, and freed again."""
+    parts = trained()
+    child = os.fork()
+    if child == 0:
+        try:
+            os._exit(fill(tmp_path, parts))
+        finally:
+            os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code == 77:
+        pytest.skip("no mount namespaces here")
+    assert code == 0
+
+
+def fill(folder: Path, parts) -> int:
+    """77 where it cannot mount, 0 where all is well."""
+    libc = ctypes.CDLL(None)
+    new_mounts, new_user, recursive, private = 0x20000, 0x10000000, 0x4000, 0x40000
+    if (
+        libc.unshare(new_mounts | (0 if os.geteuid() == 0 else new_user))
+        or libc.mount(b"none", b"/", None, recursive | private, None)
+        or libc.mount(b"none", str(folder).encode(), b"tmpfs", 0, b"size=600k")
+    ):
+        return 77
+    with pytest.raises(OSError) as error:
+        for step in range(1, 99):
+            save(folder, step, parts)
+    kept = checkpoint.steps(folder)
+    assert error.value.errno == errno.ENOSPC and 2 <= len(kept) == step - 1
+    assert all(checkpoint._damage(path) is None for path in kept) and len(list(folder.iterdir())) == len(kept)
+    shutil.rmtree(kept[0])
+    assert checkpoint.latest(folder) == kept[-1] and save(folder, step, parts, keep_last=1) == checkpoint.latest(folder)
+    return 0
 
 
 def test_a_link_in_place_of_a_checkpoint_is_not_followed(tmp_path):
