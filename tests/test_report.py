@@ -1,4 +1,5 @@
 import json
+import re
 import types
 
 import nbformat
@@ -59,6 +60,8 @@ def test_committed_notebooks_and_stamps_are_clean():
         notebook = nbformat.read(path, as_version=4)
         outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
         assert outputs and all(output.output_type != "error" for output in outputs), path
+        text = "".join(output.text for output in outputs if output.output_type == "stream")
+        assert not re.search(r"\s/(?:root|home|tmp|opt|work)/", f" {text}"), path
         assert "papermill" not in notebook.metadata
     for path in (REPOSITORY / "artifacts").glob("h200*/*.csv"):
         stamp = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))

@@ -13,6 +13,7 @@ raises ValueError: no other backend steps in.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -97,10 +98,18 @@ def _block_mask(q_len: int, k_len: int, device: torch.device) -> BlockMask:
 
 def flash_attention_4(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, scale: float | None = None) -> Tensor:
     """FlashAttention-4, compiled by its own compiler for each kind of call (the first call of each takes seconds)."""
-    from flash_attn.cute import flash_attn_func
-
+    flash_attn_func = _flash_attention_4()
     if causal:
         k, v = _visible(q, k, v, "flash_attention_4")
     result = flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)), causal=causal, softmax_scale=scale)
     o = result[0] if isinstance(result, tuple) else result  # some releases also give the log-sum-exp
     return o.transpose(1, 2)
+
+
+@functools.cache
+def _flash_attention_4() -> Callable:
+    from flash_attn.cute import flash_attn_func
+
+    # Its compiler says so, for every kernel, of an argument of FlashAttention-4's own.
+    warnings.filterwarnings("ignore", message=".*cannot be converted to a JitArgument", category=UserWarning)
+    return flash_attn_func
