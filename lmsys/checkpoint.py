@@ -202,7 +202,7 @@ def _put_in_place(temporary: Path, target: Path) -> None:
 def _prune(folder: Path, step: int, keep_last: int, keep_best: int) -> None:
     """Remove the checkpoints up to a step that are neither among the newest nor among the best."""
     saved = [path for path in steps(folder) if step_of(path) <= step]
-    kept = {*saved[-keep_last:], *_by_loss(saved)[:keep_best]}
+    kept = {*saved[-keep_last:], *(_by_loss(saved)[:keep_best] if keep_best else ())}
     for path in saved:
         if path not in kept:
             going = path.with_name(f".{path.name}-removed")  # so that none is half there under its name
@@ -431,7 +431,8 @@ def _decode(text: str) -> Tensor:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """Of what may quote a damaged file at any length."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _short(value: object) -> str:

@@ -16,16 +16,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from test_train import TOKENS, Interrupted, config, interrupt_at, one_thread, run  # noqa: F401
 
 from lmsys import checkpoint, data
 from lmsys import pipeline as pipelines
 from lmsys.config import pipeline_config, to_dict
 from lmsys.data import load_tokens
+from lmsys.parallel import shards
+from lmsys.parallel.shards import Piece
 from lmsys.train import CHECKPOINTS, logged
 
 TOLD = (ValueError, OSError, FloatingPointError)  # by the command, as one line
-CASES = {"config text": 200, "config values": 300, "token files": 300, "checkpoints": 200}
+CASES = {"config text": 200, "config values": 300, "token files": 300, "checkpoints": 200, "sharded state": 100}
 CASE_LIMIT_S = 10
 # What stands in for a value of JSON.
 HOSTILE = [
@@ -359,6 +362,39 @@ def test_checkpoints(tmp_path, part):
         else:
             assert state_of(folder / CHECKPOINTS) == before, case
     assert 5 < ran < 45
+
+
+def test_sharded_state(tmp_path):
+    """The pieces that ranks saved: index and tensors. What is loaded at all is what was saved."""
+    good, folder = tmp_path / "good", tmp_path / "state"
+    whole = torch.arange(12.0)
+    pieces = [Piece("a/b", (4, 3), start, whole[start : start + 4]) for start in (0, 4, 8)]
+    shards.save_pieces(pieces, {"rest": {"a/step": 3}}, good, None)
+    wanted = [("a/b", 2, 9), ("a/b", 12, 12)]
+    loaded = 0
+    for index in range(CASES["sharded state"]):
+        generator = random.Random(index)
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(good, folder)
+        file = generator.choice(sorted(folder.iterdir()))
+        content = file.read_bytes()
+        if file.suffix == ".json" and generator.random() < 0.8:
+            file.write_text(json.dumps(changed(generator, json.loads(content))))
+        elif file.suffix == ".safetensors" and generator.random() < 0.6:
+            file.write_bytes(changed_safetensors(generator, content))
+        else:
+            file.write_bytes(scrambled(generator, content))
+        before = state_of(folder)
+        case = f"sharded state {index}: {file.name}: {file.read_bytes()[:200]!r}"
+
+        def read(case=case) -> None:
+            shards.load_shared(folder, None)
+            part, empty = shards.load_pieces(wanted, folder, None)
+            assert torch.equal(part, whole[2:9]) and empty.numel() == 0, case
+
+        loaded += ends_well(case, read)
+        assert state_of(folder) == before, case
+    assert 0 < loaded < CASES["sharded state"] // 2
 
 
 def test_there_are_enough_cases():

@@ -545,7 +545,21 @@ def test_sharded_state_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
 
 def test_requests_of_several_processes_agree():
     """A signal to one rank and a failed write on another are known to all after the same step, the failure first."""
-    assert group.spawn(requested, 2, device="cpu", timeout_s=60) == [[0, 0, 1, 2, 0]] * 2
+    (asked, skipped), other = group.spawn(in_two_processes, 2, device="cpu", timeout_s=60)
+    assert other == (asked, skipped)
+    assert asked == [0, 0, 1, 2, 0]
+    assert [each["step"] for each in skipped] == [4]  # bad in one of them alone
+
+
+def in_two_processes(process):
+    """For spawn: what this process saw of the requests, and the steps that a run skipped."""
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        if process.rank == 1:
+            spoiled(patch, {3})
+        history = run(train={"on_bad_step": "skip", "steps": 6, "ddp_wrapper": "flashddp"})
+    assert all(math.isfinite(row["train_loss"]) for row in history.rows if row["step"] != 4)
+    return requested(process), history.skipped
 
 
 def requested(process):

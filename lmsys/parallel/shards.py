@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -221,6 +222,8 @@ def _read_run(folder: Path, name: str, start: int, stop: int, places: Sequence[M
         low, high = max(place["start"], start), min(place["stop"], stop)
         if low < high:
             piece = _read_piece(folder, name, place)
+            if piece.dtype != run.dtype:
+                raise ValueError(f"{folder} is damaged: of {name}, one piece is {piece.dtype} and another {run.dtype}")
             run[low - start : high - start] = piece[low - place["start"] : high - place["start"]]
             filled += high - low
     if filled != stop - start:
@@ -237,13 +240,16 @@ def _read_index(folder: str | Path) -> dict[str, Any]:
         index = json.loads(file.read_text(encoding="utf-8"))
         for name, shape in index["shapes"].items():
             assert all(type(size) is int and size >= 0 for size in shape), name
-        for places in index["pieces"].values():
+        assert index["shapes"].keys() == index["pieces"].keys(), "its shapes and pieces are of other tensors"
+        for name, places in index["pieces"].items():
+            assert sum(place["stop"] - place["start"] for place in places) == math.prod(index["shapes"][name]), name
             for place in places:
                 assert type(place["start"]) is type(place["stop"]) is int and 0 <= place["start"] <= place["stop"]
                 assert type(place["sha256"]) is str and Path(place["file"]).name == place["file"], place["file"]
                 assert type(getattr(torch, place["dtype"])) is torch.dtype, place["dtype"]
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged: it is not an index of pieces ({type(error).__name__}: {error})") from None
+        what = f"{type(error).__name__}: {str(error)[:200]}"
+        raise ValueError(f"{file} is damaged: it is not an index of pieces ({what})") from None
     return index
 
 
@@ -253,7 +259,7 @@ def _read_piece(folder: Path, name: str, place: Mapping[str, Any]) -> Tensor:
         with safe_open(file, framework="pt") as opened:
             piece = opened.get_tensor(key)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is missing or damaged: {error}") from None
+        raise ValueError(f"{file} is missing or damaged: {str(error)[:200]}") from None
     if tuple(piece.shape) != (place["stop"] - place["start"],) or _sha256(piece) != place["sha256"]:
         raise ValueError(f"{file} is damaged: the SHA-256 of {key} is not the one in {INDEX_FILE}")
     return piece
