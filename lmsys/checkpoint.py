@@ -342,7 +342,7 @@ def rng_state() -> dict[str, Any]:
     """The state of Python's and torch's random generators (CPU, and each GPU), JSON-ready."""
     version, internal, gauss = random.getstate()
     state = {"python": [version, list(internal), gauss], "torch": _encode(torch.get_rng_state())}
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # else nothing has drawn from them, and a run on the CPU leaves the GPUs alone
         state["cuda"] = [_encode(one) for one in torch.cuda.get_rng_state_all()]
     return state
 
@@ -354,7 +354,7 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
         random.setstate((version, tuple(internal), gauss))
         torch.set_rng_state(_decode(state["torch"]))
         cuda = state.get("cuda", [])
-        if torch.cuda.is_available() and len(cuda) == torch.cuda.device_count():
+        if cuda and torch.cuda.is_available() and len(cuda) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all([_decode(one) for one in cuda])
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise ValueError(f"the state of the random generators is damaged ({_first_line(error)})") from None

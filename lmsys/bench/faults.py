@@ -4,7 +4,7 @@ Each fault is tried several times. A trial counts where nothing was lost: the pr
 is whole, and the run, started again, gives the losses and the last weights of an undisturbed run: the same bits on a CPU; on a
 GPU, whose sums may differ from run to run, and in another number of processes, to TOLERANCE. Moments are random, of the seed.
 
-Trainers are processes of a fork server that has imported torch once, so that a start takes a fraction of a second. What has to
+Trainers on a CPU are forks of a server that has imported torch once, so that a start takes a fraction of a second. What has to
 happen within a trainer (a kill at an operation of a save, a disk that is full from then on, a batch whose loss is not a number)
 is put there by an Injection. A full disk is an error of the system call (ENOSPC), and once the kernel's own: a limit of the size
 of files (EFBIG), which needs no privileges.
@@ -34,6 +34,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -285,7 +286,7 @@ class Run:
         self.folder, self.steps = folder, config.train.steps
         self.log_start = (folder / "log.txt").stat().st_size if (folder / "log.txt").exists() else 0
         self.rows_before = len(self.rows())
-        context = _context()
+        context = _context(torch.device(config.train.device))
         port = _free_port() if processes > 1 else 0
         self.processes = [
             context.Process(target=_train_here, args=(folder, config, injection, rank, processes, port), daemon=True)
@@ -337,9 +338,15 @@ class Run:
         return None if path is None else checkpoint.load(path)
 
 
-def _context() -> Any:
+def _context(device: torch.device) -> Any:
+    """What starts processes that train there: forks of a server that has imported torch; new ones where they use a GPU, as CUDA
+    does not survive a fork, and an import may have touched it."""
+    if device.type == "cuda":
+        return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, *_PRELOADED])
+    with mock.patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": ""}):
+        forkserver.ensure_running()
     return context
 
 
@@ -382,7 +389,9 @@ class Lab:
         self.random = random.Random(chosen.seed)
         self.exact = torch.device(chosen.trainers).type == "cpu"
         self._count = 0
-        first = _context().Process(target=_nothing)  # with the first process, the fork server starts and imports torch
+        first = _context(torch.device(chosen.trainers)).Process(
+            target=_nothing
+        )  # with the first process, the fork server starts and imports torch
         first.start()
         first.join()
         started = time.monotonic()
@@ -724,12 +733,12 @@ def measure_saving(
             "warmup": f"{interval} steps of each run",
             "order": "a run of each mode in turn, several times",
             "statistic": "median, 20th and 80th percentile; cost_pct: of the median step over that without checkpoints",
-            "hold_ms": "what a save holds up the training loop, the host's part",
+            "hold_ms": "what a save holds up the training loop, the host's part; the median, as the first allocates the host's copy",
             "device": device_name(device),
         },
         parameters=to_dict(config) | {"saving": dataclasses.asdict(chosen.saving)},
     )
-    with ProcessPoolExecutor(1, mp_context=_context()) as pool:  # a process that has nothing else on the device
+    with ProcessPoolExecutor(1, mp_context=_context(device)) as pool:  # a process that has nothing else on the device
         times, holds, writes = pool.submit(_saving_times, config, interval, _ROUNDS[chosen.scale]).result()
     with writer:
         usual = statistics.median(times["none"])
