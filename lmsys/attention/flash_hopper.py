@@ -570,6 +570,11 @@ class Launcher:
 _launch_forward, _launch_combine = Launcher(_forward_kernel), Launcher(_combine_kernel)
 
 
+def ceil_div(a: int, b: int) -> int:
+    """triton.cdiv, which also runs within kernels, costs the host ten times as much."""
+    return -(-a // b)
+
+
 def in_eights(tensor: Tensor) -> tuple[int, ...]:
     """Strides of a (B, H, T, D) tensor in units of eight elements."""
     return tuple(stride // 8 for stride in tensor.stride()[:3])
@@ -614,8 +619,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tupl
     assert head_dim in HEAD_DIMS
     tile = _TILES[head_dim]
     processors, cache = device_sizes(q.device.index)
-    tiles = batch * heads * triton.cdiv(q_len, tile["GROUPS"] * _ROWS)
-    splits = 1 if causal else _splits(tiles, triton.cdiv(k_len, tile["BLOCK"]), processors)
+    tiles = batch * heads * ceil_div(q_len, tile["GROUPS"] * _ROWS)
+    splits = 1 if causal else _splits(tiles, ceil_div(k_len, tile["BLOCK"]), processors)
     o = q.new_empty(batch, q_len, heads, head_dim).transpose(1, 2)
     lse = q.new_empty(batch, heads, q_len, dtype=torch.float32)
     if splits == 1:
@@ -638,7 +643,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tupl
         if splits > 1:
             rows = batch * heads * q_len
             _launch_combine(
-                triton.cdiv(rows, _COMBINE_ROWS), (q.device.index, q.dtype),
+                ceil_div(rows, _COMBINE_ROWS), (q.device.index, q.dtype),
                 (target, lse_target, o, lse, heads, q_len, rows, splits, *in_eights(o)),
                 (head_dim, _COMBINE_ROWS),
             )  # fmt: skip

@@ -45,6 +45,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from lmsys.attention.flash_hopper import (
     Launcher,
     barriers,
+    ceil_div,
     device_sizes,
     finish_list,
     get_item,
@@ -560,15 +561,15 @@ def backward(
     batch, heads, q_len, head_dim = q.shape
     kv_heads, k_len = k.shape[1:3]
     o, do = _readable(o), _readable(do)
-    padded = triton.cdiv(q_len, 128) * 128
+    padded = ceil_div(q_len, 128) * 128
     rows = batch * heads * q_len
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     processors, _ = device_sizes(q.device.index)
-    blocks = triton.cdiv(k_len, _KEYS.value)
+    blocks = ceil_div(k_len, _KEYS.value)
     parts = _parting(batch * kv_heads * blocks, heads // kv_heads, processors)
     item_heads = kv_heads * parts
     items = batch * item_heads * blocks
-    section = triton.cdiv(_SECTION_ITEMS * processors, blocks)
+    section = ceil_div(_SECTION_ITEMS * processors, blocks)
     dk_parts, dv_parts = (dk, dv) if parts == 1 else k.new_empty(2, batch, item_heads, k_len, head_dim)
     dq_sum = torch.empty(batch, heads, q_len, head_dim, dtype=torch.float32, device=q.device)
     lse_log2, delta = torch.empty(2, batch * heads * padded, dtype=torch.float32, device=q.device)
@@ -591,7 +592,7 @@ def backward(
             (head_dim, _STAGES[head_dim], causal, causal or k_len % _KEYS.value != 0, heads != item_heads),
         )  # fmt: skip
         _launch_finish(
-            triton.cdiv(rows, tile), kind, (dq_sum, dq, scale, heads, q_len, rows, *in_eights(dq)), (head_dim, tile)
+            ceil_div(rows, tile), kind, (dq_sum, dq, scale, heads, q_len, rows, *in_eights(dq)), (head_dim, tile)
         )
         if parts > 1:
             for part, gradient in ((dk_parts, dk), (dv_parts, dv)):

@@ -847,8 +847,13 @@ def _compilations(flash: FlashSettings) -> list[tuple[str, tuple[int, ...], str]
     for name in set(flash.implementations) - {"naive"}:
         found += [(name, (1, length, d), dtype) for d in flash.bench_head_dims for dtype in flash.bench_dtypes]
     if "compiled" in flash.implementations:  # FlashAttention's kernels do not depend on the batch
-        length = _typical(flash.course_seq_lens)
-        found += [("compiled", (flash.course_batch, length, d), flash.course_dtype) for d in flash.course_head_dims]
+        # From 2^31 scores on indices have 64 bits, in code of its own.
+        lengths = {_typical(flash.course_seq_lens), max(flash.course_seq_lens)}
+        found += [
+            ("compiled", (flash.course_batch, length, d), flash.course_dtype)
+            for length in sorted(lengths)
+            for d in flash.course_head_dims
+        ]
     return found
 
 

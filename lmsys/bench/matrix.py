@@ -351,6 +351,13 @@ def conclusions(frame) -> list[str]:
         text = f"{where}: **{best}** is the fastest at {records.significant(several.step_ms[best])} ms"
         if not math.isnan(several.scaling_efficiency[best]):
             text += f", {100 * several.scaling_efficiency[best]:.1f}% of linear scaling"
+        exposed = several.exposed_comm_ms[best]
+        if len(one) and not math.isnan(exposed):
+            quiet = several.step_ms[best] - exposed
+            text += (
+                f"; without communication the same {units} take {records.significant(quiet)} ms, the slowest setting the pace, "
+                f"where the first alone takes {records.significant(one.step_ms.iloc[0])}"
+            )
         said.append(text + ".")
         said += _beside(several, where, "flashddp", ("naive", "torch_ddp"), one)
         said += _beside(several, where, "fsdp", ("torch_fsdp2",), one)
