@@ -45,7 +45,7 @@ import torch
 from lmsys import checkpoint, cost, records
 from lmsys import train as training
 from lmsys.bench.measure import one_thread, quantiles
-from lmsys.config import PipelineConfig, build, model_size, require, resolve_scale, to_dict, unknown_name
+from lmsys.config import PipelineConfig, TrainConfig, build, model_size, require, resolve_scale, to_dict, unknown_name
 from lmsys.device import device_name, resolve_device
 from lmsys.parallel import group
 from lmsys.records import significant
@@ -896,11 +896,21 @@ def conclusions(frame, saving=None) -> list[str]:
         said.append(f"A run that was told to end had saved and ended within {significant(stopped.max(), 2)} s.")
     if saving is not None:
         by_mode = saving.set_index("mode")
-        ours, plain = by_mode.loc["asynchronous"], by_mode.loc["synchronous"]
+        usual = TrainConfig().checkpointing_interval
+        held = {mode: by_mode.loc[mode].hold_ms for mode in SAVING_MODES[1:]}
+        share = {mode: 100 * hold / (usual * by_mode.loc["none"].step_ms) for mode, hold in held.items()}
         said.append(
-            f"A checkpoint of {significant(ours.checkpoint_mib)} MiB every {ours.interval} steps holds up the loop for "
-            f"{significant(ours.hold_ms)} ms when written in the background and {significant(plain.hold_ms)} ms when not; the step "
-            f"then takes {ours.cost_pct:+.1f}% and {plain.cost_pct:+.1f}% of its time without checkpoints more."
+            f"A checkpoint of {significant(by_mode.loc['asynchronous'].checkpoint_mib)} MiB holds up the loop for "
+            f"{significant(held['asynchronous'])} ms when it is written in the background and for "
+            f"{significant(held['synchronous'])} ms when not: of the time of {usual} steps, after as many of which one is saved "
+            f"unless told otherwise, {significant(share['asynchronous'], 2)}% and {significant(share['synchronous'], 2)}%."
+        )
+        cost_pct = by_mode.loc["asynchronous"].cost_pct
+        said.append(
+            f"With one every {int(by_mode.loc['none'].interval)} steps, the time of a step changes by {cost_pct:+.1f}%, what the "
+            f"writing takes from it included, and by {by_mode.loc['synchronous'].cost_pct:+.1f}% when it is waited for; the times "
+            "without checkpoints spread over "
+            f"{100 * (by_mode.loc['none'].p80_ms / by_mode.loc['none'].p20_ms - 1):.1f}%."
         )
     return said
 
