@@ -152,6 +152,7 @@ class Injection:
         operation: the number, from 0, of the operation of saving (writing half of a part of a file, flushing, renaming)
             before which `action` happens. action: kill, full (ENOSPC from then on) or limit (files end at limit_bytes).
         draw: the batch whose loss is multiplied by `factor`.
+        rank: the only process of several in which it happens; None: in all.
     """
 
     operation: int | None = None
@@ -159,6 +160,7 @@ class Injection:
     limit_bytes: int = 0
     draw: int | None = None
     factor: float = math.nan
+    rank: int | None = None
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -265,7 +267,7 @@ def _train_here(
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
         os.environ |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     tokens = _tokens()
-    with injection.installed() if injection else contextlib.nullcontext():
+    with injection.installed() if injection and injection.rank in (None, rank) else contextlib.nullcontext():
         try:
             with (
                 group.process_group(torch.device(config.train.device).type)
