@@ -258,7 +258,7 @@ class FlashDDP(DataParallel):
     the allocator cannot hand their memory to anyone; after it, the stream orders reuse.
 
     Args:
-        bucket_size_mb: in 10^6 bytes of gradients as they travel; 0: a bucket a parameter.
+        bucket_size_mb: in 10^6 bytes of gradients as they travel: a bucket is full once it holds that many; 0: a bucket a parameter.
         layout: "grouped" or "flat", see the module.
         communication_dtype: gradients travel in it (bf16: half the bytes, rounded to 8 bits before the sum); None: their own.
         min_ctas, max_ctas: bounds on the blocks of a NCCL kernel, each of which takes an SM from backward; None: NCCL's choice.
@@ -379,7 +379,7 @@ class FlashDDP(DataParallel):
             parameter = self.trained[index]
             size = parameter.numel() * (self._communication_dtype or parameter.dtype).itemsize
             part, filled = filling.get(parameter.dtype, ([], 0))
-            if not part or filled + size > self._bucket_bytes:
+            if not part or filled >= self._bucket_bytes:
                 part, filled = [], 0
                 parts.append(part)
             part.append(index)
