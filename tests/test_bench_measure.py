@@ -14,6 +14,7 @@ from lmsys.bench.measure import (
     measure_steps,
     quantiles,
     time_steps,
+    writes,
 )
 
 CPU = torch.device("cpu")
@@ -73,6 +74,23 @@ def test_out_of_memory_is_a_status_and_other_errors_are_errors():
     with pytest.raises(RuntimeError, match="mine"):
         measure(lambda: (_ for _ in ()).throw(RuntimeError("mine")), device=CPU, warmup=1, iterations=1)
     assert is_out_of_memory(MemoryError())
+
+
+def test_the_host_gets_twice_the_time_that_it_needs_within_bounds():
+    assert writes(host_ms=1.0, write_ms=0.06) == 34  # 2.04 ms
+    assert writes(0.01, 0.06) == 8 and writes(100.0, 0.06) == 160
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_slow_launch_is_not_in_the_time():
+    x = torch.zeros(8, device="cuda")
+
+    def slow():
+        time.sleep(2e-3)
+        x.add_(1)
+
+    found = measure(slow, device=x.device, warmup=3, iterations=10)
+    assert found.median_ms < 0.5
 
 
 def test_quantiles():

@@ -466,29 +466,26 @@ def measure_passes(
 
 def _memory(forward: Callable, backward: Callable, device: torch.device, resident: Sequence[Tensor]):
     """MiB in use between the passes, and the peaks of both."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    base = _resident_bytes(device, resident)
+    base = _bytes(resident)
     output, kept, peak_forward = _traced(forward, device)
     _, _, peak_backward = _traced(lambda: backward(output), device)
     return (base + kept) / 2**20, ((base + peak_forward) / 2**20, (base + kept + peak_backward) / 2**20)
 
 
 def _before_backward(forward: Callable, device: torch.device, resident: Sequence[Tensor]) -> float:
-    base = _resident_bytes(device, resident)
     _output, kept, _ = _traced(forward, device)
-    return (base + kept) / 2**20
+    return (_bytes(resident) + kept) / 2**20
 
 
-def _resident_bytes(device: torch.device, resident: Sequence[Tensor]) -> int:
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    return sum(t.numel() * t.element_size() for t in resident)
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    """Of what exists before the call. The allocator would count cuBLAS's workspace and the float64 answers, too."""
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def _traced(function: Callable, device: torch.device) -> tuple[Any, int, int]:
     """The result, the bytes that it holds, and the most that were held during the call."""
     if device.type == "cuda":
+        torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         result = function()
@@ -501,11 +498,11 @@ def _traced(function: Callable, device: torch.device) -> tuple[Any, int, int]:
 
 
 def _times_cuda(forward: Callable, backward: Callable, samples: int, device: torch.device) -> list[tuple[float, float]]:
-    flush = torch.empty(clock._L2_FLUSH_BYTES, dtype=torch.int8, device=device)
+    flush = clock.Flush(device)
+    flush.lead(lambda: backward(forward()))
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(3)] for _ in range(samples)]
     for start, middle, end in events:
-        for _ in range(clock._L2_FLUSHES):
-            flush.zero_()
+        flush()
         start.record()
         output = forward()
         middle.record()

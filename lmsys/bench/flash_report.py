@@ -231,7 +231,7 @@ def course_conclusions(frame) -> list[str]:
         said.append(
             f"Accounting, {name}, {last.seq_len:,} tokens, head_dim {last.head_dim}: {_formula(name)}, by formula {_mib(last.computed_mib)} "
             f"MiB; measured {_mib(last.before_backward_mib)}. Largest difference of all points: "
-            f"{(rows.before_backward_mib / rows.computed_mib - 1).abs().max():.1%}."
+            f"{_mib((rows.before_backward_mib - rows.computed_mib).abs().max())} MiB."
         )
         if len(wide) > 1:
             before = wide.iloc[-2]

@@ -1,8 +1,8 @@
 """Time and memory of a callable, on a GPU by events and on a CPU by the wall clock.
 
 As in Triton's do_bench, each sample on a GPU starts with a cold L2 (a buffer larger than it is written first), is timed by a
-pair of events, and nothing synchronizes between samples. The buffer is written several times, so that the host is ahead
-of the GPU by half a millisecond, as it is inside a training step; launches that take longer than that show in the time.
+pair of events, and nothing synchronizes between samples. The buffer is written so often that the GPU is still at it when the host
+has launched the call, as inside a training step, where the host is ahead: the time is the GPU's, whatever the host is worth.
 Memory is measured in a call of its own, before the timed ones.
 
 measure_steps() times a training step as the course's benchmarking_script does: by the host's clock, read before and after each step
@@ -29,7 +29,8 @@ import torch
 from lmsys.device import _output
 
 _L2_FLUSH_BYTES = 256 * 2**20  # several times the largest L2 of a GPU today (60 MB on an H200)
-_L2_FLUSHES = 8  # 8 x 256 MiB at 4 TB/s: half a millisecond on an H200
+_L2_FLUSHES = 8, 160  # at least and at most: 8 x 256 MiB at 4 TB/s are half a millisecond on an H200
+_LEAD = 2.0  # times as long as the call took the host once: it varies
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def method(device: torch.device, warmup: int, iterations: int) -> dict[str, Any]
     """How measure() measures, for the stamp of a result."""
     gpu = device.type == "cuda"
     return {
-        "timer": "CUDA events, cold L2, host ahead by half a millisecond" if gpu else "time.perf_counter",
+        "timer": "CUDA events, cold L2, host ahead" if gpu else "time.perf_counter",
         "warmup": f"{warmup} calls, fewer of a slow function",
         "samples": f"{iterations}, fewer of a slow function: see the column samples",
         "statistic": "median, 20th and 80th percentile",
@@ -158,15 +159,48 @@ def _peak_bytes_cuda(function: Callable, arguments: Callable[[], tuple], device:
     return torch.cuda.max_memory_allocated(device)
 
 
+class Flush:
+    """Called before a sample: empties the L2 cache, and keeps the GPU busy while the host launches what is measured."""
+
+    def __init__(self, device: torch.device):
+        self.buffer = torch.empty(_L2_FLUSH_BYTES, dtype=torch.int8, device=device)
+        self.times = _L2_FLUSHES[0]
+
+    def __call__(self) -> None:
+        for _ in range(self.times):
+            self.buffer.zero_()
+
+    def lead(self, call: Callable[[], Any]) -> None:
+        """Take as many writes as the host needs to launch the call. A call that waits for the GPU gets the most there are."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.times = _L2_FLUSHES[1]
+        torch.cuda.synchronize(self.buffer.device)
+        start.record()
+        self()
+        end.record()
+        begin = time.perf_counter()
+        call()
+        host_ms = (time.perf_counter() - begin) * 1e3
+        torch.cuda.synchronize(self.buffer.device)
+        self.times = writes(host_ms, start.elapsed_time(end) / self.times)
+
+
+def writes(host_ms: float, write_ms: float) -> int:
+    """How many writes of write_ms last _LEAD times as long as the host needs, within bounds."""
+    least, most = _L2_FLUSHES
+    return min(most, max(least, math.ceil(_LEAD * host_ms / write_ms)))
+
+
 def _times_cuda(
     function: Callable, arguments: Callable[[], tuple], iterations: int, device: torch.device
 ) -> list[float]:
-    flush = torch.empty(_L2_FLUSH_BYTES, dtype=torch.int8, device=device)
+    flush = Flush(device)
+    made = arguments()
+    flush.lead(lambda: function(*made))
     pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(iterations)]
     for start, end in pairs:
         made = arguments()
-        for _ in range(_L2_FLUSHES):
-            flush.zero_()
+        flush()
         start.record()
         function(*made)
         end.record()
