@@ -18,39 +18,39 @@ EDITIONS = ("2025", "2026")
 SEVERAL = ("h200-x2", "h200-x4", "h200-x8")  # of those measured, the first: the course asks for two GPUs
 
 
-class _Missing(Exception):
+class Missing(Exception):
     """No machine has measured this yet."""
 
 
-def _frame(name: str, machines: Sequence[str]):
+def frame_of(name: str, machines: Sequence[str]):
     for machine in machines:
         path = records.REPOSITORY / "artifacts" / machine / f"{name}.csv"
         if path.exists():
             return records.read_results(path)
-    raise _Missing
+    raise Missing
 
 
-def _one(name: str):
+def one(name: str):
     """A result of one GPU."""
-    return _frame(name, (MACHINE,))
+    return frame_of(name, (MACHINE,))
 
 
-def _many(name: str):
+def many(name: str):
     """A result of several GPUs."""
-    return _frame(name, SEVERAL)
+    return frame_of(name, SEVERAL)
 
 
-def _rows(frame, **columns: Any):
+def measured(frame, **columns: Any):
     """The rows with these values that were measured.
 
     Raises:
-        _Missing: there are none.
+        Missing: there are none.
     """
     frame = frame[frame.status == "ok"]
     for column, value in columns.items():
         frame = frame[frame[column] == value]
     if frame.empty:
-        raise _Missing
+        raise Missing
     return frame
 
 
@@ -58,11 +58,11 @@ def _joined(letter: str, sentences: Iterable[str]) -> list[str]:
     """The sentences as the answer to one letter of a problem.
 
     Raises:
-        _Missing: there are none.
+        Missing: there are none.
     """
     text = " ".join(sentences)
     if not text:
-        raise _Missing
+        raise Missing
     return [f"({letter}) {text}"]
 
 
@@ -70,7 +70,7 @@ def _joined(letter: str, sentences: Iterable[str]) -> list[str]:
 
 
 def _benchmarking_script() -> list[str]:
-    eager = _rows(_one("model_benchmark_results"), compiled="no")
+    eager = measured(one("model_benchmark_results"), compiled="no")
     for dtype in ("fp32", "tf32", "bf16"):
         rows = eager[eager.dtype == dtype]
         if not rows.empty:
@@ -94,7 +94,7 @@ def _benchmarking_script() -> list[str]:
 
 
 def _warmup() -> list[str]:
-    frame = _one("model_benchmark_warmup").sort_values("step")
+    frame = one("model_benchmark_warmup").sort_values("step")
     first, second, later = frame.time_ms.iloc[0], frame.time_ms.iloc[1], frame.time_ms.iloc[2:].median()
     return [
         f"Without warm-up the first step counts, which takes {records.significant(first)} ms; the second takes "
@@ -105,7 +105,7 @@ def _warmup() -> list[str]:
 def _nsys_profile() -> list[str]:
     from lmsys.bench import profile
 
-    results, kernels = _one(profile.NAME), _one(profile.KERNELS)
+    results, kernels = one(profile.NAME), one(profile.KERNELS)
     said = []
     for letter, (_, answer) in profile.ANSWERS.items():
         said.append(f"({letter}) {answer(results, kernels)[-1]}")
@@ -115,38 +115,38 @@ def _nsys_profile() -> list[str]:
 def _accumulation() -> list[str]:
     from lmsys.bench import precision
 
-    return precision.sums_conclusions(_one("mixed_precision_sums"))[:2]
+    return precision.sums_conclusions(one("mixed_precision_sums"))[:2]
 
 
 def _autocast_dtypes() -> list[str]:
     from lmsys.bench import precision
 
-    return _joined("a", precision.dtypes_conclusions(_one("mixed_precision_dtypes"))[:1])
+    return _joined("a", precision.dtypes_conclusions(one("mixed_precision_dtypes"))[:1])
 
 
 def _layer_norm() -> list[str]:
     from lmsys.bench import precision
 
-    return _joined("b", precision.layer_norm_conclusions(_one("mixed_precision_layer_norm"))[:1])
+    return _joined("b", precision.layer_norm_conclusions(one("mixed_precision_layer_norm"))[:1])
 
 
 def _mixed_precision_speed() -> list[str]:
-    eager = _rows(_one("model_benchmark_results"), compiled="no", mode="forward_backward", context_length=512)
+    eager = measured(one("model_benchmark_results"), compiled="no", mode="forward_backward", context_length=512)
     parts = []
     for size, group in eager.groupby("size", sort=False):
         by = group.drop_duplicates("dtype").set_index("dtype").median_ms
         if {"fp32", "bf16"} <= set(by.index):
             parts.append(f"{size} {by['fp32'] / by['bf16']:.2f}")
     if not parts:
-        raise _Missing
+        raise Missing
     return [f"(c) Forward and backward in bf16, times as fast as in fp32 at 512 tokens: {', '.join(parts)}."]
 
 
 def _memory_profiling() -> list[str]:
     from lmsys.bench import memory
 
-    frame = _one("memory_peaks")
-    ok = _rows(frame)
+    frame = one("memory_peaks")
+    ok = measured(frame)
     longest = ok[ok.context_length == ok.context_length.max()]
     peaks = ", ".join(
         f"{row.mode.replace('_', ' ')} in {row.dtype} {row.peak_mib:,.0f} MiB"
@@ -158,13 +158,13 @@ def _memory_profiling() -> list[str]:
 def _gradient_checkpointing() -> list[str]:
     from lmsys.bench import memory
 
-    return memory.checkpointing_conclusions(_one("memory_checkpointing"))[:3]
+    return memory.checkpointing_conclusions(one("memory_checkpointing"))[:3]
 
 
 def _pytorch_attention() -> list[str]:
     from lmsys.bench import flash_report
 
-    said = flash_report.course_conclusions(_one("pytorch_attention_results"))
+    said = flash_report.course_conclusions(one("pytorch_attention_results"))
     return [
         sentence for sentence in said if sentence.startswith(("Memory: naive", "Accounting, naive", "Growth, naive"))
     ]
@@ -173,22 +173,22 @@ def _pytorch_attention() -> list[str]:
 def _compiled_attention() -> list[str]:
     from lmsys.bench import flash_report
 
-    said = flash_report.course_conclusions(_one("pytorch_attention_results"))
+    said = flash_report.course_conclusions(one("pytorch_attention_results"))
     return _joined("a", (sentence for sentence in said if "torch.compile against eager" in sentence))
 
 
 def _compiled_model() -> list[str]:
     from lmsys.bench import model_report
 
-    return _joined("b", model_report.compile_said(_one("model_benchmark_results")))
+    return _joined("b", model_report.compile_said(one("model_benchmark_results")))
 
 
 def _flash(which: str) -> Callable[[], list[str]]:
     def answer() -> list[str]:
-        rows = _rows(_one("attention_sweep_results"), kernel="flash_attention_triton", causal=True)
+        rows = measured(one("attention_sweep_results"), kernel="flash_attention_triton", causal=True)
         rows = rows[(rows["pass"] == which) & (rows.q_len == rows.k_len)]
         if rows.empty:
-            raise _Missing
+            raise Missing
         row = rows[rows.q_len == rows.q_len.max()].iloc[0]
         return [
             f"In Triton, {which}, causal, {row.q_len:,} tokens, batch {row.batch}, {row.heads} heads of {row.head_dim}, {row['dtype']}: "
@@ -201,16 +201,16 @@ def _flash(which: str) -> Callable[[], list[str]]:
 def _flash_benchmarking() -> list[str]:
     from lmsys.bench import flash_report
 
-    return flash_report.bench_conclusions(_one("flash_benchmarking_results"))[:2]
+    return flash_report.bench_conclusions(one("flash_benchmarking_results"))[:2]
 
 
 def _board(board: str) -> Callable[[], list[str]]:
     def answer() -> list[str]:
-        frame = _one("leaderboard_results") if board == "2025" else _many("leaderboard_results")
+        frame = one("leaderboard_results") if board == "2025" else many("leaderboard_results")
         frame = frame[frame.board.astype(str) == board]
         if frame.empty:
-            raise _Missing
-        best = _rows(frame).sort_values("median_ms")
+            raise Missing
+        best = measured(frame).sort_values("median_ms")
         return [
             "; ".join(f"`{row.implementation}` {records.significant(row.median_ms)} ms" for row in best.itertuples())
             + "."
@@ -222,13 +222,13 @@ def _board(board: str) -> Callable[[], list[str]]:
 def _communication() -> list[str]:
     from lmsys.bench import collectives
 
-    rows = _many("collectives_results")
+    rows = many("collectives_results")
     return collectives.conclusions(rows[rows.op == "all_reduce"])
 
 
 def _wrapper(name: str) -> Callable[[], list[str]]:
     def answer() -> list[str]:
-        rows = _rows(_many("data_parallel_results"), study="wrappers", wrapper=name)
+        rows = measured(many("data_parallel_results"), study="wrappers", wrapper=name)
         row = rows[rows.gpus > 1].iloc[0]
         return [
             f"`{name}`, {row['size']} on {row.gpus} GPUs: {records.significant(row.step_ms)} ms a step, of which communication adds "
@@ -241,7 +241,7 @@ def _wrapper(name: str) -> Callable[[], list[str]]:
 def _buckets() -> list[str]:
     from lmsys.bench import data_parallel
 
-    return data_parallel.conclusions(_rows(_many("data_parallel_results"), study="buckets"), "buckets")
+    return data_parallel.conclusions(measured(many("data_parallel_results"), study="buckets"), "buckets")
 
 
 def _bucket_formula() -> list[str]:
@@ -257,14 +257,14 @@ def _accounting() -> list[str]:
 def _sharding_memory() -> list[str]:
     from lmsys.bench import sharding
 
-    said = sharding.memory_conclusions(_many("sharding_memory"))
+    said = sharding.memory_conclusions(many("sharding_memory"))
     return _joined("a", (sentence for sentence in said if "zero1" in sentence))
 
 
 def _sharding_speed() -> list[str]:
     from lmsys.bench import sharding
 
-    said = sharding.speed_conclusions(_many("sharding_results"))
+    said = sharding.speed_conclusions(many("sharding_results"))
     return _joined("b", (sentence for sentence in said if "step of zero1" in sentence))
 
 
@@ -278,14 +278,14 @@ def _zero_stages() -> list[str]:
 def _fsdp_memory() -> list[str]:
     from lmsys.bench import sharding
 
-    said = sharding.memory_conclusions(_many("sharding_memory"))
+    said = sharding.memory_conclusions(many("sharding_memory"))
     return _joined("a", (sentence for sentence in said if sentence.startswith("fsdp on")))
 
 
 def _fsdp_gathers() -> list[str]:
     from lmsys.bench import sharding
 
-    return _joined("b", sharding.forward_gather(_many("sharding_timeline")))
+    return _joined("b", sharding.forward_gather(many("sharding_timeline")))
 
 
 def _ring() -> list[str]:
@@ -439,14 +439,14 @@ def answer(problem: Problem) -> str:
     for part in problem.parts:
         try:
             said += part.answer()
-        except _Missing:
-            missing.append(_how(part))
+        except Missing:
+            missing.append(how(part))
     if not problem.parts:
         said.append("Implemented here, with tests.")
     return " ".join([*said, *dict.fromkeys(missing)])
 
 
-def _how(part: Part) -> str:
+def how(part: Part) -> str:
     """What will bring a part's measurement."""
     if part.notebook is None:
         return "Not measured yet; no notebook runs it so far."

@@ -216,10 +216,13 @@ def _displayed_formula(translator, node) -> None:
 
 
 def fill(name: str) -> str:
-    """The Markdown of one marked place."""
-    if name not in FILLS:
-        raise unknown_name("fill", name, FILLS)
-    return FILLS[name]()
+    """The Markdown of one marked place: of FILLS, or of the chapters on the assignment."""
+    from lmsys import chapters
+
+    fills = FILLS | chapters.FILLS
+    if name not in fills:
+        raise unknown_name("fill", name, fills)
+    return fills[name]()
 
 
 def _artifact(name: str) -> Path:

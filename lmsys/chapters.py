@@ -1,0 +1,932 @@
+"""The chapters on the course's assignment (book/chapters/): what their pages are filled with.
+
+A page holds the questions, what was measured, and the arguments; each number, table and figure in it stands behind a marker
+`<!-- fill: NAME -->` with NAME a key of FILLS. It is made from the result files of the reference machines when the site is built, by the
+functions that the notebooks' own tables and conclusions come from, or calculated by lmsys.cost. Where a file is not there yet, one line says
+which command brings it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lmsys import cost, records, report
+from lmsys.assignment import MACHINE, PROBLEMS, SEVERAL, Missing, Part, how, many, measured, one
+from lmsys.config import model_size
+
+Piece = Callable[[], str]
+_TO_ROOT = "../.."  # from a page to the repository
+PAGES = (
+    "benchmarking",
+    "mixed_precision",
+    "memory",
+    "attention",
+    "data_parallel",
+    "sharding",
+    "leaderboards",
+)  # book/chapters/NAME.md
+
+
+# --- Pieces ---------------------------------------------------------------------------------------
+
+
+def _block(notebook: str | None, *pieces: Piece, several: bool = False) -> Piece:
+    """Pieces one after the other; in the place of what is not measured yet, one line that names the command."""
+
+    def fill() -> str:
+        made, missing = [], []
+        for piece in pieces:
+            try:
+                made.append(piece().rstrip())
+            except Missing:
+                missing = [f"*{how(Part(list, notebook, several))}*"]
+        return _joined([text for text in (*made, *missing) if text])
+
+    return fill
+
+
+def _joined(texts: Sequence[str]) -> str:
+    """Texts as paragraphs; a list goes on with the next."""
+    whole = ""
+    for text in texts:
+        gap = "\n" if whole.rpartition("\n")[2].startswith("- ") and text.startswith("- ") else "\n\n"
+        whole += (gap if whole else "") + text
+    return whole
+
+
+def _said(sentences: Callable[[], Sequence[str]]) -> Piece:
+    """Sentences as a list."""
+
+    def piece() -> str:
+        found = sentences()
+        if not found:
+            raise Missing
+        return "\n".join(f"- {sentence}" for sentence in found)
+
+    return piece
+
+
+def _answer(problem: str, part: int) -> Piece:
+    """The sentences of the assignment's table."""
+    (found,) = (each for each in PROBLEMS if each.name == problem)
+    return _said(lambda: [re.sub(r"^\([a-f]\) ", "", sentence) for sentence in found.parts[part].answer()])
+
+
+def _starting(sentences: Sequence[str], *starts: str) -> list[str]:
+    return [sentence for sentence in sentences if sentence.startswith(starts)]
+
+
+def _captioned(caption: str, table: str) -> str:
+    return f"{caption}\n\n{table}"
+
+
+def _figure(name: str, alt: str, machines: Sequence[str] = (MACHINE,)) -> Piece:
+    """artifacts/<machine>/NAME.png of the first machine that has it; nothing where none has."""
+
+    def piece() -> str:
+        for machine in machines:
+            if (records.REPOSITORY / "artifacts" / machine / f"{name}.png").exists():
+                return f"![{alt}]({_TO_ROOT}/artifacts/{machine}/{name}.png)"
+        return ""
+
+    return piece
+
+
+def _page(notebook: str, machines: Sequence[str]) -> Piece:
+    """A link to the executed notebook, or, where none is, the name of the one to execute."""
+
+    def piece() -> str:
+        for machine in machines:
+            if (records.REPOSITORY / "book" / machine / f"{notebook}.ipynb").exists():
+                return f"[`{notebook}`](../{machine}/{notebook}.ipynb)"
+        return f"`notebooks/{notebook}.ipynb`"
+
+    return piece
+
+
+def _stamp(name: str) -> dict[str, Any]:
+    """The sibling .json of a result of one GPU."""
+    path = records.REPOSITORY / "artifacts" / MACHINE / f"{name}.json"
+    if not path.exists():
+        raise Missing
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _folder() -> Path:
+    return records.REPOSITORY / "artifacts" / MACHINE
+
+
+# --- Benchmarking and profiling -------------------------------------------------------------------
+
+
+def _benchmark_dtype(frame) -> str:
+    """The precision with the most points, of equals the widest."""
+    from lmsys.bench.model import DTYPES
+
+    return max(DTYPES, key=lambda dtype: int((frame["dtype"] == dtype).sum()))
+
+
+def _benchmark_times() -> str:
+    from lmsys.bench import model_report
+
+    eager = measured(one("model_benchmark_results"), compiled="no")
+    shown = eager[eager["dtype"] == _benchmark_dtype(eager)]
+    tables = [
+        _captioned(f"**{mode.replace('_', ' ')}**, {shown['dtype'].iloc[0]}", model_report.time_table(shown, mode))
+        for mode in ("forward", "forward_backward")
+        if (shown["mode"] == mode).any()
+    ]
+    return "\n\n".join(table.rstrip() for table in tables)
+
+
+def _backward_ratio() -> list[str]:
+    from lmsys.bench import model_report
+
+    eager = measured(one("model_benchmark_results"), compiled="no")
+    return _starting(model_report.conclusions(eager), "The backward pass")
+
+
+def _timing_overhead() -> list[str]:
+    from lmsys.bench import model_report
+
+    frame = measured(one("model_benchmark_results"))
+    if "empty_step_ms" not in _stamp("model_benchmark_results")["method"]:
+        raise Missing
+    return [model_report.overhead_said(_folder(), frame)]
+
+
+def _repeated() -> list[str]:
+    again = one("model_benchmark_repeat")
+    if again.empty:
+        raise Missing
+    one("model_benchmark_results")
+    both = records.compare(_folder() / "model_benchmark_results.csv", _folder() / "model_benchmark_repeat.csv")
+    both = both[both.ratio.notna()]
+    if both.empty:
+        raise Missing
+    changed = both[both.verdict.isin(("slower", "faster"))]
+    largest = (both.ratio - 1).abs().max()
+    return [
+        f"{len(both)} points were measured a second time after all others: medians differ by at most {100 * largest:.1f}%; {len(changed)} of them by "
+        "more than 5% and more than the spread of both."
+    ]
+
+
+def _warmup_table() -> str:
+    from lmsys.bench import model_report
+
+    times = one("model_benchmark_warmup")
+    return model_report.warmup_table(times, int(_stamp("model_benchmark_warmup")["parameters"]["steps"]))
+
+
+def _first_step() -> str:
+    from lmsys.bench import model_report
+
+    paid = one("model_benchmark_first_step")
+    return f"{model_report.first_step_said(paid)}\n\n{model_report.first_step_table(paid)}"
+
+
+def _profile(letter: str) -> Piece:
+    """The sentences of one letter of nsys_profile."""
+
+    def sentences() -> list[str]:
+        from lmsys.bench import profile
+
+        return profile.ANSWERS[letter][1](one(profile.NAME), one(profile.KERNELS))
+
+    return _said(sentences)
+
+
+def _profile_table(name: str, *arguments: str) -> Piece:
+    """A table of lmsys.bench.profile, of results and kernels, or of kernels alone."""
+
+    def piece() -> str:
+        from lmsys.bench import profile
+
+        results, kernels = one(profile.NAME), one(profile.KERNELS)
+        given = {
+            "forward_table": (results,),
+            "top_table": (results, kernels),
+            "share_table": (kernels, *arguments),
+            "attention_table": (kernels,),
+        }
+        return getattr(profile, name)(*given[name])
+
+    return piece
+
+
+# --- Mixed precision ------------------------------------------------------------------------------
+
+
+def _precision(study: str, what: str) -> Callable[[], Any]:
+    """A table or the conclusions of a study of lmsys.bench.precision."""
+
+    def made() -> Any:
+        from lmsys.bench import precision
+
+        return getattr(precision, f"{study}_{what}")(one(f"mixed_precision_{study}"))
+
+    return made
+
+
+def _precision_table() -> str:
+    from lmsys.bench import model_report
+
+    frame = one("model_benchmark_results")
+    measured(frame, compiled="no")
+    return _captioned(
+        f"At {model_report.mixed_context(frame):,} tokens, eager; the gain over the widest precision in parentheses.",
+        model_report.precision_table(frame),
+    )
+
+
+def _peaks_said() -> str:
+    """The datasheet's rates, which bound what a precision can bring."""
+    from lmsys.device import PEAK_TFLOPS
+
+    peaks = PEAK_TFLOPS["NVIDIA H200"]
+    return ", ".join(f"{dtype} {peaks[dtype]:,.0f}" for dtype in ("fp32", "tf32", "bf16", "fp16")) + " TFLOP/s"
+
+
+# --- Memory ---------------------------------------------------------------------------------------
+
+
+def _memory_settings():
+    """The settings of the run, as its stamp has them."""
+    from lmsys.bench import memory
+
+    return memory.settings(**(_stamp("memory_peaks")["parameters"] | {"device": "cpu"}))
+
+
+def _timelines() -> list[str]:
+    from lmsys.bench import memory
+
+    return memory.timeline_conclusions(one("memory_timeline"))
+
+
+def _peaks() -> str:
+    from lmsys.bench import memory
+
+    return memory.peaks_table(one("memory_peaks"))
+
+
+def _peaks_conclusions() -> list[str]:
+    from lmsys.bench import memory
+
+    frame = one("memory_peaks")
+    out = frame[frame.status == "oom"]
+    said = memory.peaks_conclusions(measured(frame))
+    for (kernel, mode), rows in out.groupby(["kernel", "mode"], sort=False):
+        points = ", ".join(f"{row.dtype} at {row.context_length:,} tokens" for row in rows.itertuples())
+        said.append(f"Out of memory: {kernel}, {mode.replace('_', ' ')}, {points}.")
+    return said
+
+
+def _stream() -> list[str]:
+    from lmsys.bench import memory
+
+    return memory.stream_conclusions(_memory_settings(), one("memory_allocations"))
+
+
+def _allocations(mode: str) -> Piece:
+    def piece() -> str:
+        from lmsys.bench import memory
+
+        frame = one("memory_allocations")
+        length = int(frame.context_length.max())
+        return _captioned(
+            f"**{mode.replace('_', ' ').capitalize()}**, {length:,} tokens:",
+            memory.allocations_table(frame, "largest", mode, length),
+        )
+
+    return piece
+
+
+def _largest_shape() -> list[str]:
+    """What the largest allocations of the forward pass are, from the model's shape."""
+    frame = one("memory_allocations")
+    rows = measured(
+        frame, kind="largest", mode="forward", category="temporary", context_length=frame.context_length.max()
+    )
+    row = rows.loc[rows.size_mib.idxmax()]
+    config = model_size(row["size"], context_length=int(row.context_length))
+    size = 2 if row["dtype"] != "fp32" else 4
+    expected = size * row.batch * row.context_length * config.d_ff / 2**20
+    if not math.isclose(expected, row.size_mib, rel_tol=1e-3):
+        return []
+    return [
+        f"The largest of the forward pass, {row.size_mib:,.0f} MiB, are the feed-forward layer's hidden arrays: {row.batch} x {row.context_length:,} x "
+        f"{config.d_ff:,} elements of {size} bytes."
+    ]
+
+
+def _contributors() -> str:
+    from lmsys.bench import memory
+
+    return memory.contributors_table(one("memory_residuals"))
+
+
+def _blocks() -> list[str]:
+    from lmsys.bench import memory
+
+    frames = {name: one(f"memory_{name}") for name in ("timeline", "peaks", "allocations", "blocks", "residuals")}
+    results = memory.Results(checkpointing=one("memory_checkpointing"), **frames)
+    return memory.blocks_conclusions(_memory_settings(), results)
+
+
+def _norm(what: str) -> Callable[[], Any]:
+    def made() -> Any:
+        from lmsys.bench import memory
+
+        return getattr(memory, f"norm_{what}")(one("memory_residuals"))
+
+    return made
+
+
+def _checkpointing(what: str) -> Callable[[], Any]:
+    def made() -> Any:
+        from lmsys.bench import memory
+
+        return getattr(memory, f"checkpointing_{what}")(one("memory_checkpointing"))
+
+    return made
+
+
+def group_size(num_blocks: int, stream: float, residuals: float) -> float:
+    """sqrt(N c / r), the group of blocks at which N c / k + k r is least."""
+    return math.sqrt(num_blocks * stream / residuals)
+
+
+def _group_size() -> list[str]:
+    from lmsys.bench import memory
+
+    frame = one("memory_checkpointing")
+    row, chosen = frame.iloc[0], _memory_settings()
+    length, fused = int(row.context_length), row.kernel not in memory._SCORES
+    stream = cost.residual_stream_bytes(chosen.model, int(row.batch), length)
+    parts = cost.block_residuals(
+        chosen.model, int(row.batch), length, row["dtype"], scores=not fused, fp32_softmax=True
+    )
+    blocks = chosen.model.num_layers
+    best = group_size(blocks, stream, sum(parts.values()))
+    return [
+        f"{row['size']}, {row.batch} x {length:,} tokens: $N$ = {blocks}, $c$ = {stream / 2**20:,.0f} MiB, $r$ = {sum(parts.values()) / 2**20:,.0f} MiB, so "
+        f"$\\sqrt{{N c / r}}$ = {best:.2f}."
+    ]
+
+
+# --- Attention ------------------------------------------------------------------------------------
+
+
+def _course_table(implementation: str) -> Piece:
+    def piece() -> str:
+        from lmsys.bench import flash_report
+
+        frame = one("pytorch_attention_results")
+        rows = frame[frame.implementation == implementation]
+        if rows.empty:
+            raise Missing
+        first = rows.iloc[0]
+        caption = f"`{implementation}`, causal, batch {first.batch}, {first['dtype']}; median [20th, 80th percentile]:"
+        return _captioned(caption, flash_report.course_table(frame, implementation))
+
+    return piece
+
+
+def _course_said(*starts: str) -> Callable[[], list[str]]:
+    def sentences() -> list[str]:
+        from lmsys.bench import flash_report
+
+        return _starting(flash_report.course_conclusions(one("pytorch_attention_results")), *starts)
+
+    return sentences
+
+
+def _course_accounting() -> list[str]:
+    """Memory before the backward pass beside the formula, which knows of attention only."""
+    frame = one("pytorch_attention_results")
+    ahead = frame[(frame["pass"] == "forward") & frame.before_backward_mib.notna()]
+    naive = ahead[ahead.implementation == "naive"].sort_values("computed_mib")
+    if naive.empty:
+        raise Missing
+    last = naive.iloc[-1]
+    left = (ahead.before_backward_mib - ahead.computed_mib).rename("left")
+    by_point = ahead.assign(left=left).groupby(["seq_len", "head_dim"]).left
+    apart = (by_point.max() - by_point.min()).max()
+    said = [
+        f"Accounting: naive attention at {last.seq_len:,} tokens, head_dim {last.head_dim}, holds {last.before_backward_mib:,.0f} MiB before the backward pass, by "
+        f"the formula {last.computed_mib:,.0f} ({100 * (last.before_backward_mib / last.computed_mib - 1):+.1f}%). Over all points {left.min():,.0f} to "
+        f"{left.max():,.0f} MiB are there beside what the formula counts"
+    ]
+    if ahead.implementation.nunique() > 1 and apart < 1:
+        said[0] += (
+            ", the same for every implementation of a point, so that it belongs to the measurement and not to attention"
+        )
+    return [f"{said[0]}."]
+
+
+def intensities() -> list[tuple[str, int, float, float]]:
+    """(step, head_dim, FLOPs for each byte by counting, those at which the device's products and its memory take as long)."""
+    steps, ceilings = one("flash_steps_results"), measured(one("ceilings_results")).set_index("what").rate
+    if not {"copy", "product"} <= set(ceilings.index):
+        raise Missing
+    balance = 1e12 * ceilings["product"] / (1e9 * ceilings["copy"])
+    found = []
+    for row in measured(steps, **{"pass": "forward"}).itertuples():
+        flops = cost.attention_flops(
+            row.batch, row.heads, row.seq_len, row.seq_len, row.head_dim, bool(row.causal), "forward"
+        )
+        found.append((row.step, int(row.head_dim), flops / (row.counted_mib * 2**20), balance))
+    return found
+
+
+def _intensity() -> list[str]:
+    rows = [row for row in intensities() if row[0] in ("naive", "compiled", "portable Triton")]
+    if not rows:
+        raise Missing
+    wide = max(head_dim for _, head_dim, _, _ in rows)
+    parts = ", ".join(f"{step} {flops:,.0f}" for step, head_dim, flops, _ in rows if head_dim == wide)
+    return [
+        f"The device does {rows[0][3]:,.0f} FLOPs of a matrix product in the time in which it copies a byte (both measured). FLOPs for each byte by counting, "
+        f"head_dim {wide}: {parts}."
+    ]
+
+
+def _steps(table: str) -> Callable[[], Any]:
+    def made() -> Any:
+        from lmsys.bench import flash_report
+
+        steps, ceilings = one("flash_steps_results"), one("ceilings_results")
+        if table == "table":
+            return flash_report.steps_table(steps)
+        if table == "counters":
+            return flash_report.counters_table(one("counters_results"))
+        counters = (_folder() / "counters_results.csv").exists()
+        return flash_report.steps_conclusions(steps, ceilings, one("counters_results") if counters else None)
+
+    return made
+
+
+def _accuracy() -> list[str]:
+    from lmsys.bench import accuracy
+
+    return accuracy.conclusions(one(accuracy.NAME))
+
+
+def _standings() -> str:
+    from lmsys.bench import standings
+
+    rows = [row for row in standings.standings(one("attention_sweep_results")) if row["bar"]]
+    if not rows:
+        raise Missing
+    return _captioned("The peer's time over ours, with the bars that ours are held to:", standings.table(rows))
+
+
+def _bench_said() -> list[str]:
+    from lmsys.bench import flash_report
+
+    return flash_report.bench_conclusions(one("flash_benchmarking_results"))
+
+
+def _bench_table() -> str:
+    from lmsys.bench import flash_report
+
+    frame = one("flash_benchmarking_results")
+    dtype = "bf16" if "bf16" in set(frame["dtype"]) else str(frame["dtype"].iloc[0])
+    return _captioned(
+        f"Forward and backward, {dtype}, ms, by implementation and head_dim; the others are in the notebook.",
+        flash_report.bench_table(frame, dtype, "forward_backward"),
+    )
+
+
+# --- Data parallel training -----------------------------------------------------------------------
+
+
+def _data_parallel_rows(study: str):
+    return measured(many("data_parallel_results"), study=study)
+
+
+def _wrappers_table() -> str:
+    from lmsys.bench import data_parallel
+
+    rows = _data_parallel_rows("wrappers")
+    first = rows.iloc[0]
+    caption = f"{first['size']}, {first.local_batch} x {first.context_length:,} tokens a GPU, {first['dtype']}, on {first.device}:"
+    return _captioned(caption, data_parallel.table(rows, "wrappers"))
+
+
+def _wrapper_said(*names: str) -> Callable[[], list[str]]:
+    """What is said of these wrappers."""
+
+    def sentences() -> list[str]:
+        from lmsys.bench import data_parallel
+
+        return _starting(
+            data_parallel.conclusions(_data_parallel_rows("wrappers"), "wrappers"), *(f"{name}:" for name in names)
+        )
+
+    return sentences
+
+
+def _flash_ddp_said() -> list[str]:
+    from lmsys.bench import data_parallel
+
+    return _starting(data_parallel.conclusions(_data_parallel_rows("wrappers"), "wrappers"), "flashddp", "torch_ddp")
+
+
+def _collectives_table() -> str:
+    from lmsys.bench import collectives
+
+    return collectives.table(measured(many("collectives_results"), op="all_reduce"))
+
+
+def _study(study: str, what: str) -> Callable[[], Any]:
+    def made() -> Any:
+        from lmsys.bench import data_parallel
+
+        return getattr(data_parallel, what)(_data_parallel_rows(study), study)
+
+    return made
+
+
+def _bucket_model() -> list[str]:
+    """The formula with the latency and bandwidth that were measured on the same machine."""
+    from lmsys.bench import collectives, data_parallel
+
+    row = _data_parallel_rows("buckets").iloc[-1]
+    gpus = int(row.gpus)
+    chosen = data_parallel.settings("full", size=row["size"], gpus=[1, gpus], device="cpu")
+    return data_parallel.bucket_model(chosen, collectives.links(many("collectives_results")))
+
+
+# --- Sharding -------------------------------------------------------------------------------------
+
+
+def _state_table() -> str:
+    """Bytes a parameter of each part of the state, by formula: cost.training_state at two devices and eight."""
+    config = model_size("xl")
+    lines = []
+    for name in cost.SHARDINGS:
+        line: dict[str, Any] = {"sharding": name}
+        for gpus in (2, 8):
+            state = cost.training_state(config, name, gpus)
+            per = {part: size / cost.model_parameters(config) for part, size in state.items()}
+            line[f"on {gpus}: parameters, gradients, optimizer"] = ", ".join(
+                records.significant(value, 3) for value in per.values()
+            )
+            line[f"sum, {gpus}"] = records.significant(sum(per.values()), 3)
+        lines.append(line)
+    return records.markdown_table(lines)
+
+
+def _sharding_memory(*names: str) -> Callable[[], list[str]]:
+    def sentences() -> list[str]:
+        from lmsys.bench import sharding
+
+        said = sharding.memory_conclusions(many("sharding_memory"))
+        return [sentence for sentence in said if any(name in sentence for name in ("Outside the peak", *names))]
+
+    return sentences
+
+
+def _sharding_speed(*names: str) -> Callable[[], list[str]]:
+    def sentences() -> list[str]:
+        from lmsys.bench import sharding
+
+        said = sharding.speed_conclusions(measured(many("sharding_results")))
+        return [sentence for sentence in said if any(name in sentence for name in names)]
+
+    return sentences
+
+
+def _sharding_table(name: str) -> Piece:
+    def piece() -> str:
+        from lmsys.bench import sharding
+
+        if name == "memory":
+            return _captioned("MiB, measured (by formula):", sharding.memory_table(many("sharding_memory")))
+        return sharding.speed_table(many("sharding_results"))
+
+    return piece
+
+
+def _gathers() -> list[str]:
+    from lmsys.bench import sharding
+
+    return sharding.forward_gather(many("sharding_timeline"))
+
+
+def _accounting(letter: str) -> Piece:
+    def sentences() -> list[str]:
+        from lmsys.bench import sharding
+
+        return [said.removeprefix(f"({letter}) ") for said in _starting(sharding.accounting(None), f"({letter}) ")]
+
+    return _said(sentences)
+
+
+def _course_layer() -> cost.FeedForward:
+    """One SwiGLU layer of the width of communication_accounting's model."""
+    return cost.FeedForward(cost.XXL.d_model, cost.XXL.d_ff)
+
+
+def _bound(name: str) -> Piece:
+    """How far a strategy goes at 2^20 tokens on the course's TPUs."""
+
+    def sentences() -> list[str]:
+        from lmsys.bench import sharding
+
+        layer, tokens = _course_layer(), 2**20
+        most = math.floor(sharding.bounds(cost.TPU_V5P, layer, tokens)[name])
+        return [
+            f"$D$ = {layer.d_model:,}, $F$ = {layer.d_ff:,}, $B$ = {tokens:,}, TPU v5p ($C / W$ = {cost.TPU_V5P.intensity:,.0f} FLOPs a byte): up to "
+            f"{most:,} devices."
+        ]
+
+    return _said(sentences)
+
+
+def _bounds_table() -> str:
+    from lmsys.bench import sharding
+
+    return _captioned(
+        "The most devices at which the layer is compute-bound, on TPU v5p:",
+        sharding.bounds_table(cost.TPU_V5P, _course_layer(), [2**16, 2**18, 2**20, 2**22]),
+    )
+
+
+def _ring() -> list[str]:
+    size, gpus, bandwidth = 2**30, 8, 3e11
+    whole = cost.odd_ring_all_reduce_s(size, gpus, bandwidth)
+    usual = cost.Link(0.0, bandwidth).seconds("all_reduce", size, gpus)
+    return [
+        f"1 GiB between {gpus} GPUs at {bandwidth / 1e9:,.0f} GB/s: {1e3 * whole:.1f} ms, and {1e3 * usual:.1f} ms by reduce-scatter and all-gather."
+    ]
+
+
+# --- Leaderboards ---------------------------------------------------------------------------------
+
+
+def _board_2025(what: str) -> Callable[[], Any]:
+    def made() -> Any:
+        from lmsys.bench import leaderboard
+
+        frame = one(leaderboard.NAME)
+        frame = frame[frame.board.astype(str) == leaderboard.BOARD]
+        measured(frame)
+        return getattr(leaderboard, what)(frame)
+
+    return made
+
+
+def _board_floor() -> list[str]:
+    """The time of the board's FLOPs at the device's peak."""
+    from lmsys.device import peak_flops
+
+    frame = one("leaderboard_results")
+    row = measured(frame[frame.board.astype(str) == "2025"]).iloc[0]
+    peak = peak_flops(row.device, row["dtype"])
+    if peak is None:
+        raise Missing
+    flops = cost.attention_flops(
+        int(row.batch), int(row.heads), int(row.seq_len), int(row.seq_len), int(row.head_dim), True, "forward_backward"
+    )
+    return [
+        f"The step needs {flops / 1e12:.2f} TFLOP, {1e3 * flops / peak:.2f} ms at the datasheet's {peak / 1e12:,.1f} TFLOP/s."
+    ]
+
+
+def _board_2026() -> str:
+    frame = many("leaderboard_results")
+    rows = measured(frame[frame.board.astype(str) == "2026"]).sort_values("median_ms")
+    lines = [
+        {
+            "implementation": f"`{row.implementation}`",
+            "GPUs": row.gpus,
+            "step, s": f"{row.median_ms / 1e3:.2f}",
+            "MFU": "" if math.isnan(row.mfu) else f"{100 * row.mfu:.1f}%",
+            "peak MiB a GPU": f"{row.peak_mib:,.0f}",
+        }
+        for row in rows.itertuples()
+    ]
+    return records.markdown_table(lines)
+
+
+# --- All of them ----------------------------------------------------------------------------------
+
+_BENCHMARK, _PROFILE, _MIXED, _MEMORY, _FLASH = (
+    "model_benchmark",
+    "profiling",
+    "mixed_precision",
+    "memory",
+    "flash_attention",
+)
+
+FILLS: dict[str, Piece] = {
+    **{
+        f"page_{name}": _page(name, SEVERAL if name in ("lm_matrix", "data_parallel", "sharding") else (MACHINE,))
+        for name in report.RUNS
+    },
+    # Benchmarking and profiling
+    "benchmarking_script_b": _block(
+        _BENCHMARK,
+        _figure("model_benchmark_time", "Time of a step against the context, for each size and precision"),
+        _benchmark_times,
+        _answer("benchmarking_script", 0),
+        _said(_backward_ratio),
+        _said(_repeated),
+        _said(_timing_overhead),
+    ),
+    "benchmarking_script_c": _block(
+        _BENCHMARK,
+        _figure(
+            "model_benchmark_warmup", "The first steps of a process, and what is reported after 0, 1, 2 and 5 of them"
+        ),
+        _warmup_table,
+        _answer("benchmarking_script", 1),
+        _first_step,
+    ),
+    "nsys_profile_a": _block(_PROFILE, _profile_table("forward_table"), _profile("a")),
+    "nsys_profile_b": _block(_PROFILE, _profile_table("top_table"), _profile("b")),
+    "nsys_profile_c": _block(
+        _PROFILE,
+        _figure("profiling_layer", "One layer's forward pass, kernel by kernel"),
+        _profile_table("share_table", "inference"),
+        _profile("c"),
+    ),
+    "nsys_profile_d": _block(
+        _PROFILE,
+        _figure("profiling_share", "Share of each kind of kernel in a forward pass and in a training step"),
+        _figure("profiling_timeline", "Phases and kernels of a training step"),
+        _profile_table("share_table", "training"),
+        _profile("d"),
+    ),
+    "nsys_profile_e": _block(
+        _PROFILE,
+        _figure("profiling_attention", "Softmax over matrix products in attention: time and FLOPs"),
+        _profile_table("attention_table"),
+        _profile("e"),
+    ),
+    # Mixed precision
+    "mixed_precision_sums": _block(
+        _MIXED,
+        _figure("mixed_precision_sums", "Partial sums, and their distance from the truth"),
+        _precision("sums", "table"),
+        _said(_precision("sums", "conclusions")),
+    ),
+    "mixed_precision_dtypes": _block(_MIXED, _precision("dtypes", "table"), _said(_precision("dtypes", "conclusions"))),
+    "mixed_precision_layer_norm": _block(
+        _MIXED,
+        _figure("mixed_precision_layer_norm", "Error of layer norm against the input's standard deviation and mean"),
+        _precision("layer_norm", "table"),
+        _said(_precision("layer_norm", "conclusions")),
+    ),
+    "mixed_precision_speed": _block(
+        _BENCHMARK,
+        _figure("model_benchmark_precision", "Time of a step in each precision, for each size"),
+        _precision_table,
+        _answer("benchmarking_mixed_precision", 2),
+    ),
+    "mixed_precision_peaks": _peaks_said,
+    # Memory
+    "memory_timeline": _block(
+        _MEMORY, _figure("memory_timeline", "Live memory through a step, by category"), _said(_timelines)
+    ),
+    "memory_peaks": _block(_MEMORY, _peaks, _said(_peaks_conclusions)),
+    "memory_stream": _block(_MEMORY, _said(_stream)),
+    "memory_largest": _block(_MEMORY, _allocations("forward"), _allocations("full_step"), _said(_largest_shape)),
+    "memory_block": _block(
+        _MEMORY,
+        _figure("memory_residuals", "What one block keeps, by the line that keeps it"),
+        _contributors,
+        _said(_blocks),
+    ),
+    "memory_norm": _block(_MEMORY, _norm("table"), _said(_norm("conclusions"))),
+    "memory_checkpointing": _block(
+        _MEMORY,
+        _figure("memory_checkpointing", "Peak memory, activations and time of each strategy"),
+        _checkpointing("table"),
+        _said(_group_size),
+        _said(_checkpointing("conclusions")),
+    ),
+    # Attention
+    "pytorch_attention": _block(
+        _FLASH,
+        _figure("flash_attention_memory", "Memory before the backward pass, and time, against the length"),
+        _course_table("naive"),
+        _said(_course_said("Memory: naive")),
+        _said(_course_accounting),
+        _said(_course_said("Growth, naive", "How to be rid")),
+    ),
+    "attention_intensity": _block(_FLASH, _said(_intensity)),
+    "torch_compile_a": _block(_FLASH, _course_table("compiled"), _answer("torch_compile", 0)),
+    "torch_compile_b": _block(
+        _BENCHMARK,
+        _figure("model_benchmark_compile", "Speed of a compiled step over an eager one"),
+        _answer("torch_compile", 1),
+    ),
+    "flash_forward": _block(
+        "attention_sweep",
+        _figure("attention_sweep_tiers_forward", "Throughput of each kernel, forward"),
+        _answer("flash_forward", 0),
+        _said(_accuracy),
+    ),
+    "flash_steps": _block(
+        _FLASH,
+        _figure("flash_attention_steps", "TFLOP/s of each step"),
+        _steps("table"),
+        _figure("flash_attention_roofline", "Speed of each step against FLOPs for each byte"),
+        _figure("flash_attention_counters", "How busy each step keeps the parts of a multiprocessor"),
+        _said(_steps("conclusions")),
+    ),
+    "flash_backward": _block(
+        "attention_sweep",
+        _figure("attention_sweep_tiers_backward", "Throughput of each kernel, backward"),
+        _answer("flash_backward", 0),
+        _standings,
+    ),
+    "flash_benchmarking": _block(
+        _FLASH,
+        _figure("flash_attention_benchmarking", "Time against the length"),
+        _bench_table,
+        _said(_bench_said),
+    ),
+    # Data parallel training
+    "collectives": _block(
+        "data_parallel",
+        _figure("collectives", "Bus bandwidth over message sizes", SEVERAL),
+        _collectives_table,
+        _answer("distributed_communication_single_node", 0),
+        several=True,
+    ),
+    "wrappers": _block(
+        "data_parallel",
+        _figure("data_parallel_wrappers", "Time of a step under each wrapper", SEVERAL),
+        _wrappers_table,
+        several=True,
+    ),
+    "naive_ddp": _block("data_parallel", _said(_wrapper_said("naive")), several=True),
+    "flat_ddp": _block("data_parallel", _said(_wrapper_said("flat")), several=True),
+    "overlap_ddp": _block(
+        "data_parallel",
+        _figure("data_parallel_timeline", "When each wrapper computes and communicates", SEVERAL),
+        _said(_wrapper_said("overlap")),
+        several=True,
+    ),
+    "bucketed_ddp": _block(
+        "data_parallel",
+        _figure("data_parallel_buckets", "Time of a step over bucket sizes", SEVERAL),
+        _study("buckets", "table"),
+        _said(_study("buckets", "conclusions")),
+        _said(_flash_ddp_said),
+        several=True,
+    ),
+    "bucket_model": _block("data_parallel", _said(_bucket_model), several=True),
+    "scaling": _block(
+        "data_parallel",
+        _figure("data_parallel_scaling", "Tokens a second against the number of GPUs", SEVERAL),
+        _study("scaling", "table"),
+        _said(_study("scaling", "conclusions")),
+        several=True,
+    ),
+    # Sharding
+    "sharding_state": _state_table,
+    "sharding_memory": _block(
+        "sharding",
+        _figure("sharding_memory", "Memory of each sharding at each point of a step", SEVERAL),
+        _sharding_table("memory"),
+        _said(_sharding_memory("zero1", "zero2")),
+        several=True,
+    ),
+    "sharding_speed": _block(
+        "sharding",
+        _figure("sharding_speed", "Time of a step against peak memory", SEVERAL),
+        _sharding_table("speed"),
+        _said(_sharding_speed("zero1", "zero2")),
+        several=True,
+    ),
+    "fsdp_memory": _block("sharding", _said(_sharding_memory("fsdp on")), _said(_sharding_speed("fsdp")), several=True),
+    "fsdp_gathers": _block(
+        "sharding",
+        _figure("sharding_timeline", "When fully sharded models compute and communicate", SEVERAL),
+        _said(_gathers),
+        several=True,
+    ),
+    **{f"accounting_{letter}": _accounting(letter) for letter in "abc"},
+    "ring": _said(_ring),
+    "bound_dp": _bound("DP"),
+    "bound_fsdp": _bound("FSDP"),
+    "bound_tp": _bound("TP"),
+    "bound_mixed": _bound("FSDP + TP"),
+    "bound_in_turn": _bound("FSDP + TP, axes in turn"),
+    "bounds": _bounds_table,
+    "parallelism": _figure("sharding_parallelism", "Computation and communication of each strategy", SEVERAL),
+    # Leaderboards
+    "board_2025": _block(_FLASH, _board_2025("table"), _said(_board_2025("conclusions")), _said(_board_floor)),
+    "board_2026": _block(None, _board_2026, several=True),
+}
