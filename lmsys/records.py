@@ -2,7 +2,8 @@
 
 A result file is tidy CSV, one measurement a row, with the schema's columns first. Rows are written as they are measured,
 to NAME.partial.csv, which replaces NAME.csv when the sweep is done: a sweep that dies loses no row and leaves the earlier
-results as they were. Beside each CSV lies NAME.json with the environment, the method and the full parameters.
+results as they were. Beside each CSV lies NAME.json with the environment, the method and the full parameters, as
+NAME.partial.json beside the rows of a sweep that runs or died.
 """
 
 from __future__ import annotations
@@ -297,7 +298,8 @@ class ResultWriter:
     def __enter__(self) -> ResultWriter:
         from lmsys.device import environment
 
-        self._environment = environment()
+        self.stamp = {"environment": environment(), "method": self.method, "parameters": self.parameters}
+        write_json(self.partial.with_suffix(".json"), self.stamp)
         self._file = self.partial.open("w", newline="", encoding="utf-8")
         self._csv = csv.writer(self._file)
         self._csv.writerow(self.columns)
@@ -316,9 +318,9 @@ class ResultWriter:
     def __exit__(self, kind, error, trace) -> None:
         self._file.close()
         if kind is None:
-            stamp = {"environment": self._environment, "method": self.method, "parameters": self.parameters}
-            write_json(self.path.with_suffix(".json"), stamp)
+            write_json(self.path.with_suffix(".json"), self.stamp)  # anew: a method may note what happens on the way
             os.replace(self.partial, self.path)
+            self.partial.with_suffix(".json").unlink()
 
 
 def cell(value: Any) -> Any:

@@ -41,6 +41,11 @@ def test_rows_are_on_disk_as_they_are_measured_and_survive_a_failure(tmp_path):
         raise RuntimeError("the sweep dies")
     assert records.read_results(tmp_path / "attention_sweep_results.csv").kernel.tolist() == ["earlier"]
     assert records.read_results(tmp_path / "attention_sweep_results.partial.csv").kernel.tolist() == ["first"]
+    stamp = json.loads((tmp_path / "attention_sweep_results.partial.json").read_text())
+    assert stamp["parameters"] == {"seed": 0} and "gpu" in stamp["environment"]
+    with writer(tmp_path) as results:
+        results.write(row(kernel="later"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"attention_sweep_results.{end}" for end in ("csv", "json")]
 
 
 def test_rows_outside_the_schema_are_refused(tmp_path):

@@ -51,7 +51,7 @@ from lmsys.bench.measure import (
     time_steps,
 )
 from lmsys.config import ModelConfig, model_size, require, resolve_scale, unknown_name
-from lmsys.device import device_name, environment, fp32_products, peak_flops, resolve_device
+from lmsys.device import device_name, fp32_products, peak_flops, resolve_device
 from lmsys.model import TransformerLM, cross_entropy
 from lmsys.optim import AdamW, parameter_groups
 
@@ -598,8 +598,7 @@ def _run(
                 on_row(row)
         _note_state(writer, device, "after")
     if output_json is not None:
-        stamp = {"environment": environment(), "method": writer.method, "parameters": writer.parameters}
-        records.write_json(output_json, stamp | {"rows": kept})
+        records.write_json(output_json, writer.stamp | {"rows": kept})
     return records.read_results(writer.path)
 
 
