@@ -17,7 +17,7 @@ from typing import Any
 
 from lmsys import cost, records, report
 from lmsys.assignment import MACHINE, PROBLEMS, SEVERAL, Missing, Part, how, many, measured, one
-from lmsys.config import model_size
+from lmsys.config import ModelConfig, model_size
 
 Piece = Callable[[], str]
 _TO_ROOT = "../.."  # from a page to the repository
@@ -507,6 +507,15 @@ def _bench_table() -> str:
 # --- Data parallel training -----------------------------------------------------------------------
 
 
+def _messages() -> str:
+    """What one all-reduce a parameter sends, from the model's shape."""
+    sizes = cost.parameter_sizes(model_size("xl"))
+    return (
+        f"The `xl` model has {len(sizes)} parameter tensors, {4 * sum(sizes) / 1e9:.2f} GB of fp32 gradients, of which the smallest messages are "
+        f"{4 * min(sizes) / 1e3:.1f} kB."
+    )
+
+
 def _data_parallel_rows(study: str):
     return measured(many("data_parallel_results"), study=study)
 
@@ -701,6 +710,26 @@ def _board_floor() -> list[str]:
     ]
 
 
+BOARD_2026 = ModelConfig(
+    vocab_size=151_936, context_length=32_768, d_model=4096, d_ff=11_008, num_layers=34, num_heads=32
+)
+_BOARD_2026_BATCH, _BOARD_2026_GPUS = 2, 2
+
+
+def _board_2026_floor() -> str:
+    """The 2026 board's step by formula: parameters, state, FLOPs, and their time on two GPUs at the datasheet's rate."""
+    from lmsys.device import PEAK_TFLOPS
+
+    parameters = cost.model_parameters(BOARD_2026)
+    tokens = _BOARD_2026_BATCH * BOARD_2026.context_length
+    flops = tokens * cost.train_flops_per_token(BOARD_2026)
+    peak = 1e12 * PEAK_TFLOPS["NVIDIA H200"]["bf16"]
+    return (
+        f"By formula: {parameters / 1e9:.2f} billion parameters, {16 * parameters / 1e9:,.0f} GB of fp32 weights, gradients and moments; "
+        f"{flops / 1e15:.2f} PFLOP a step of {tokens:,} tokens, {flops / _BOARD_2026_GPUS / peak:.2f} s on two H200s at their datasheet's rate."
+    )
+
+
 def _board_2026() -> str:
     frame = many("leaderboard_results")
     rows = measured(frame[frame.board.astype(str) == "2026"]).sort_values("median_ms")
@@ -870,6 +899,7 @@ FILLS: dict[str, Piece] = {
         _wrappers_table,
         several=True,
     ),
+    "ddp_messages": _messages,
     "naive_ddp": _block("data_parallel", _said(_wrapper_said("naive")), several=True),
     "flat_ddp": _block("data_parallel", _said(_wrapper_said("flat")), several=True),
     "overlap_ddp": _block(
@@ -928,5 +958,6 @@ FILLS: dict[str, Piece] = {
     "parallelism": _figure("sharding_parallelism", "Computation and communication of each strategy", SEVERAL),
     # Leaderboards
     "board_2025": _block(_FLASH, _board_2025("table"), _said(_board_2025("conclusions")), _said(_board_floor)),
+    "board_2026_floor": _board_2026_floor,
     "board_2026": _block(None, _board_2026, several=True),
 }
