@@ -1,0 +1,338 @@
+"""What a training step keeps for its backward pass and what it computes again, so that it fits a memory and loses the least time.
+
+A block of lmsys.selective keeps its input and any of the kinds of activations KINDS. Each that it does not keep is computed again once,
+in its backward pass, at a cost that does not depend on the others: so a plan is a knapsack, bytes against seconds. Kinds are taken by
+seconds a byte, dearest first, from the last block to the first, as long as the peak stays within the budget. The peak is that of a
+walk through the backward pass: the last block's comes first, when all activations are there; those of the first blocks come when memory
+is free again, so that is where recomputing is cheapest in memory. Greedy is at most one tensor away from the best plan.
+
+What each costs at d_model 4096, d_ff 11008 and 32,768 tokens in bf16 on an H200 (a product's FLOPs a byte of output are the width of
+its input, the same for all that a block keeps):
+
+    kind                  MB     to make again                    ms a GB
+    attention (o, lse)   273     one forward pass, 13 ms            49
+    qkv                  805     one product, a rotation           5.9
+    gate, up         721 each    one product each                  5.5
+    middle               268     one product, the second norm      6.8
+    norm1, norm2     268 each    a pass over memory                0.5
+    silu(gate) up        721     made with the gradients of gate and up: never kept
+
+Where the state lies, 8.13e9 parameters on two GPUs, 32,768 tokens each; GB a GPU at the peak, when no gradient is there yet:
+
+                                       weights   masters, moments   together   sent a step   of it exposed
+    replicated, bf16 + fp32 masters     16.3           97.5            114        16.3         the last bucket
+    ZeRO-1, bf16 whole + fp32 sharded   16.3           48.8             65        16.3         the all-gather after the update
+    ZeRO-3, bf16 + fp32 sharded          8.1           48.8             57        24.4         the first gather, the last scatter
+    ZeRO-3, fp32 sharded, bf16 cast       0            48.8             49        24.4         as above
+      as it is gathered
+
+At 300 GB/s the 8.1 GB that ZeRO-3 sends more take 27 ms, beside 4 s of computation; the 16 GB that it has less than ZeRO-1 are worth
+some 90 ms of recomputation. So matrices are fp32 shards (the masters themselves), gathered in bf16: lmsys.parallel.fsdp with
+compute_dtype. Its gradients become fp32 in the shards, 16 GB, but only as the activations go.
+
+Limits: one sequence length, no accumulation over micro-batches; the time model adds what is computed at measured rates and overlaps
+communication with it perfectly but for its ends.
+
+Legend: B sequences a GPU, T tokens, N = B T, H heads, d = d_model, f = d_ff, V vocabulary, L layers, e bytes of an element.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lmsys import cost
+from lmsys.config import ModelConfig, require, unknown_name
+
+KINDS = ("norm1", "qkv", "attention", "middle", "norm2", "gate", "up")  # as lmsys.selective has them
+PREFETCH = 2  # blocks gathered ahead
+_ITEMSIZE = {"fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does in a second: products in the step's dtype (FLOP), attention (FLOP), memory traffic and collectives (bytes)."""
+
+    product: float
+    attention_forward: float
+    attention_backward: float
+    memory: float
+    link: float  # bus bandwidth between the GPUs
+
+
+# An H200, bf16, alone: a product of 8,192^3, a copy of 2 GiB (artifacts/h200/ceilings_results.csv); causal attention at 32,768 tokens of
+# head_dim 128 (attention_sweep_results.csv); an all-gather's bus bandwidth at 100 MiB between two.
+H200 = Rates(product=782e12, attention_forward=659e12, attention_backward=523e12, memory=4.25e12, link=261e9)
+H200_BYTES = 139.8 * 2**30
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's step on one of `gpus` devices: batch sequences of `length` tokens each, in dtype fp32 or bf16. All sizes in bytes."""
+
+    config: ModelConfig
+    batch: int
+    length: int
+    gpus: int
+    dtype: str
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _ITEMSIZE:
+            raise unknown_name("dtype", self.dtype, _ITEMSIZE)
+        require(not self.config.tie_embeddings, "a plan is for untied embeddings; set model.tie_embeddings to false")
+
+    @property
+    def itemsize(self) -> int:
+        return _ITEMSIZE[self.dtype]
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+    @property
+    def stream(self) -> int:
+        """Of the residual stream, (N, d), which every block's input is."""
+        return self.itemsize * self.tokens * self.config.d_model
+
+    @property
+    def wide(self) -> int:
+        """Of a feed-forward activation, (N, f)."""
+        return self.itemsize * self.tokens * self.config.d_ff
+
+    @property
+    def block_parameters(self) -> int:
+        """Elements of a block's matrices."""
+        return 4 * self.config.d_model**2 + 3 * self.config.d_model * self.config.d_ff
+
+    @property
+    def head_parameters(self) -> int:
+        """Elements of the head, and of the embedding."""
+        return self.config.vocab_size * self.config.d_model
+
+    def kind_bytes(self, kind: str) -> int:
+        """What keeping a kind takes in one block."""
+        if kind not in KINDS:
+            raise unknown_name("kind of activation", kind, KINDS)
+        lse = 4 * self.tokens * self.config.num_heads
+        special = {"qkv": 3 * self.stream, "attention": self.stream + lse, "gate": self.wide, "up": self.wide}
+        return special.get(kind, self.stream)
+
+    def kind_flops(self, kind: str) -> tuple[float, float]:
+        """(of products, of attention) FLOPs to make a kind again in one block."""
+        n, d, f = self.tokens, self.config.d_model, self.config.d_ff
+        products = {"qkv": 6.0 * n * d * d, "middle": 2.0 * n * d * d, "gate": 2.0 * n * d * f, "up": 2.0 * n * d * f}
+        return products.get(kind, 0.0), self._attention("forward") if kind == "attention" else 0.0
+
+    def kind_seconds(self, kind: str, rates: Rates) -> float:
+        """To make a kind again in one block."""
+        products, attention = self.kind_flops(kind)
+        passes = {"norm1": 2, "qkv": 4, "middle": 4, "norm2": 2}.get(
+            kind, 0
+        )  # over the stream, by memory-bound kernels
+        return products / rates.product + attention / rates.attention_forward + passes * self.stream / rates.memory
+
+    def _attention(self, which: str) -> float:
+        config = self.config
+        return cost.attention_flops(
+            self.batch, config.num_heads, self.length, self.length, config.head_dim, True, which
+        )
+
+    # --- State and passing buffers ----------------------------------------------------------------
+
+    @property
+    def state(self) -> float:
+        """fp32 shards of the matrices and the gains whole, and two moments of each."""
+        gains = (2 * self.config.num_layers + 1) * self.config.d_model
+        return 3 * 4.0 * ((cost.model_parameters(self.config) - gains) / self.gpus + gains)
+
+    @property
+    def tables(self) -> int:
+        """Of the rotation's angles, (T, D/2) cos and sin in fp32."""
+        return 4 * self.config.context_length * self.config.head_dim
+
+    @property
+    def gathered_block(self) -> int:
+        return self.itemsize * self.block_parameters
+
+    @property
+    def rest(self) -> int:
+        """Embedding and head, gathered."""
+        return 2 * self.itemsize * self.head_parameters
+
+    def forward_peak(self, keep: frozenset[str]) -> float:
+        """What a block's forward pass takes beyond its input and what it keeps: before attention, or in the feed-forward layer."""
+        s, w = self.stream, self.wide
+        kept = {kind: self.kind_bytes(kind) * (kind not in keep) for kind in KINDS}
+        first = kept["norm1"] + kept["qkv"]
+        attention = kept["qkv"] + kept["attention"]
+        middle = kept["attention"] + s + kept["middle"] + kept["norm2"]
+        feed_forward = kept["middle"] + kept["norm2"] + kept["gate"] + kept["up"]
+        return max(first, attention, middle, feed_forward, kept["middle"] + kept["gate"] + kept["up"] + w + s)
+
+    def backward_peak(self, keep: frozenset[str]) -> float:
+        """What a block's backward pass takes beyond what it kept and the gradient of its output; lmsys.selective, stage by stage."""
+        s, w, e = self.stream, self.wide, self.itemsize
+        d, f = self.config.d_model, self.config.d_ff
+        again = {kind: self.kind_bytes(kind) * (kind not in keep) for kind in KINDS}
+        needs_middle = not {"middle"} <= keep
+        early = needs_middle * again["attention"]  # made for the stream in the middle, and there until its own gradient
+        if needs_middle and "attention" not in keep:
+            early += again["qkv"] + again["norm1"]
+        upper = early + again["middle"] + again["norm2"] + again["gate"] + again["up"]
+        matrix = e * d * f
+        stages = [
+            upper + w + matrix,  # the product's gradient, and w2's
+            upper + s + 3 * matrix,  # the norm's gradient, and those of w1 and w3
+        ]
+        below = s + 3 * matrix + e * d * d  # the middle's gradient, the weights' gradients
+        lower = again["attention"] + again["qkv"] + again["norm1"] * ("qkv" not in keep)
+        fp32 = 4 * self.tokens * d
+        stages += [
+            below + lower + s + 3 * s + fp32,  # do; dq, dk, dv; the fp32 sum that dq is made of
+            below + again["norm1"] + 3 * s + 3 * s,  # dq, dk, dv and the same together
+            below + again["norm1"] + 3 * s + s + 3 * e * d * d,
+        ]
+        return float(max(stages))
+
+    def loss_peak(self) -> float:
+        """What the last norm and lmsys.fused_loss take: logits of a chunk, or later the weight's gradient in fp32, twice, and rounded."""
+        head, n = self.head_parameters, self.tokens
+        logits = min(3 * 2**29, self.itemsize * n * self.config.vocab_size)
+        forward = self.stream + 4.0 * head + self.stream + logits
+        backward = 8.0 * head + self.itemsize * head + 2 * self.stream
+        return self.stream + max(forward, backward, 4.0 * head + 4.0 * n * self.config.d_model + 2 * self.stream)
+
+    # --- Time -------------------------------------------------------------------------------------
+
+    def step_seconds(self, rates: Rates) -> dict[str, float]:
+        """What a step takes that keeps everything, by part."""
+        config, s, w = self.config, self.stream, self.wide
+        layers, n = config.num_layers, self.tokens
+        products = 6.0 * cost.matmul_parameters_in_products(config) * n
+        memory = layers * ((13 + 14) * s + (3 + 6) * w)  # norms, rotation, additions, SwiGLU; forward and backward
+        memory += (
+            4 * self.itemsize * n * config.vocab_size + 20 * self.head_parameters
+        )  # logits; their weight's gradient
+        share = (layers * self.block_parameters + 2 * self.head_parameters) / self.gpus
+        sharding = (2 * (4 + self.itemsize) + self.itemsize * self.gpus * 2 + self.itemsize + 4) * share
+        ends = self.rest * 1.5 * cost.bus_factor("all_gather", self.gpus)
+        return {
+            "products": products / rates.product,
+            "attention": layers
+            * (
+                self._attention("forward") / rates.attention_forward
+                + self._attention("backward") / rates.attention_backward
+            ),
+            "memory-bound": memory / rates.memory,
+            "sharding's copies": sharding / rates.memory,
+            "optimizer": 28 * share / rates.memory,
+            "exposed communication": ends / rates.link if self.gpus > 1 else 0.0,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What each block keeps, and what is predicted of it."""
+
+    shape: Shape
+    rates: Rates
+    budget: float  # bytes
+    keep: tuple[frozenset[str], ...]
+
+    @property
+    def kept_bytes(self) -> float:
+        """Of activations that lie between the forward and the backward pass: blocks' inputs and kinds, and the last norm's input."""
+        kinds = sum(self.shape.kind_bytes(kind) for kinds in self.keep for kind in kinds)
+        return float(kinds + (len(self.keep) + 1) * self.shape.stream)
+
+    @property
+    def peak_bytes(self) -> float:
+        return max(bytes_ for _, bytes_ in moments(self.shape, self.keep))
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_bytes <= self.budget
+
+    @property
+    def recomputed_flops(self) -> float:
+        return sum(sum(self.shape.kind_flops(kind)) for kinds in self.keep for kind in KINDS if kind not in kinds)
+
+    @property
+    def recompute_seconds(self) -> float:
+        return sum(
+            self.shape.kind_seconds(kind, self.rates) for kinds in self.keep for kind in KINDS if kind not in kinds
+        )
+
+    def seconds(self) -> dict[str, float]:
+        """Of the step by part, recomputation among them."""
+        return self.shape.step_seconds(self.rates) | {"recomputation": self.recompute_seconds}
+
+    def __str__(self) -> str:
+        gib, count = 2**30, Counter(kind for kinds in self.keep for kind in kinds)
+        kept = ", ".join(f"{kind} {count[kind]}" for kind in KINDS if count[kind]) or "inputs only"
+        fits = "fits" if self.fits else "DOES NOT FIT"
+        return (
+            f"blocks of {len(self.keep)} that keep: {kept}; {self.kept_bytes / gib:.3g} GiB kept, peak {self.peak_bytes / gib:.4g} GiB, "
+            f"{fits} {self.budget / gib:.4g}; {self.recomputed_flops / 1e12:,.4g} TFLOP again, "
+            f"{1e3 * self.recompute_seconds:,.3g} ms of {1e3 * sum(self.seconds().values()):,.4g}"
+        )
+
+
+def moments(shape: Shape, keep: Sequence[frozenset[str]]) -> list[tuple[str, float]]:
+    """Bytes on a device at the moments that may be the peak, of the first step, when embedding and head are whole to its end.
+
+    In the order of the step: each block forward, the loss, each block backward, the optimizer.
+    """
+    layers, s, e = len(keep), shape.stream, shape.itemsize
+    always = shape.state + shape.tables
+    weights = shape.rest + (PREFETCH + 1) * shape.gathered_block
+    found, activations = [], float(s)
+    for index, kinds in enumerate(keep):
+        activations += sum(map(shape.kind_bytes, kinds)) + s  # its output, too, which the next one keeps
+        found.append((f"forward {index}", always + weights + activations + shape.forward_peak(kinds)))
+    found.append(("loss", always + weights + activations + shape.loss_peak()))
+    share = shape.block_parameters / shape.gpus
+    head_gradient = e * shape.head_parameters
+    flight = shape.gathered_block * (1 + 1 / shape.gpus)
+    for done, index in enumerate(reversed(range(layers))):
+        activations -= s if done == 0 else sum(map(shape.kind_bytes, keep[index + 1])) + s
+        gradients = head_gradient + 4 * share * max(done - 1, 0) + (flight if done else 0.0)
+        dout = s
+        found.append(
+            (
+                f"backward {index}",
+                always + weights + activations + dout + gradients + shape.backward_peak(keep[index]),
+            )
+        )
+    found.append(("optimizer", always + shape.state / 3 + 4 * share))
+    return found
+
+
+def plan(shape: Shape, budget: float, rates: Rates = H200) -> Plan:
+    """The plan that recomputes least within `budget` bytes.
+
+    Raises:
+        ValueError: a budget that the step does not fit even where blocks keep their inputs alone.
+    """
+    layers = shape.config.num_layers
+    keep: list[frozenset[str]] = [frozenset()] * layers
+    made = Plan(shape, rates, budget, tuple(keep))
+    require(
+        made.fits,
+        f"the step takes {made.peak_bytes / 2**30:,.4g} GiB a GPU where blocks keep their inputs alone, more than the budget of "
+        f"{budget / 2**30:,.4g} GiB; give more memory, fewer tokens or more GPUs",
+    )
+    value = {kind: shape.kind_seconds(kind, rates) / shape.kind_bytes(kind) for kind in KINDS}
+    for kind in sorted(KINDS, key=lambda kind: -value[kind]):
+        for index in reversed(range(layers)):
+            tried = [*keep]
+            tried[index] = keep[index] | {kind}
+            if Plan(shape, rates, budget, tuple(tried)).fits:
+                keep = tried
+    return Plan(shape, rates, budget, tuple(keep))
+
+
+def keep_nothing(shape: Shape, budget: float, rates: Rates = H200) -> Plan:
+    """Full activation checkpointing: each block's input alone."""
+    return Plan(shape, rates, budget, (frozenset(),) * shape.config.num_layers)

@@ -1,0 +1,141 @@
+"""Selective blocks against the plain ones: outputs, gradients, what is kept, and the Triton kernels beside plain PyTorch."""
+
+import itertools
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from lmsys import planner, selective
+from lmsys.config import ModelConfig
+from lmsys.model import TransformerLM
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+CONFIG = ModelConfig(d_model=32, d_ff=48, num_layers=2, num_heads=2, context_length=24, vocab_size=50)
+SETS = [
+    (),
+    selective.KINDS,
+    ("qkv",),
+    ("attention", "gate"),
+    ("qkv", "attention", "middle", "gate", "up"),
+    ("norm2", "up"),
+]
+
+
+def models(keep, dtype=torch.float64, kernel="flash_attention_torch"):
+    """A plain model, and its twin with selective blocks."""
+    torch.manual_seed(0)
+    plain = TransformerLM(CONFIG, attention_kernel=kernel).to(DEVICE, dtype)
+    twin = TransformerLM(CONFIG, attention_kernel=kernel).to(DEVICE, dtype)
+    twin.load_state_dict(plain.state_dict())
+    return plain, selective.select(twin, [keep] * CONFIG.num_layers)
+
+
+def tokens(length=20):
+    torch.manual_seed(1)
+    return torch.randint(CONFIG.vocab_size, (2, 3, length), device=DEVICE)
+
+
+@pytest.mark.parametrize("keep", SETS, ids=str)
+def test_loss_and_gradients_are_the_plain_models(keep):
+    plain, twin = models(keep)
+    for model in (plain, twin):
+        loss = model(*tokens())
+        loss.backward()
+        model.loss = loss.detach()
+    torch.testing.assert_close(twin.loss, plain.loss)
+    for (name, a), b in zip(twin.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
+    with torch.no_grad():
+        torch.testing.assert_close(twin(tokens()[0]), plain(tokens()[0]), rtol=1e-4, atol=1e-6)  # norms in fp32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_kept_is_what_the_planner_counts(dtype):
+    """Bytes that autograd saves in a block, its parameters apart, for each kind alone and for sets of several."""
+    shape = planner.Shape(CONFIG, 3, 20, gpus=2, dtype="fp32" if dtype == torch.float32 else "bf16")
+    for keep in [*SETS, *itertools.combinations(selective.KINDS, 1)]:
+        _, twin = models(keep, dtype)
+        block = twin.layers[0]
+        x = torch.randn(3, 20, 32, device=DEVICE, dtype=dtype, requires_grad=True)
+        cos, sin = twin.rope.cos[:20].float(), twin.rope.sin[:20].float()
+        apart = {tensor.untyped_storage().data_ptr() for tensor in (*block.parameters(), cos, sin)}
+        seen = {}
+
+        def pack(tensor, seen=seen, apart=apart):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in apart:
+                seen[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            block(x, cos, sin)
+        assert sum(seen.values()) == shape.stream + sum(shape.kind_bytes(kind) for kind in keep), keep
+
+
+def test_kernels_of_the_path_for_gpus():
+    """A block with attention in Triton, whose head_dim is that of a GPU's fast path."""
+    plain, twin = models(("attention",), torch.float32, "flash_attention_triton")
+    losses = [model(*tokens(9)) for model in (plain, twin)]
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(*losses)
+    for a, b in zip(twin.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows,d", [(5, 48), (9, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16] + ([torch.bfloat16] if ON_GPU else []), ids=str)
+def test_triton_kernels(rows, d, dtype):
+    pytest.importorskip("triton")
+    from lmsys import block_kernels
+
+    torch.manual_seed(0)
+    tight = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 4e-3, "atol": 4e-3}
+    x, added, dy, residual = torch.randn(4, rows, d, device=DEVICE).to(dtype)
+    gain = torch.randn(d, device=DEVICE)
+    total, y = block_kernels.rms_norm(x, gain, 1e-5, added)
+    assert torch.equal(total, x + added)
+    leaf, weight = (tensor.double().requires_grad_() for tensor in (total, gain))
+    norm = leaf * torch.rsqrt(leaf.square().mean(-1, keepdim=True) + 1e-5) * weight
+    torch.testing.assert_close(y.double(), norm, **tight)
+    torch.testing.assert_close(block_kernels.rms_norm(total, gain, 1e-5)[1], y)
+    norm.backward(dy.double())
+    alone, _ = block_kernels.rms_norm_backward(dy.clone(), total, gain, 1e-5)
+    torch.testing.assert_close(alone.double(), leaf.grad, **tight)
+    dx, dgain = block_kernels.rms_norm_backward(dy, total, gain, 1e-5, residual)
+    assert dx is dy
+    torch.testing.assert_close(dx.double(), leaf.grad + residual.double(), **tight)
+    torch.testing.assert_close(dgain.double(), weight.grad, **tight)
+
+    gate, up, grad = torch.randn(3, rows, d, device=DEVICE).to(dtype)
+    leaves = [tensor.double().requires_grad_() for tensor in (gate, up)]
+    product = torch.nn.functional.silu(leaves[0]) * leaves[1]
+    product.backward(grad.double())
+    torch.testing.assert_close(block_kernels.swiglu(gate, up).double(), product, **tight)
+    block_kernels.swiglu_backward_(gate, up, grad)
+    for ours, theirs in ((grad, product), (gate, leaves[0].grad), (up, leaves[1].grad)):
+        torch.testing.assert_close(ours.double(), theirs.detach(), **tight)
+
+
+def test_a_second_backward_pass_is_refused():
+    _, twin = models(("gate", "up"))
+    loss = twin(*tokens())
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_what_cannot_be_is_said():
+    _, twin = models(())
+    for message, keep in (
+        ("unknown kind of activation 'gat'", [("gat",), ()]),
+        ("kinds of 1 blocks; the model has 2", [()]),
+    ):
+        with pytest.raises(ValueError, match=message):
+            selective.select(twin, keep)
+    with pytest.raises(ValueError, match="unknown attention kernel of a selective block 'vectorized_torch'"):
+        models((), kernel="vectorized_torch")
+    with pytest.raises(ValueError, match="must be of one dtype"):
+        twin.layers[0](torch.randn(1, 4, 32, device=DEVICE), twin.rope.cos, twin.rope.sin)
