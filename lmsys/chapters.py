@@ -383,19 +383,36 @@ def _group_size() -> list[str]:
 # --- Attention ------------------------------------------------------------------------------------
 
 
-def _course_table(implementation: str) -> Piece:
-    def piece() -> str:
-        from lmsys.bench import flash_report
+def _course_table() -> str:
+    from lmsys.bench import flash_report
 
-        frame = one("pytorch_attention_results")
-        rows = frame[frame.implementation == implementation]
-        if rows.empty:
-            raise Missing
-        first = rows.iloc[0]
-        caption = f"`{implementation}`, causal, batch {first.batch}, {first['dtype']}; median [20th, 80th percentile]:"
-        return _captioned(caption, flash_report.course_table(frame, implementation))
+    frame = one("pytorch_attention_results")
+    rows = frame[frame.implementation == "naive"]
+    if rows.empty:
+        raise Missing
+    first = rows.iloc[0]
+    caption = (
+        f"The formula in plain PyTorch, causal, batch {first.batch}, {first['dtype']}; median [20th, 80th percentile]:"
+    )
+    return _captioned(caption, flash_report.course_table(frame, "naive"))
 
-    return piece
+
+def _compiled_table() -> str:
+    """Medians of the formula and of the same under torch.compile side by side."""
+    frame = one("pytorch_attention_results")
+    frame = frame[frame["pass"].isin(("forward", "backward")) & frame.implementation.isin(("naive", "compiled"))]
+    if frame.implementation.nunique() < 2:
+        raise Missing
+    lines = []
+    for (head_dim, length), rows in frame.groupby(["head_dim", "seq_len"], sort=False):
+        line = {"head_dim": head_dim, "length": f"{length:,}"}
+        for which in ("forward", "backward"):
+            for name in ("naive", "compiled"):
+                row = rows[(rows["pass"] == which) & (rows.implementation == name)].iloc[0]
+                shown = records.significant(row.median_ms) if row.status == "ok" else row.status
+                line[f"{which}, {name}, ms"] = shown
+        lines.append(line)
+    return records.markdown_table(lines)
 
 
 def _course_said(*starts: str) -> Callable[[], list[str]]:
@@ -457,19 +474,27 @@ def _intensity() -> list[str]:
     ]
 
 
-def _steps(table: str) -> Callable[[], Any]:
-    def made() -> Any:
-        from lmsys.bench import flash_report
+def _steps_table() -> str:
+    """Medians of each step, and what it changes."""
+    from lmsys.bench.flash import STEPS
 
-        steps, ceilings = one("flash_steps_results"), one("ceilings_results")
-        if table == "table":
-            return flash_report.steps_table(steps)
-        if table == "counters":
-            return flash_report.counters_table(one("counters_results"))
-        counters = (_folder() / "counters_results.csv").exists()
-        return flash_report.steps_conclusions(steps, ceilings, one("counters_results") if counters else None)
+    frame = one("flash_steps_results")
+    lines = []
+    for step, rows in frame.groupby("step", sort=False):
+        line = {"step": step, "what changes": STEPS[step].change}
+        for row in rows.sort_values(["pass", "head_dim"], ascending=[False, True]).to_dict("records"):
+            shown = records.significant(row["median_ms"]) if row["status"] == "ok" else row["status"]
+            line[f"{row['pass']}, ms, {row['head_dim']}"] = shown
+        lines.append(line)
+    columns = {key: key for line in lines for key in line}
+    return _captioned("Medians, by pass and head_dim:", records.markdown_table(lines, columns))
 
-    return made
+
+def _steps_said() -> list[str]:
+    from lmsys.bench import flash_report
+
+    counters = one("counters_results") if (_folder() / "counters_results.csv").exists() else None
+    return flash_report.steps_conclusions(one("flash_steps_results"), one("ceilings_results"), counters)
 
 
 def _accuracy() -> list[str]:
@@ -498,8 +523,9 @@ def _bench_table() -> str:
 
     frame = one("flash_benchmarking_results")
     dtype = "bf16" if "bf16" in set(frame["dtype"]) else str(frame["dtype"].iloc[0])
+    frame = frame[frame.head_dim.isin(sorted(set(frame.head_dim))[-2:])]
     return _captioned(
-        f"Forward and backward, {dtype}, ms, by implementation and head_dim; the others are in the notebook.",
+        f"Forward and backward, {dtype}, ms, by implementation and head_dim; the others are in the figure.",
         flash_report.bench_table(frame, dtype, "forward_backward"),
     )
 
@@ -847,13 +873,13 @@ FILLS: dict[str, Piece] = {
     "pytorch_attention": _block(
         _FLASH,
         _figure("flash_attention_memory", "Memory before the backward pass, and time, against the length"),
-        _course_table("naive"),
+        _course_table,
         _said(_course_said("Memory: naive")),
         _said(_course_accounting),
         _said(_course_said("Growth, naive", "How to be rid")),
     ),
     "attention_intensity": _block(_FLASH, _said(_intensity)),
-    "torch_compile_a": _block(_FLASH, _course_table("compiled"), _answer("torch_compile", 0)),
+    "torch_compile_a": _block(_FLASH, _compiled_table, _said(_course_said("torch.compile against"))),
     "torch_compile_b": _block(
         _BENCHMARK,
         _figure("model_benchmark_compile", "Speed of a compiled step over an eager one"),
@@ -868,10 +894,10 @@ FILLS: dict[str, Piece] = {
     "flash_steps": _block(
         _FLASH,
         _figure("flash_attention_steps", "TFLOP/s of each step"),
-        _steps("table"),
+        _steps_table,
         _figure("flash_attention_roofline", "Speed of each step against FLOPs for each byte"),
         _figure("flash_attention_counters", "How busy each step keeps the parts of a multiprocessor"),
-        _said(_steps("conclusions")),
+        _said(_steps_said),
     ),
     "flash_backward": _block(
         "attention_sweep",

@@ -186,12 +186,20 @@ def filled(text: str) -> str:
 def setup(app) -> dict[str, Any]:
     """Sphinx's entry: fill the marked places of each page as it is read, and write formulas as MathML.
 
-    Browsers draw MathML by themselves; Sphinx's own renderer loads a script from a foreign server when a page is read.
+    Browsers draw MathML by themselves; Sphinx's own renderer loads a script from a foreign server when a page is read. Pages with marked
+    places are read in every build, as what fills them changes without them.
     """
+
+    def outdated(app, env, added, changed, removed) -> list[str]:
+        pages = {name: Path(env.doc2path(name)) for name in env.found_docs}
+        return [
+            name for name, path in pages.items() if path.suffix == ".md" and "<!-- fill: " in path.read_text("utf-8")
+        ]
 
     def source_read(app, docname: str, source: list[str]) -> None:
         source[0] = re.sub(r"<!-- fill: (\w+) -->", lambda match: fill(match[1]), source[0])
 
+    app.connect("env-get-outdated", outdated)
     app.connect("source-read", source_read)
     app.add_html_math_renderer("mathml", (_inline_formula, None), (_displayed_formula, None))
     return {"parallel_read_safe": True, "parallel_write_safe": True}
@@ -211,7 +219,7 @@ def _displayed_formula(translator, node) -> None:
     from docutils.nodes import SkipNode
     from docutils.utils.math.latex2mathml import tex2mathml
 
-    translator.body.append(f"<div>{tex2mathml(node.astext(), as_block=True)}</div>")
+    translator.body.append(f"<div style='margin: 1em 0'>{tex2mathml(node.astext(), as_block=True)}</div>")
     raise SkipNode
 
 
