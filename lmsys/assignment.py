@@ -7,6 +7,7 @@ calculated use lmsys.cost.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -293,19 +294,17 @@ def _ring() -> list[str]:
 
 
 def _bound(name: str, formula: str) -> Callable[[], list[str]]:
-    """A formula with its number for a SwiGLU layer of the course's XXL width, 2^20 tokens, on a TPU v5p."""
+    """A formula with its number."""
+    return lambda: [formula, bound_said(name)]
 
-    def answer() -> list[str]:
-        from lmsys.bench import sharding
 
-        layer, tokens = cost.FeedForward(cost.XXL.d_model, cost.XXL.d_ff), 2**20
-        most = sharding.bounds(cost.TPU_V5P, layer, tokens)[name]
-        return [
-            formula,
-            f"At $D$ = {layer.d_model:,}, $F$ = {layer.d_ff:,}, $B$ = {tokens:,} and a TPU v5p: up to {most:,.0f} devices.",
-        ]
+def bound_said(name: str) -> str:
+    """The most devices of a strategy of sharding.bounds for a SwiGLU layer of the course's XXL width, 2^20 tokens, on a TPU v5p."""
+    from lmsys.bench import sharding
 
-    return answer
+    layer, tokens = cost.FeedForward(cost.XXL.d_model, cost.XXL.d_ff), 2**20
+    most = math.floor(sharding.bounds(cost.TPU_V5P, layer, tokens)[name])
+    return f"At $D$ = {layer.d_model:,}, $F$ = {layer.d_ff:,}, $B$ = {tokens:,} and a TPU v5p: up to {most:,} devices."
 
 
 _DP = "Backward $12 B D F / N$ FLOPs a device, $12 D F (N - 1) / (N W)$ seconds of all-reduce: compute-bound up to $N = 1 + B W / C$."

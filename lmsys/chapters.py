@@ -16,20 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from lmsys import cost, records, report
-from lmsys.assignment import MACHINE, PROBLEMS, SEVERAL, Missing, Part, how, many, measured, one
+from lmsys.assignment import MACHINE, PROBLEMS, SEVERAL, Missing, Part, bound_said, how, many, measured, one
 from lmsys.config import ModelConfig, model_size
 
 Piece = Callable[[], str]
 _TO_ROOT = "../.."  # from a page to the repository
-PAGES = (
-    "benchmarking",
-    "mixed_precision",
-    "memory",
-    "attention",
-    "data_parallel",
-    "sharding",
-    "leaderboards",
-)  # book/chapters/NAME.md
 
 
 # --- Pieces ---------------------------------------------------------------------------------------
@@ -543,7 +534,10 @@ def _messages() -> str:
 
 
 def _data_parallel_rows(study: str):
-    return measured(many("data_parallel_results"), study=study)
+    """The rows of a study, failed ones too; Missing where all are."""
+    frame = many("data_parallel_results")
+    measured(frame, study=study)
+    return frame[frame.study == study]
 
 
 def _wrappers_table() -> str:
@@ -593,7 +587,8 @@ def _bucket_model() -> list[str]:
     """The formula with the latency and bandwidth that were measured on the same machine."""
     from lmsys.bench import collectives, data_parallel
 
-    row = _data_parallel_rows("buckets").iloc[-1]
+    rows = _data_parallel_rows("buckets")
+    row = rows[rows.gpus > 1].iloc[0]
     gpus = int(row.gpus)
     chosen = data_parallel.settings("full", size=row["size"], gpus=[1, gpus], device="cpu")
     return data_parallel.bucket_model(chosen, collectives.links(many("collectives_results")))
@@ -633,7 +628,7 @@ def _sharding_speed(*names: str) -> Callable[[], list[str]]:
     def sentences() -> list[str]:
         from lmsys.bench import sharding
 
-        said = sharding.speed_conclusions(measured(many("sharding_results")))
+        said = sharding.speed_conclusions(many("sharding_results"))
         return [sentence for sentence in said if any(name in sentence for name in names)]
 
     return sentences
@@ -665,33 +660,17 @@ def _accounting(letter: str) -> Piece:
     return _said(sentences)
 
 
-def _course_layer() -> cost.FeedForward:
-    """One SwiGLU layer of the width of communication_accounting's model."""
-    return cost.FeedForward(cost.XXL.d_model, cost.XXL.d_ff)
-
-
 def _bound(name: str) -> Piece:
-    """How far a strategy goes at 2^20 tokens on the course's TPUs."""
-
-    def sentences() -> list[str]:
-        from lmsys.bench import sharding
-
-        layer, tokens = _course_layer(), 2**20
-        most = math.floor(sharding.bounds(cost.TPU_V5P, layer, tokens)[name])
-        return [
-            f"$D$ = {layer.d_model:,}, $F$ = {layer.d_ff:,}, $B$ = {tokens:,}, TPU v5p ($C / W$ = {cost.TPU_V5P.intensity:,.0f} FLOPs a byte): up to "
-            f"{most:,} devices."
-        ]
-
-    return _said(sentences)
+    return _said(lambda: [bound_said(name)])
 
 
 def _bounds_table() -> str:
     from lmsys.bench import sharding
 
+    layer, device = cost.FeedForward(cost.XXL.d_model, cost.XXL.d_ff), cost.TPU_V5P
     return _captioned(
-        "The most devices at which the layer is compute-bound, on TPU v5p:",
-        sharding.bounds_table(cost.TPU_V5P, _course_layer(), [2**16, 2**18, 2**20, 2**22]),
+        f"The most devices at which the layer is compute-bound, on TPU v5p ($C / W$ = {device.intensity:,.0f} FLOPs a byte):",
+        sharding.bounds_table(device, layer, [2**16, 2**18, 2**20, 2**22]),
     )
 
 
