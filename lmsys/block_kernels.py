@@ -48,7 +48,7 @@ def _rms_norm_backward_kernel(
     mask = columns < d
     g = tl.load(gain + columns, mask=mask, other=0.0).to(tl.float32)
     dgain = tl.full([D_PAD], 0.0, tl.float32)
-    for row in range(0, tl.minimum(rows_each, rows - first)):
+    for row in range(0, tl.minimum(rows_each, rows - first).to(tl.int32)):
         at = (first + row) * d + columns
         v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)

@@ -168,7 +168,7 @@ def _rotate_(qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
             one.copy_(rotate(one, cos, sin))
 
 
-def _attend(kernel: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def attend(kernel: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """(B, H, T, D) -> o (B, H, T, D), lse (B, H, T)."""
     scale = 1 / math.sqrt(q.shape[-1])
     if kernel == "flash_attention_triton":
@@ -180,7 +180,7 @@ def _attend(kernel: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tenso
     return flash_forward(q, k, v, True, scale, TILE[q.device.type], TILE[q.device.type])
 
 
-def _attend_backward(
+def attend_backward(
     kernel: str, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     scale = 1 / math.sqrt(q.shape[-1])
@@ -228,7 +228,7 @@ class _Values:
         self.made["qkv"] = qkv
 
     def _attention(self) -> None:
-        o, lse = _attend(self.spec.kernel, *self.heads(self.get("qkv")))
+        o, lse = attend(self.spec.kernel, *self.heads(self.get("qkv")))
         self.made["attention"] = o.transpose(1, 2).reshape(self.x.shape), lse
 
     def _middle(self) -> None:
@@ -318,7 +318,7 @@ class _Block(torch.autograd.Function):
         qkv = v.get("qkv")
         per_head = qkv.shape[:2] + qkv.shape[3:]
         do = (dmiddle @ v.output_weight).view(per_head).transpose(1, 2)
-        gradients = _attend_backward(spec.kernel, *v.heads(qkv), o.view(per_head).transpose(1, 2), lse, do)
+        gradients = attend_backward(spec.kernel, *v.heads(qkv), o.view(per_head).transpose(1, 2), lse, do)
         del o, lse, qkv, do
         v.drop("attention", "qkv")
         path = "triton" if x.is_cuda else "torch"
