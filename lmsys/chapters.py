@@ -163,8 +163,8 @@ def _repeated() -> list[str]:
     changed = both[both.verdict.isin(("slower", "faster"))]
     largest = (both.ratio - 1).abs().max()
     return [
-        f"{len(both)} points were measured a second time after all others: medians differ by at most {100 * largest:.1f}%; {len(changed)} of them by "
-        "more than 5% and more than the spread of both."
+        f"Measured a second time after all others, medians differ by at most {100 * largest:.1f}% ({len(both)} points), {len(changed)} of them by more than "
+        "5% and more than the spread of both."
     ]
 
 
@@ -298,8 +298,8 @@ def _allocations(mode: str) -> Piece:
     return piece
 
 
-def _largest_shape() -> list[str]:
-    """What the largest allocations of the forward pass are, from the model's shape."""
+def _largest_shape() -> str:
+    """What the largest allocations of the forward pass are, where the model's shape explains them."""
     frame = one("memory_allocations")
     rows = measured(
         frame, kind="largest", mode="forward", category="temporary", context_length=frame.context_length.max()
@@ -309,11 +309,11 @@ def _largest_shape() -> list[str]:
     size = 2 if row["dtype"] != "fp32" else 4
     expected = size * row.batch * row.context_length * config.d_ff / 2**20
     if not math.isclose(expected, row.size_mib, rel_tol=1e-3):
-        return []
-    return [
-        f"The largest of the forward pass, {row.size_mib:,.0f} MiB, are the feed-forward layer's hidden arrays: {row.batch} x {row.context_length:,} x "
+        return ""
+    return (
+        f"- The largest of the forward pass, {row.size_mib:,.0f} MiB, are the feed-forward layer's hidden arrays: {row.batch} x {row.context_length:,} x "
         f"{config.d_ff:,} elements of {size} bytes."
-    ]
+    )
 
 
 def _contributors() -> str:
@@ -354,20 +354,15 @@ def group_size(num_blocks: int, stream: float, residuals: float) -> float:
 
 
 def _group_size() -> list[str]:
-    from lmsys.bench import memory
-
-    frame = one("memory_checkpointing")
-    row, chosen = frame.iloc[0], _memory_settings()
-    length, fused = int(row.context_length), row.kernel not in memory._SCORES
-    stream = cost.residual_stream_bytes(chosen.model, int(row.batch), length)
-    parts = cost.block_residuals(
-        chosen.model, int(row.batch), length, row["dtype"], scores=not fused, fp32_softmax=True
-    )
+    row, chosen = one("memory_checkpointing").iloc[0], _memory_settings()
+    shape = (chosen.model, int(row.batch), int(row.context_length))
+    stream = cost.residual_stream_bytes(*shape)
+    scores = row.kernel == "vectorized_torch"
+    kept = sum(cost.block_residuals(*shape, row["dtype"], scores=scores, fp32_softmax=True).values())
     blocks = chosen.model.num_layers
-    best = group_size(blocks, stream, sum(parts.values()))
     return [
-        f"{row['size']}, {row.batch} x {length:,} tokens: $N$ = {blocks}, $c$ = {stream / 2**20:,.0f} MiB, $r$ = {sum(parts.values()) / 2**20:,.0f} MiB, so "
-        f"$\\sqrt{{N c / r}}$ = {best:.2f}."
+        f"{row['size']}, {row.batch} x {row.context_length:,} tokens: $N$ = {blocks}, $c$ = {stream / 2**20:,.0f} MiB, $r$ = {kept / 2**20:,.0f} MiB, so "
+        f"$\\sqrt{{N c / r}}$ = {group_size(blocks, stream, kept):.2f}."
     ]
 
 
@@ -540,13 +535,27 @@ def _data_parallel_rows(study: str):
     return frame[frame.study == study]
 
 
-def _wrappers_table() -> str:
-    from lmsys.bench import data_parallel
+def _steps_table_of(study: str, heading: str, label: Callable[[Any], str]) -> Piece:
+    """A line for each row of a study: label(row), its step, and what communication adds, measured and by the model."""
 
-    rows = _data_parallel_rows("wrappers")
-    first = rows.iloc[0]
-    caption = f"{first['size']}, {first.local_batch} x {first.context_length:,} tokens a GPU, {first['dtype']}, on {first.device}:"
-    return _captioned(caption, data_parallel.table(rows, "wrappers"))
+    def piece() -> str:
+        rows = _data_parallel_rows(study)
+        first, lines = rows.iloc[0], []
+        for row in rows.itertuples():
+            line = {heading: label(row), "GPUs": row.gpus, "step, ms": row.status}
+            if row.status == "ok":
+                line |= {
+                    "step, ms": records.spread(row.step_ms, row.p20_ms, row.p80_ms),
+                    "communication adds, ms": f"{row.exposed_comm_ms:.2f} ({100 * row.exposed_comm_ms / row.step_ms:.1f}%)",
+                    "by the model": "" if math.isnan(row.model_ms) else f"{row.model_ms:.2f}",
+                    "peak MiB": f"{row.peak_mib:,.0f}",
+                }
+            lines.append(line)
+        columns = {key: key for line in lines for key in line}
+        caption = f"{first['size']}, {first.local_batch} x {first.context_length:,} tokens a GPU, {first['dtype']}, on {first.device}:"
+        return _captioned(caption, records.markdown_table(lines, columns))
+
+    return piece
 
 
 def _wrapper_said(*names: str) -> Callable[[], list[str]]:
@@ -833,7 +842,7 @@ FILLS: dict[str, Piece] = {
     ),
     "memory_peaks": _block(_MEMORY, _peaks, _said(_peaks_conclusions)),
     "memory_stream": _block(_MEMORY, _said(_stream)),
-    "memory_largest": _block(_MEMORY, _allocations("forward"), _allocations("full_step"), _said(_largest_shape)),
+    "memory_largest": _block(_MEMORY, _allocations("forward"), _allocations("full_step"), _largest_shape),
     "memory_block": _block(
         _MEMORY,
         _figure("memory_residuals", "What one block keeps, by the line that keeps it"),
@@ -901,7 +910,7 @@ FILLS: dict[str, Piece] = {
     "wrappers": _block(
         "data_parallel",
         _figure("data_parallel_wrappers", "Time of a step under each wrapper", SEVERAL),
-        _wrappers_table,
+        _steps_table_of("wrappers", "wrapper", lambda row: f"`{row.wrapper}`"),
         several=True,
     ),
     "ddp_messages": _messages,
@@ -916,7 +925,7 @@ FILLS: dict[str, Piece] = {
     "bucketed_ddp": _block(
         "data_parallel",
         _figure("data_parallel_buckets", "Time of a step over bucket sizes", SEVERAL),
-        _study("buckets", "table"),
+        _steps_table_of("buckets", "bucket", lambda row: f"{row.bucket_mb:g} MB" if row.gpus > 1 else "one GPU"),
         _said(_study("buckets", "conclusions")),
         _said(_flash_ddp_said),
         several=True,
