@@ -11,7 +11,7 @@ MACHINE ?= local
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 SITE := book/_build/html/index.html
-NOTEBOOKS := pipeline flash_attention attention_sweep train_step lm_matrix data_parallel sharding model_benchmark mixed_precision memory profiling faults
+NOTEBOOKS := pipeline flash_attention attention_sweep train_step lm_matrix data_parallel sharding leaderboard model_benchmark mixed_precision memory profiling faults
 EXECUTED := $(NOTEBOOKS:%=book/$(MACHINE)/%.ipynb)
 SOURCES := $(shell find lmsys -name '*.py' -o -name '*.json' -o -name '*.cu')
 PAGES := README.md _config.yml _toc.yml $(shell find book artifacts -path book/_build -prune -o -path book/local -prune -o -type f -print)
@@ -43,7 +43,7 @@ test: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/pytest tests --numprocesses 2 --dist loadfile
 	scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && export LMSYS_OUTPUT="$$scratch" LMSYS_SCALE=smoke WANDB_MODE=offline && \
-	$(BIN)/pytest --nbmake --nbmake-timeout=300 notebooks && \
+	PYTHONPATH=tests $(BIN)/pytest --nbmake --nbmake-timeout=300 --numprocesses 2 -p own_outputs notebooks && \
 	$(BIN)/jupyter-book build book -W -n --keep-going --quiet --path-output "$$scratch/site"
 
 lab: $(INSTALLED)
