@@ -541,7 +541,9 @@ def _steps_table_of(study: str, heading: str, label: Callable[[Any], str]) -> Pi
     def piece() -> str:
         rows = _data_parallel_rows(study)
         first, lines = rows.iloc[0], []
-        for row in rows.itertuples():
+        for row in rows.sort_values(
+            "bucket_mb" if study == "buckets" else "gpus", kind="stable", na_position="first"
+        ).itertuples():
             line = {heading: label(row), "GPUs": row.gpus, "step, ms": row.status}
             if row.status == "ok":
                 line |= {
@@ -583,13 +585,13 @@ def _collectives_table() -> str:
     return collectives.table(measured(many("collectives_results"), op="all_reduce"))
 
 
-def _study(study: str, what: str) -> Callable[[], Any]:
-    def made() -> Any:
+def _study_said(study: str) -> Callable[[], list[str]]:
+    def sentences() -> list[str]:
         from lmsys.bench import data_parallel
 
-        return getattr(data_parallel, what)(_data_parallel_rows(study), study)
+        return data_parallel.conclusions(_data_parallel_rows(study), study)
 
-    return made
+    return sentences
 
 
 def _bucket_model() -> list[str]:
@@ -926,7 +928,7 @@ FILLS: dict[str, Piece] = {
         "data_parallel",
         _figure("data_parallel_buckets", "Time of a step over bucket sizes", SEVERAL),
         _steps_table_of("buckets", "bucket", lambda row: f"{row.bucket_mb:g} MB" if row.gpus > 1 else "one GPU"),
-        _said(_study("buckets", "conclusions")),
+        _said(_study_said("buckets")),
         _said(_flash_ddp_said),
         several=True,
     ),
@@ -934,8 +936,8 @@ FILLS: dict[str, Piece] = {
     "scaling": _block(
         "data_parallel",
         _figure("data_parallel_scaling", "Tokens a second against the number of GPUs", SEVERAL),
-        _study("scaling", "table"),
-        _said(_study("scaling", "conclusions")),
+        _steps_table_of("scaling", "wrapper", lambda row: f"`{row.wrapper}`"),
+        _said(_study_said("scaling")),
         several=True,
     ),
     # Sharding
