@@ -217,22 +217,27 @@ def attention_accuracy(arguments: argparse.Namespace) -> None:
 
 
 def leaderboard(arguments: argparse.Namespace) -> None:
-    from lmsys.bench import leaderboard as boards
+    from lmsys.bench import board_2026
+    from lmsys.bench import leaderboard as board_2025
     from lmsys.records import artifacts_dir
 
+    boards = board_2025 if arguments.board == "2025" else board_2026
+    if arguments.plan:
+        print(board_2026.explain_plan(board_2026.paper_plan(arguments.margin_gib)))
+        return
+    own = {"2025": ("warmup_ms", "rep_ms"), "2026": ("margin_gib", "timed_steps")}[arguments.board]
     board = boards.settings(
         scale=arguments.scale,
         implementations=arguments.implementations,
-        warmup_ms=arguments.warmup_ms,
-        rep_ms=arguments.rep_ms,
         device=arguments.device,
         seed=arguments.seed,
+        **{name: getattr(arguments, name) for name in own},
     )
     folder = artifacts_dir(arguments.machine)
     frame = boards.run(board, folder, on_row=lambda row: print(boards.row_line(row), flush=True))
     for sentence in boards.conclusions(frame):
         print(sentence.replace("**", ""))
-    _print_written([folder / f"{boards.NAME}.csv", boards.write_report(frame, folder)])
+    _print_written([folder / f"{board_2025.NAME}.csv", boards.write_report(frame, folder)])
 
 
 def lm_matrix(arguments: argparse.Namespace) -> None:
@@ -620,18 +625,30 @@ def _parser() -> argparse.ArgumentParser:
     added = command(
         "leaderboard",
         leaderboard,
-        "Time attention as the course's 2025 board does",
-        "Forward and backward under torch.compile at 16,384 tokens, every implementation; a smaller shape without a GPU.",
-        "leaderboard --implementations flash_attention_triton torch_sdpa_cudnn",
+        "Time what the course's boards time: attention (2025), or a training step of an 8B model on two GPUs (2026)",
+        "2025: forward and backward under torch.compile at 16,384 tokens, every implementation. 2026: the step whose activations a planner "
+        "chooses, beside PyTorch's own. Smaller shapes without the GPUs.",
+        "leaderboard --board 2026 --scale full",
     )
     add_scale(added, "auto")
+    added.add_argument("--board", choices=("2025", "2026"), default="2025", help="which board (default: 2025)")
     added.add_argument(
-        "--implementations", nargs="+", metavar="K", help="attention kernels by name (default: all fast ones)"
+        "--implementations",
+        nargs="+",
+        metavar="K",
+        help="2025: attention kernels by name; 2026: lmsys, torch_native (default: all)",
     )
-    added.add_argument("--warmup_ms", type=int, default=200, help="do_bench's warm-up, ms (default: 200)")
-    added.add_argument("--rep_ms", type=int, default=1000, help="do_bench's sampling time, ms (default: 1000)")
+    added.add_argument("--warmup_ms", type=int, default=200, help="2025: do_bench's warm-up, ms (default: 200)")
+    added.add_argument("--rep_ms", type=int, default=1000, help="2025: do_bench's sampling time, ms (default: 1000)")
+    added.add_argument("--timed_steps", type=int, help="2026: steps that are timed (default: the scale's)")
+    added.add_argument(
+        "--margin_gib", type=float, default=6.0, help="2026: memory that the plan leaves free, GiB (default: 6)"
+    )
+    added.add_argument(
+        "--plan", action="store_true", help="2026: print the plan for two H200s, which needs no GPU, and end"
+    )
     added.add_argument("--seed", type=int, default=0, help="of the inputs (default: 0)")
-    added.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    added.add_argument("--device", default="auto", help="auto, cpu, cuda or (2025) cuda:N")
     add_machine(added)
 
     added = command(

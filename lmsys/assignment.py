@@ -422,7 +422,7 @@ PROBLEMS: tuple[Problem, ...] = (
     Problem("fsdp_calcs", (None, 3), (Part(_bound("FSDP", _FSDP)),), ("lmsys/cost.py",)),
     Problem("tp_calcs", (None, 4), (Part(_bound("TP", _TP)),), ("lmsys/cost.py",)),
     Problem("fsdp_tp_calcs", (None, 6), (Part(_bound("FSDP + TP", _MIXED)),), ("lmsys/cost.py",)),
-    Problem("leaderboard (training step)", (None, 10), (Part(_board("2026"), None, several=True),)),
+    Problem("leaderboard (training step)", (None, 10), (Part(_board("2026"), "leaderboard", several=True),)),
 )
 
 

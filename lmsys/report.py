@@ -36,6 +36,7 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
     "mixed_precision": {"smoke": {}, "cpu": {}, "full": {}},
     "memory": {"smoke": {}, "cpu": {}, "full": {}},
     "profiling": {"smoke": {}, "cpu": {}, "full": {}},
+    "leaderboard": {"smoke": {}, "cpu": {}, "full": {}},
     "faults": {"smoke": {}, "cpu": {}, "full": {}},
     "speedrun_tinystories": {"smoke": {}, "cpu": {}, "full": {}},
 }
@@ -460,6 +461,20 @@ def environment() -> str:
 SCALING_MACHINES = ("h200-x8", "h200-x4", "h200-x2")  # of those measured, the first is shown
 
 
+def training_leaderboard() -> str:
+    """The course's 2026 board, of the machine with several GPUs that measured it."""
+    from lmsys.bench import board_2026, leaderboard
+
+    for machine in reversed(SCALING_MACHINES):
+        folder = records.REPOSITORY / "artifacts" / machine
+        if (folder / f"{leaderboard.NAME}.csv").exists():
+            frame = leaderboard.read(folder, board_2026.BOARD)
+            if len(frame):
+                said = [board_2026.conclusions(frame)[0], leaderboard.public(board_2026.BOARD).strip()]
+                return f"{' '.join(said)}\n\n{board_2026.table(frame)}".rstrip()
+    return f"*Not measured yet: artifacts/{SCALING_MACHINES[-1]}/{leaderboard.NAME}.csv has no rows of the 2026 board.*"
+
+
 def scaling_headline() -> str:
     """Data parallelism on the most GPUs measured: tokens a second and the share of linear scaling, and where to read on."""
     machine = _scaling_machine()
@@ -527,6 +542,7 @@ FILLS: dict[str, Callable[[], str]] = {
     "attention_throughput": attention_throughput,
     "attention_accuracy": attention_accuracy,
     "attention_leaderboard": attention_leaderboard,
+    "training_leaderboard": training_leaderboard,
     "pipeline_headline": pipeline_headline,
     "tiled_torch": tiled_torch,
     "tokenizer_headline": tokenizer_headline,

@@ -643,6 +643,47 @@ def _row(
 # --- What it says ---------------------------------------------------------------------------------
 
 
+def explain_plan(plan: planner.Plan) -> str:
+    """A plan as Markdown: each kind of activation, then memory at the moments that matter, and the time by part."""
+    step, layers = plan.shape, len(plan.keep)
+    kinds = [
+        {
+            "kind": kind,
+            "bytes": f"{step.kind_bytes(kind) / 2**20:,.4g}",
+            "again": f"{1e3 * step.kind_seconds(kind, plan.rates):,.3g}",
+            "price": f"{1e3 * step.kind_seconds(kind, plan.rates) / (step.kind_bytes(kind) / 2**30):,.3g}",
+            "kept": f"{sum(kind in kinds for kinds in plan.keep)} of {layers}",
+        }
+        for kind in planner.KINDS
+    ]
+    columns = {
+        "kind": "kind",
+        "bytes": "MiB a block",
+        "again": "ms to make again",
+        "price": "ms a GiB",
+        "kept": "blocks that keep it",
+    }
+    found = dict(planner.moments(step, plan.keep))
+    named = {
+        "loss": "the loss",
+        f"backward {layers - 1}": "the last block's backward",
+        "backward 0": "the first block's backward",
+    }
+    memory = [f"state {step.state / 2**30:,.4g} GiB", f"activations kept {plan.kept_bytes / 2**30:,.4g}"]
+    memory += [f"all at {name} {found[key] / 2**30:,.4g}" for key, name in named.items()]
+    parts = [f"{name} {1e3 * seconds:,.4g} ms" for name, seconds in plan.seconds().items()]
+    keep_nothing = planner.keep_nothing(step, plan.budget, plan.rates)
+    return "\n".join(
+        [
+            records.markdown_table(kinds, columns),
+            f"- Plan: {plan}.",
+            f"- Memory: {', '.join(memory)}.",
+            f"- Time: {', '.join(parts)}; {1e3 * sum(plan.seconds().values()):,.4g} ms in all.",
+            f"- With inputs alone: peak {keep_nothing.peak_bytes / 2**30:,.4g} GiB, {1e3 * sum(keep_nothing.seconds().values()):,.4g} ms.",
+        ]
+    )
+
+
 def row_line(row: dict[str, Any]) -> str:
     """One row as a line of progress."""
     if row["status"] != "ok":
