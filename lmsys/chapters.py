@@ -17,7 +17,7 @@ from typing import Any
 
 from lmsys import cost, records, report
 from lmsys.assignment import MACHINE, PROBLEMS, SEVERAL, Missing, Part, bound_said, how, many, measured, one
-from lmsys.config import ModelConfig, model_size
+from lmsys.config import model_size
 
 Piece = Callable[[], str]
 _TO_ROOT = "../.."  # from a page to the repository
@@ -26,7 +26,7 @@ _TO_ROOT = "../.."  # from a page to the repository
 # --- Pieces ---------------------------------------------------------------------------------------
 
 
-def _block(notebook: str | None, *pieces: Piece, several: bool = False) -> Piece:
+def _block(notebook: str, *pieces: Piece, several: bool = False) -> Piece:
     """Pieces one after the other; in the place of what is not measured yet, one line that names the command."""
 
     def fill() -> str:
@@ -697,69 +697,68 @@ def _ring() -> list[str]:
 # --- Leaderboards ---------------------------------------------------------------------------------
 
 
+def _board(board: str, machines: Sequence[str]):
+    """A board's rows of the first machine that measured one.
+
+    Raises:
+        Missing: there is none.
+    """
+    from lmsys.bench import leaderboard
+
+    for machine in machines:
+        folder = records.REPOSITORY / "artifacts" / machine
+        if (folder / f"{leaderboard.NAME}.csv").exists() and len(frame := leaderboard.read(folder, board)):
+            measured(frame)
+            return frame
+    raise Missing
+
+
 def _board_2025(what: str) -> Callable[[], Any]:
     def made() -> Any:
         from lmsys.bench import leaderboard
 
-        frame = one(leaderboard.NAME)
-        frame = frame[frame.board.astype(str) == leaderboard.BOARD]
-        measured(frame)
-        return getattr(leaderboard, what)(frame)
+        return getattr(leaderboard, what)(_board(leaderboard.BOARD, (MACHINE,)))
 
     return made
 
 
 def _board_floor() -> list[str]:
-    """The time of the board's FLOPs at the device's peak."""
+    """The time of the 2025 board's FLOPs at the device's peak, and the public board."""
+    from lmsys.bench import leaderboard
     from lmsys.device import peak_flops
 
-    frame = one("leaderboard_results")
-    row = measured(frame[frame.board.astype(str) == "2025"]).iloc[0]
-    peak = peak_flops(row.device, row["dtype"])
+    row = measured(_board(leaderboard.BOARD, (MACHINE,))).iloc[0]
+    shape = (int(row.batch), int(row.heads), int(row.seq_len), int(row.seq_len), int(row.head_dim), True)
+    flops, peak = cost.attention_flops(*shape, "forward_backward"), peak_flops(row.device, row["dtype"])
     if peak is None:
         raise Missing
-    flops = cost.attention_flops(
-        int(row.batch), int(row.heads), int(row.seq_len), int(row.seq_len), int(row.head_dim), True, "forward_backward"
-    )
-    return [
-        f"The step needs {flops / 1e12:.2f} TFLOP, {1e3 * flops / peak:.2f} ms at the datasheet's {peak / 1e12:,.1f} TFLOP/s."
-    ]
+    floor = f"The step needs {flops / 1e12:.2f} TFLOP, {1e3 * flops / peak:.2f} ms at the datasheet's {peak / 1e12:,.1f} TFLOP/s."
+    return [floor, leaderboard.public(leaderboard.BOARD).strip()]
 
 
-BOARD_2026 = ModelConfig(
-    vocab_size=151_936, context_length=32_768, d_model=4096, d_ff=11_008, num_layers=34, num_heads=32
-)
-_BOARD_2026_BATCH, _BOARD_2026_GPUS = 2, 2
+def _board_2026(what: str) -> Callable[[], Any]:
+    def made() -> Any:
+        from lmsys.bench import board_2026
+
+        return getattr(board_2026, what)(_board(board_2026.BOARD, SEVERAL))
+
+    return made
 
 
 def _board_2026_floor() -> str:
     """The 2026 board's step by formula: parameters, state, FLOPs, and their time on two GPUs at the datasheet's rate."""
+    from lmsys.bench import board_2026, leaderboard
     from lmsys.device import PEAK_TFLOPS
 
-    parameters = cost.model_parameters(BOARD_2026)
-    tokens = _BOARD_2026_BATCH * BOARD_2026.context_length
-    flops = tokens * cost.train_flops_per_token(BOARD_2026)
-    peak = 1e12 * PEAK_TFLOPS["NVIDIA H200"]["bf16"]
+    config, gpus = board_2026.MODEL, board_2026.GPUS
+    parameters, tokens = cost.model_parameters(config), gpus * config.context_length
+    flops = tokens * cost.train_flops_per_token(config)
+    seconds = flops / gpus / (1e12 * PEAK_TFLOPS["NVIDIA H200"]["bf16"])
     return (
         f"By formula: {parameters / 1e9:.2f} billion parameters, {16 * parameters / 1e9:,.0f} GB of fp32 weights, gradients and moments; "
-        f"{flops / 1e15:.2f} PFLOP a step of {tokens:,} tokens, {flops / _BOARD_2026_GPUS / peak:.2f} s on two H200s at their datasheet's rate."
+        f"{flops / 1e15:.2f} PFLOP a step of {tokens:,} tokens, {seconds:.2f} s on {gpus} H200s at their datasheet's rate. "
+        f"{leaderboard.public(board_2026.BOARD).strip()}"
     )
-
-
-def _board_2026() -> str:
-    frame = many("leaderboard_results")
-    rows = measured(frame[frame.board.astype(str) == "2026"]).sort_values("median_ms")
-    lines = [
-        {
-            "implementation": f"`{row.implementation}`",
-            "GPUs": row.gpus,
-            "step, s": f"{row.median_ms / 1e3:.2f}",
-            "MFU": "" if math.isnan(row.mfu) else f"{100 * row.mfu:.1f}%",
-            "peak MiB a GPU": f"{row.peak_mib:,.0f}",
-        }
-        for row in rows.itertuples()
-    ]
-    return records.markdown_table(lines)
 
 
 # --- All of them ----------------------------------------------------------------------------------
@@ -772,11 +771,10 @@ _BENCHMARK, _PROFILE, _MIXED, _MEMORY, _FLASH = (
     "flash_attention",
 )
 
+_OF_SEVERAL = ("lm_matrix", "data_parallel", "sharding", "leaderboard")
+
 FILLS: dict[str, Piece] = {
-    **{
-        f"page_{name}": _page(name, SEVERAL if name in ("lm_matrix", "data_parallel", "sharding") else (MACHINE,))
-        for name in report.RUNS
-    },
+    **{f"page_{name}": _page(name, SEVERAL if name in _OF_SEVERAL else (MACHINE,)) for name in report.RUNS},
     # Benchmarking and profiling
     "benchmarking_script_b": _block(
         _BENCHMARK,
@@ -975,5 +973,5 @@ FILLS: dict[str, Piece] = {
     # Leaderboards
     "board_2025": _block(_FLASH, _board_2025("table"), _said(_board_2025("conclusions")), _said(_board_floor)),
     "board_2026_floor": _board_2026_floor,
-    "board_2026": _block(None, _board_2026, several=True),
+    "board_2026": _block("leaderboard", _board_2026("table"), _said(_board_2026("conclusions")), several=True),
 }

@@ -307,21 +307,51 @@ def test_sharding_results_reach_their_page(artifacts):
 
 
 def test_boards_reach_their_page(artifacts):
-    base = {"gpus": 2, "status": "ok", "samples": 5, "mfu": 0.4, "peak_mib": 44e3}
+    base = {
+        "gpus": 2,
+        "status": "ok",
+        "samples": 5,
+        "mfu": 0.4,
+        "peak_mib": 44e3,
+        "device": "NVIDIA H200",
+        "dtype": "bf16",
+    }
+    step = {
+        "board": "2026",
+        "batch": 2,
+        "seq_len": 32768,
+        "tokens_per_s": 11e3,
+        "loss": 11.9,
+        "plan": "p",
+        "rates": "r",
+    }
+    step |= {
+        "predicted_ms": 5400.0,
+        "predicted_peak_mib": 50e3,
+        "error": 1e-3,
+        "error_pytorch": 2e-3,
+        "elapsed_s": 60.0,
+    }
     rows = [
-        base | {"board": "2026", "implementation": name, "median_ms": ms}
-        for name, ms in (("torch_native", 5940), ("lmsys", 5500))
+        base | step | {"implementation": name, "median_ms": ms, "p20_ms": ms, "p80_ms": ms}
+        for name, ms in (("torch_native", 5940.0), ("lmsys", 5500.0))
     ]
     artifacts("h200-x2", leaderboard.NAME, rows, leaderboard.EXTRA_COLUMNS)
     text = report.fill("board_2026")
-    assert text.index("| `lmsys` | 2 | 5.50 | 40.0% | 44,000 |") < text.index("`torch_native`")
+    assert text.index("| `lmsys` | ours | 5,500 [5,500, 5,500] |") < text.index("`torch_native`")
+    assert "takes **5,500 ms** on 2 x NVIDIA H200, an MFU of 40.0%" in text and "5,940 ms: 1.08 times ours" in text
     assert "Not measured yet" in report.fill("board_2025")
-    shape = {"batch": 1, "heads": 16, "seq_len": 16384, "head_dim": 64, "dtype": "bf16", "compiled": True, "gpus": 1}
+    shape = {"batch": 1, "heads": 16, "seq_len": 16384, "head_dim": 64, "compiled": True, "gpus": 1}
     row = base | shape | {"board": "2025", "implementation": "flash_attention_triton", "median_ms": 4.0, "p20_ms": 3.9}
-    row |= {"p80_ms": 4.1, "bare_ms": 3.8, "tflops": 481.0, "device": "NVIDIA H200"}
+    row |= {"p80_ms": 4.1, "bare_ms": 3.8, "tflops": 481.0}
     artifacts("h200", leaderboard.NAME, [row], leaderboard.EXTRA_COLUMNS)
     flops = 3.5 * 4 * 16 * 64 * 16384**2 / 2
     assert f"{flops / 1e12:.2f} TFLOP, {1e3 * flops / 989.5e12:.2f} ms" in report.fill("board_2025")
+    d, f, layers, vocabulary, length = 4096, 11008, 34, 151936, 32768
+    parameters = layers * (4 * d * d + 3 * d * f + 2 * d) + d + 2 * vocabulary * d
+    flops = 2 * length * (6 * (parameters - vocabulary * d) + 6 * layers * d * length)
+    text = report.fill("board_2026_floor")
+    assert f"{parameters / 1e9:.2f} billion parameters" in text and f"{flops / 2 / 989.5e12:.2f} s on 2 H200s" in text
 
 
 def test_attention_fills_by_hand(artifacts):
