@@ -11,9 +11,9 @@ its input, the same for all that a block keeps):
 
     kind                  MB     to make again                    ms a GB
     attention (o, lse)   273     one forward pass, 13 ms            49
-    qkv                  805     one product, a rotation           5.9
-    gate, up         721 each    one product each                  5.5
-    middle               268     one product, the second norm      6.8
+    middle               268     one product, the second norm      6.2
+    qkv                  805     one product, a rotation           5.6
+    gate, up         721 each    one product each                  5.2
     norm1, norm2     268 each    a pass over memory                0.5
     silu(gate) up        721     made with the gradients of gate and up: never kept
 
@@ -161,39 +161,40 @@ class Shape:
         return 2 * self.itemsize * self.head_parameters
 
     def forward_peak(self, keep: frozenset[str]) -> float:
-        """What a block's forward pass takes beyond its input and what it keeps: before attention, or in the feed-forward layer."""
+        """What a block's forward pass takes beyond its input, what it keeps and its output; lmsys.selective, stage by stage."""
         s, w = self.stream, self.wide
-        kept = {kind: self.kind_bytes(kind) * (kind not in keep) for kind in KINDS}
-        first = kept["norm1"] + kept["qkv"]
-        attention = kept["qkv"] + kept["attention"]
-        middle = kept["attention"] + s + kept["middle"] + kept["norm2"]
-        feed_forward = kept["middle"] + kept["norm2"] + kept["gate"] + kept["up"]
-        return max(first, attention, middle, feed_forward, kept["middle"] + kept["gate"] + kept["up"] + w + s)
+        passing = {kind: self.kind_bytes(kind) * (kind not in keep) for kind in KINDS}
+        stages = [  # before the output is there
+            passing["norm1"] + passing["qkv"],
+            passing["qkv"] + passing["attention"],
+            passing["attention"]
+            + s
+            + passing["middle"]
+            + passing["norm2"],  # the output projection, and its sum's norm
+            passing["middle"] + passing["norm2"] + passing["gate"] + passing["up"],
+            passing["middle"] + passing["gate"] + passing["up"] + w,
+        ]
+        return float(max(max(stages) - s, passing["middle"] + w))
 
     def backward_peak(self, keep: frozenset[str]) -> float:
-        """What a block's backward pass takes beyond what it kept and the gradient of its output; lmsys.selective, stage by stage."""
-        s, w, e = self.stream, self.wide, self.itemsize
-        d, f = self.config.d_model, self.config.d_ff
+        """What a block's backward pass takes beyond what it kept and the gradient of its output."""
+        s, w, d, f, e = self.stream, self.wide, self.config.d_model, self.config.d_ff, self.itemsize
         again = {kind: self.kind_bytes(kind) * (kind not in keep) for kind in KINDS}
-        needs_middle = not {"middle"} <= keep
-        early = needs_middle * again["attention"]  # made for the stream in the middle, and there until its own gradient
-        if needs_middle and "attention" not in keep:
-            early += again["qkv"] + again["norm1"]
-        upper = early + again["middle"] + again["norm2"] + again["gate"] + again["up"]
-        matrix = e * d * f
-        stages = [
-            upper + w + matrix,  # the product's gradient, and w2's
-            upper + s + 3 * matrix,  # the norm's gradient, and those of w1 and w3
-        ]
-        below = s + 3 * matrix + e * d * d  # the middle's gradient, the weights' gradients
-        lower = again["attention"] + again["qkv"] + again["norm1"] * ("qkv" not in keep)
-        fp32 = 4 * self.tokens * d
-        stages += [
-            below + lower + s + 3 * s + fp32,  # do; dq, dk, dv; the fp32 sum that dq is made of
-            below + again["norm1"] + 3 * s + 3 * s,  # dq, dk, dv and the same together
-            below + again["norm1"] + 3 * s + s + 3 * e * d * d,
-        ]
-        return float(max(stages))
+        attention = again["attention"] + again["qkv"] + again["norm1"] * ("qkv" not in keep)  # what it is made from
+        early = again["attention"] and attention  # for the stream in the middle, and there until its own gradient
+        upper = early * ("middle" not in keep) + again["middle"] + again["norm2"] + again["gate"] + again["up"]
+        below = s + e * (3 * d * f + d * d)  # the middle's gradient, and those of w1, w2, w3 and the output projection
+        norm1, from_norm1 = again["norm1"], again["norm1"] * ("qkv" not in keep)
+        return float(
+            max(
+                upper + w + e * d * f,  # the product's gradient, w2's
+                upper + s + 3 * e * d * f,  # the norm's gradient, those of w1 and w3
+                below + attention + 4 * s + 4 * self.tokens * d,  # do; dq, dk, dv; the fp32 sum that dq is made of
+                below + from_norm1 + 6 * s,  # dq, dk, dv and the same together
+                below + norm1 + 3 * s + 3 * e * d * d,
+                below + 3 * s + 3 * e * d * d + s,  # norm1's gradient
+            )
+        )
 
     def loss_peak(self) -> float:
         """What the last norm and lmsys.fused_loss take: logits of a chunk, or later the weight's gradient in fp32, twice, and rounded."""
