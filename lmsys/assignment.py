@@ -150,7 +150,7 @@ def _memory_profiling() -> list[str]:
     ok = measured(frame)
     longest = ok[ok.context_length == ok.context_length.max()]
     peaks = ", ".join(
-        f"{row.mode.replace('_', ' ')} in {row.dtype} {row.peak_mib:,.0f} MiB"
+        f"{row.mode.replace('_', ' ')} in {row.dtype} {row.peak_mib:,.0f} MiB (`{row.kernel}`)"
         for row in longest.drop_duplicates(["mode", "dtype"]).itertuples()
     )
     return [f"Peaks at {int(longest.context_length.iloc[0]):,} tokens: {peaks}.", *memory.peaks_conclusions(frame)[:1]]
