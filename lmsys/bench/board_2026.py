@@ -468,7 +468,8 @@ def timed(process: Process, implementation: str, board: StepBoard) -> dict[str, 
     """Times of steps, the largest over the ranks; the first step's loss, the mean over the ranks; peak bytes of all steps."""
     device, start = process.device, time.perf_counter()
     result: dict[str, Any] = {"status": "ok"}
-    torch._dynamo.reset()
+    if board.compiled:
+        torch._dynamo.reset()
     held = live_bytes(device)
     with contextlib.ExitStack() as stack:
         if implementation == OURS:
