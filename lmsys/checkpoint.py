@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from lmsys.config import ModelConfig, build, require, to_dict
 from lmsys.cost import model_parameters
 from lmsys.model import TransformerLM
-from lmsys.records import atomic_path, naming
+from lmsys.records import atomic_path, flush, naming
 
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, CHECKSUMS_FILE = (
     "model.safetensors",
@@ -164,9 +164,9 @@ def write(folder: str | Path, content: Snapshot, *, keep_last: int | None = None
             _write(temporary / CHECKSUMS_FILE, [json.dumps(sums, indent=1).encode()])
             for file in (*temporary.iterdir(), temporary):  # mkdtemp makes its folder for the owner alone
                 file.chmod(0o755 if file is temporary else 0o644)
-                _flush(file)
+                flush(file)
             _put_in_place(temporary, target)
-            _flush(folder)
+            flush(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     if keep_last is not None:
@@ -443,14 +443,6 @@ def _short(value: object) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # --- Finding and loading --------------------------------------------------------------------------

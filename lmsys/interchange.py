@@ -37,7 +37,7 @@ from torch import Tensor
 from lmsys import checkpoint
 from lmsys.config import END_OF_TEXT, ModelConfig, PipelineConfig, TokenizerConfig, read_json, require
 from lmsys.model import TransformerLM
-from lmsys.records import naming, write_json
+from lmsys.records import flush, naming, write_json
 from lmsys.tokenizer import Tokenizer
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE, TOKENIZER_FILE = (
@@ -383,16 +383,8 @@ def _new_folder(path: str | Path) -> Iterator[Path]:
             yield temporary
             for file in (*temporary.rglob("*"), temporary):  # mkdtemp and safetensors make theirs for the owner alone
                 file.chmod(0o755 if file.is_dir() else 0o644)
-                _flush(file)
+                flush(file)
             os.rename(temporary, path)
-            _flush(path.parent)
+            flush(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

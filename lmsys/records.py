@@ -228,6 +228,15 @@ def atomic_path(path: str | Path):
         temporary.unlink(missing_ok=True)
 
 
+def flush(path: Path) -> None:
+    """Wait until the disk holds a file's content, or a folder's names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 @contextmanager
 def naming(path: Path):
     """Name `path` in an OSError of the block that names no file, or only a temporary one."""

@@ -348,7 +348,7 @@ def test_saving_in_the_background_holds_the_moments_of_its_call(tmp_path, monkey
 
 
 def test_an_error_in_the_background_is_told_at_the_next_step(tmp_path, monkeypatch):
-    flush, seen = checkpoint._flush, []
+    flush, seen = checkpoint.flush, []
 
     def fail(path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -356,18 +356,18 @@ def test_an_error_in_the_background_is_told_at_the_next_step(tmp_path, monkeypat
     def on_step(step, _loss):
         seen.append(step)
         if step == 4:
-            monkeypatch.setattr(checkpoint, "_flush", fail)
+            monkeypatch.setattr(checkpoint, "flush", fail)
         time.sleep(0.02)
 
     with pytest.raises(OSError, match="No space left on device.*step-00000006"):
         run(tmp_path, on_step=on_step, train={"steps": 40, "checkpointing_interval": 3})
     assert seen[-1] in (6, 7, 8) and saved_steps(tmp_path) == [3]
-    monkeypatch.setattr(checkpoint, "_flush", flush)
+    monkeypatch.setattr(checkpoint, "flush", flush)
     assert run(tmp_path, train={"steps": 40, "checkpointing_interval": 3}).resumed_from == 3
 
 
 def test_an_error_at_the_end_is_told_and_one_beside_another_is_warned_of(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_flush", lambda path: os.stat(tmp_path / "nowhere"))
+    monkeypatch.setattr(checkpoint, "flush", lambda path: os.stat(tmp_path / "nowhere"))
     with pytest.raises(FileNotFoundError):
         run(tmp_path / "end", train={"steps": 3})
     with pytest.warns(UserWarning, match="the last checkpoint was not saved"), pytest.raises(Interrupted):
@@ -550,7 +550,7 @@ def test_damaged_sharded_state_is_named(tmp_path):
 
 def test_sharded_state_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
     sharded(tmp_path)
-    monkeypatch.setattr(shards, "_flush", lambda path: os.stat(tmp_path / "nowhere"))
+    monkeypatch.setattr(shards, "flush", lambda path: os.stat(tmp_path / "nowhere"))
     with pytest.raises(OSError, match="nowhere"):
         sharded(tmp_path, 5.0)
     monkeypatch.undo()

@@ -141,7 +141,7 @@ def in_two_processes(process, folder, alone):
         results["nan"] = str(caught.value)
     with pytest.MonkeyPatch.context() as patch:
         if process.rank == 0:
-            patch.setattr(checkpoint, "_flush", full_disk)
+            patch.setattr(checkpoint, "flush", full_disk)
         results["full disk"] = error(folder / "full")
     return results
 

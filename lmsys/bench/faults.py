@@ -221,7 +221,7 @@ def operations(before: Callable[[int, str], None]) -> Iterator[None]:
 
     with (
         mock.patch.object(checkpoint, "_write", in_halves),
-        mock.patch.object(checkpoint, "_flush", ahead("flush", checkpoint._flush)),
+        mock.patch.object(checkpoint, "flush", ahead("flush", checkpoint.flush)),
         mock.patch.object(checkpoint.os, "rename", ahead("rename", os.rename)),
     ):
         yield

@@ -31,6 +31,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lmsys.records import flush
+
 INDEX_FILE = "index.json"
 
 ALIGNMENT = (
@@ -155,7 +157,7 @@ def save_pieces(
             save_file(tensors, folder / file)
         except SafetensorError as error:  # it wraps the system's error
             raise OSError(f"cannot write {folder / file}: {error}") from error
-        _flush(folder / file)
+        flush(folder / file)
         return {key: _sha256(tensor) for key, tensor in tensors.items()}
 
     sums = _everyone(_together(write, group), group)
@@ -175,9 +177,9 @@ def save_pieces(
                     places.setdefault(name, []).append(where)
         temporary = folder / f".{INDEX_FILE}.tmp"
         temporary.write_text(json.dumps({**united, "shapes": shapes, "pieces": places}), encoding="utf-8")
-        _flush(temporary)
+        flush(temporary)
         os.replace(temporary, folder / INDEX_FILE)
-        _flush(folder)
+        flush(folder)
         for old in folder.glob("*.safetensors"):
             if not old.name.startswith(f"{save}-"):
                 old.unlink()
@@ -271,14 +273,6 @@ def _key(name: str, start: int, stop: int) -> str:
 
 def _sha256(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.view(torch.uint8).numpy()).hexdigest()
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _everyone(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
