@@ -66,7 +66,8 @@ def test_all_processes_skip_what_is_bad_in_one(lab):
     assert [row["step"] for row in whole.rows() if row["train_loss"] is None] == [7]
     stopped = lab.start(injection=faults.Injection(draw=6, rank=1), processes=2, ddp_wrapper="flashddp")
     assert stopped.codes() == [1, 1] and "the loss is nan at step 7;" in stopped.log()
-    told = re.findall(r"rank \d of 2 failed: (.*)", stopped.log())  # all fail alike: one tells, or more if the first is gone already
+    # All fail alike: one tells, or more if the first is gone already.
+    told = re.findall(r"rank \d of 2 failed: (.*)", stopped.log())
     assert len(set(told)) == 1 and lab.whole(stopped, 5) == ""
 
 

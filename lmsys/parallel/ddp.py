@@ -146,7 +146,8 @@ class DataParallel(nn.Module):
         """Average tensors of one dtype over the ranks, in place and in one launch."""
         if not self._is_nccl:
             torch._foreach_div_(tensors, self.world_size)
-        if len(tensors) == 1:  # the group's own method: dist.all_reduce costs the host as much again as all that it calls
+        # The group's own methods: dist.all_reduce costs the host as much again as all that it calls.
+        if len(tensors) == 1:
             self._one.asyncOp = async_op
             work = self.group.allreduce(tensors, self._one)
         else:
