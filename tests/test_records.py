@@ -45,7 +45,9 @@ def test_rows_are_on_disk_as_they_are_measured_and_survive_a_failure(tmp_path):
     assert stamp["parameters"] == {"seed": 0} and "gpu" in stamp["environment"]
     with writer(tmp_path) as results:
         results.write(row(kernel="later"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"attention_sweep_results.{end}" for end in ("csv", "json")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"attention_sweep_results.{end}" for end in ("csv", "json")
+    ]
 
 
 def test_rows_outside_the_schema_are_refused(tmp_path):

@@ -88,7 +88,8 @@ def test_the_most_gpus_measured_are_on_the_front_page(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "visit,start", [(report._inline_formula, "<math "), (report._displayed_formula, "<div style='margin: 1em 0'><math ")]
+    "visit,start",
+    [(report._inline_formula, "<math "), (report._displayed_formula, "<div style='margin: 1em 0'><math ")],
 )
 def test_formulas_are_mathml(visit, start):
     from docutils import nodes
