@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lmsys import cost, records
-from lmsys.report import HEADLINE_MACHINE as MACHINE
+from lmsys.records import HEADLINE_MACHINE as MACHINE
 
 EDITIONS = ("2025", "2026")
 SEVERAL = ("h200-x2", "h200-x4", "h200-x8")  # of those measured, the first: the course asks for two GPUs

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lmsys import cost, records, report
+from lmsys import cost, records
 from lmsys.assignment import MACHINE, PROBLEMS, SEVERAL, Missing, Part, bound_said, how, many, measured, one
 from lmsys.config import model_size
 
@@ -773,8 +773,10 @@ _BENCHMARK, _PROFILE, _MIXED, _MEMORY, _FLASH = (
 
 _OF_SEVERAL = ("lm_matrix", "data_parallel", "sharding", "leaderboard")
 
+_NOTEBOOKS = sorted(path.stem for path in (records.REPOSITORY / "notebooks").glob("*.ipynb"))
+
 FILLS: dict[str, Piece] = {
-    **{f"page_{name}": _page(name, SEVERAL if name in _OF_SEVERAL else (MACHINE,)) for name in report.RUNS},
+    **{f"page_{name}": _page(name, SEVERAL if name in _OF_SEVERAL else (MACHINE,)) for name in _NOTEBOOKS},
     # Benchmarking and profiling
     "benchmarking_script_b": _block(
         _BENCHMARK,

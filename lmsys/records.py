@@ -165,6 +165,7 @@ SCHEMAS: dict[str, tuple[str, ...]] = {
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+HEADLINE_MACHINE = "h200"  # whose results the pages speak of
 
 
 def output_root() -> Path:

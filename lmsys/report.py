@@ -22,6 +22,7 @@ from typing import Any
 
 from lmsys import records
 from lmsys.config import resolve_scale, unknown_name
+from lmsys.records import HEADLINE_MACHINE
 
 # Notebook -> the parameters that a scale gives it beside `scale` itself, which the notebook's own presets read.
 RUNS: dict[str, dict[str, dict[str, Any]]] = {
@@ -41,7 +42,6 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
     "speedrun_tinystories": {"smoke": {}, "cpu": {}, "full": {}},
 }
 ON_DEMAND = ("speedrun_tinystories",)  # takes the minutes that it is given: runs where it is named
-HEADLINE_MACHINE = "h200"
 
 
 # --- Notebooks ------------------------------------------------------------------------------------

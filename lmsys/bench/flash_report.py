@@ -97,7 +97,7 @@ def _mib(value: float) -> str:
 
 
 def _interpreted(frame):
-    return frame.note.fillna("").str.contains("interpreter")
+    return frame.note.astype(object).fillna("").astype(str).str.contains("interpreter")
 
 
 def _gone_wrong(frame, column: str) -> list[str]:
