@@ -642,7 +642,7 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--rep_ms", type=int, default=1000, help="2025: do_bench's sampling time, ms (default: 1000)")
     added.add_argument("--timed_steps", type=int, help="2026: steps that are timed (default: the scale's)")
     added.add_argument(
-        "--margin_gib", type=float, default=6.0, help="2026: memory that the plan leaves free, GiB (default: 6)"
+        "--margin_gib", type=float, default=4.0, help="2026: memory that the plan leaves free, GiB (default: 4)"
     )
     added.add_argument(
         "--plan", action="store_true", help="2026: print the plan for two H200s, which needs no GPU, and end"

@@ -46,7 +46,8 @@ from lmsys import cost
 from lmsys.config import ModelConfig, require, unknown_name
 
 KINDS = ("norm1", "qkv", "attention", "middle", "norm2", "gate", "up")  # as lmsys.selective has them
-PREFETCH = 2  # blocks gathered ahead
+PREFETCH = 1  # blocks gathered ahead: one takes 1 ms to gather and 30 to compute
+CHUNK_BYTES = 3 * 2**29  # of the logits that lmsys.fused_loss makes at a time, at the most
 _ITEMSIZE = {"fp32": 4, "bf16": 2}
 
 
@@ -197,12 +198,10 @@ class Shape:
         )
 
     def loss_peak(self) -> float:
-        """What the last norm and lmsys.fused_loss take: logits of a chunk, or later the weight's gradient in fp32, twice, and rounded."""
-        head, n = self.head_parameters, self.tokens
-        logits = min(3 * 2**29, self.itemsize * n * self.config.vocab_size)
-        forward = self.stream + 4.0 * head + self.stream + logits
-        backward = 8.0 * head + self.itemsize * head + 2 * self.stream
-        return self.stream + max(forward, backward, 4.0 * head + 4.0 * n * self.config.d_model + 2 * self.stream)
+        """What the loss takes beyond the last norm's input: logits of a chunk, then the head's gradient rounded beside its fp32 sum."""
+        logits = min(CHUNK_BYTES, self.itemsize * self.tokens * self.config.vocab_size)
+        hidden_and_gradient = 2 * self.stream
+        return hidden_and_gradient + 4.0 * self.head_parameters + max(logits, self.itemsize * self.head_parameters)
 
     # --- Time -------------------------------------------------------------------------------------
 

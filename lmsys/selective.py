@@ -9,10 +9,12 @@ known beforehand, as lmsys.planner needs them, and are the same with every versi
   log-sum-exp.
 - The residual addition and the second norm are one pass; the last addition happens inside the product. What is rounded to bf16 in
   between in the plain block is not here.
+- The head's gradient, which lmsys.fused_loss adds up in fp32 while it computes the loss, is scaled and rounded there and then: what lies
+  there at the moment when all activations do is half as large.
 
 Norms and SwiGLU are Triton kernels on a GPU (lmsys.block_kernels), plain PyTorch elsewhere. On a GPU nothing is compiled but these.
 
-Limits: the matrices in the dtype of the block's input (no autocast); attention by a kernel of ATTENTION; one backward pass, no second
+Limits: fp32 or bf16, the matrices in the dtype of the block's input (no autocast); attention by a kernel of ATTENTION; one backward pass, no second
 derivative; positions 0 to T - 1.
 
 Legend: B batch, T tokens, N = B T, H heads, D head_dim, d = d_model = H D, f = d_ff.
@@ -30,6 +32,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lmsys.config import unknown_name
+from lmsys.fused_loss import losses_op
 from lmsys.fused_rope import rotate_back_op
 from lmsys.model import RMSNorm, TransformerBlock, TransformerLM, rotate
 
@@ -74,8 +77,19 @@ class SelectiveNorm(RMSNorm):
         return _Norm.apply(x, self.weight, self.eps)
 
 
-def select(model: TransformerLM, keep: Sequence[Collection[str]]) -> TransformerLM:
-    """Make a model's blocks selective, each with the kinds that it keeps, and its last norm; returns the model.
+class SelectiveLM(TransformerLM):
+    """TransformerLM whose loss keeps the gradients of its inputs in their own dtype; made of one by select()."""
+
+    def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
+        """As TransformerLM's."""
+        if targets is None or not torch.is_grad_enabled():
+            return super().forward(ids, targets)
+        hidden = self.hidden(ids)
+        return _Loss.apply(hidden.reshape(-1, hidden.shape[-1]), self.head, targets.reshape(-1))
+
+
+def select(model: TransformerLM, keep: Sequence[Collection[str]]) -> SelectiveLM:
+    """Make a model's blocks selective, each with the kinds that it keeps, its last norm and its loss; returns the model.
 
     Do this before a data-parallel wrapper sees the model. Doing it again changes what is kept.
     Raises:
@@ -92,8 +106,8 @@ def select(model: TransformerLM, keep: Sequence[Collection[str]]) -> Transformer
         if not isinstance(layer, SelectiveBlock):
             layer.__class__ = SelectiveBlock
         layer.keep = tuple(kind for kind in KINDS if kind in kinds)
-    if not isinstance(model.ln_final, SelectiveNorm):
-        model.ln_final.__class__ = SelectiveNorm
+    if not isinstance(model, SelectiveLM):
+        model.__class__, model.ln_final.__class__ = SelectiveLM, SelectiveNorm
     return model
 
 
@@ -348,3 +362,24 @@ class _Norm(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         dx, dgain = _rms_norm_backward(dy.reshape(rows.shape).clone(), rows, gain, ctx.eps)
         return dx.view(x.shape), dgain, None
+
+
+class _Loss(torch.autograd.Function):
+    """apply(hidden (N, d), weight (V, d), targets (N,)) -> the mean cross-entropy; saves the two gradients, which backward returns."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        path = "triton" if hidden.is_cuda else "torch"
+        loss, factor, grad_hidden, grad_weight = losses_op(
+            hidden, weight, targets, hidden.dtype, 0, -100, path, True, True
+        )
+        rounded = torch.empty_like(weight)
+        torch.mul(grad_weight, factor, out=rounded)
+        ctx.save_for_backward(grad_hidden.mul_(factor), rounded)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden.mul_(grad), grad_weight.mul_(grad), None

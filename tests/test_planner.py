@@ -1,11 +1,12 @@
 """The planner: its walk through memory against a profiler's, its choices against all there are, its formulas against lmsys.cost."""
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
 
-from lmsys import cost, planner, selective
+from lmsys import cost, fused_loss, planner, selective
 from lmsys.bench.measure import peak_bytes_cpu
 from lmsys.config import ModelConfig
 from lmsys.model import TransformerLM
@@ -72,6 +73,18 @@ def test_peaks_of_a_block_are_the_profilers(frugal, keep):
     assert peak_bytes_cpu(lambda: made[-1].backward(dout), lambda: ()) == SHAPE.backward_peak(keep)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the profiler of the CPU's allocations")
+@pytest.mark.parametrize("vocabulary", [64, 4000])
+def test_the_peak_of_the_loss_is_the_profilers(monkeypatch, vocabulary):
+    monkeypatch.setattr(fused_loss, "_cross_entropy_", lambda *_: None)
+    config = dataclasses.replace(CONFIG, vocab_size=vocabulary)
+    shape = planner.Shape(config, 2, 512, 2, "fp32")
+    hidden, weight = torch.randn(1024, 64, requires_grad=True), torch.randn(vocabulary, 64, requires_grad=True)
+    targets = torch.randint(vocabulary, (1024,))
+    peak = hidden.nbytes + peak_bytes_cpu(lambda: selective._Loss.apply(hidden, weight, targets), lambda: ())
+    assert peak == pytest.approx(shape.loss_peak(), rel=0.03)
+
+
 def test_greedy_is_one_tensor_from_the_best():
     """Every way to keep, by numbers of blocks, at three budgets between nothing and everything."""
     config = ModelConfig(d_model=64, d_ff=176, num_layers=2, num_heads=2, context_length=256, vocab_size=50)
@@ -131,7 +144,7 @@ def test_memory_is_walked_through():
 
 def test_what_cannot_be_is_said():
     with pytest.raises(
-        ValueError, match="67.* GiB a GPU where blocks keep their inputs alone, more than the budget of 40 GiB"
+        ValueError, match="66.* GiB a GPU where blocks keep their inputs alone, more than the budget of 40 GiB"
     ):
         planner.plan(BOARD, 40 * 2**30)
     with pytest.raises(ValueError, match="unknown kind of activation 'ups'"):
@@ -141,4 +154,4 @@ def test_what_cannot_be_is_said():
     tied = ModelConfig(64, 176, 1, 2, 8, 50, tie_embeddings=True)
     with pytest.raises(ValueError, match="untied"):
         planner.Shape(tied, 1, 8, 2, "bf16")
-    assert planner.KINDS == selective.KINDS
+    assert planner.KINDS == selective.KINDS and planner.CHUNK_BYTES == fused_loss.CHUNK_BYTES

@@ -77,7 +77,7 @@ def test_what_is_kept_is_what_the_planner_counts(dtype):
 def test_kernels_of_the_path_for_gpus():
     """A block with attention in Triton, whose head_dim is that of a GPU's fast path."""
     plain, twin = models(("attention",), torch.float32, "flash_attention_triton")
-    losses = [model(*tokens(9)) for model in (plain, twin)]
+    losses = [model(*tokens(9)[:, :1]) for model in (plain, twin)]
     for loss in losses:
         loss.backward()
     torch.testing.assert_close(*losses)
