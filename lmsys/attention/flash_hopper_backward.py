@@ -544,7 +544,6 @@ _STAGES = {64: 4, 128: 2}  # by head dim: what shared memory holds
 # heads x head_dim 2048, causal, TFLOP/s: head_dim 64 at 1024 298 and 273, 2048 378 and 362, 4096 425 and 423, 16384 472 and 488;
 # head_dim 128 at 512 219 and 212, 1024 321 and 315, 2048 384 and 404, 4096 433 and 474.
 _PERSISTENT_QUERIES = {64: 4096, 128: 1024}
-_SECTION_ITEMS = 2  # a multiprocessor, of a section of heads: their queries stay in the L2 cache, and lengths even out
 _ITEMS_EACH = 6  # a multiprocessor, from which the query heads of a key head need no parting
 _launch_prepare, _launch_backward, _launch_finish = map(Launcher, (_prepare_kernel, _backward_kernel, _finish_kernel))
 
@@ -569,7 +568,7 @@ def backward(
     parts = _parting(batch * kv_heads * blocks, heads // kv_heads, processors)
     item_heads = kv_heads * parts
     items = batch * item_heads * blocks
-    section = ceil_div(_SECTION_ITEMS * processors, blocks)
+    section = max(1, processors // blocks) if causal else 1  # heads at work at once: their queries stay in the L2 cache
     dk_parts, dv_parts = (dk, dv) if parts == 1 else k.new_empty(2, batch, item_heads, k_len, head_dim)
     dq_sum = torch.empty(batch, heads, q_len, head_dim, dtype=torch.float32, device=q.device)
     lse_log2, delta = torch.empty(2, batch * heads * padded, dtype=torch.float32, device=q.device)
