@@ -106,18 +106,26 @@ def test_the_report_says_both_and_names_the_public_entry(measured, tmp_path, mon
 
 
 def test_a_wrong_gradient_is_an_error(monkeypatch):
-    assert board._verdict(GOOD) == {}
+    assert board._verdict(GOOD, "fp32") == {}
     for wrong in ({"gradient_error": 1e-4}, {"loss_error": 1e-3}, {"gradient_error": float("nan")}):
-        verdict = board._verdict(GOOD | wrong)
+        verdict = board._verdict(GOOD | wrong, "fp32")
         assert verdict["status"] == "error" and "the twin is wrong: loss_error" in verdict["note"]
     low = {"loss_error": 5e-5, "plain_loss_error": 1e-6, "gradient_error": 1.2e-2, "plain_gradient_error": 9e-3}
-    assert board._verdict(low) == {}
-    twin = GOOD | {"status": "ok"} | board._verdict(GOOD | {"gradient_error": 1e-2})
+    assert board._verdict(low, "bf16") == {} and board._verdict(low, "fp32") != {}
+    twin = GOOD | {"status": "ok"} | board._verdict(GOOD | {"gradient_error": 1e-2}, "fp32")
     plan = {"status": "ok", "rates": RATES, "free": None}
     faked(monkeypatch, {"twin": [twin], "plan": [plan], "lmsys": [OK], "torch_native": [OK]})
     ours, peer = board.rows(board.settings("smoke"), torch.device("cpu"))
     assert ours["status"] == "error" and "the twin is wrong" in ours["note"] and peer["status"] == "ok"
     assert "the twin is wrong" in board.row_line(ours)
+
+
+def test_the_twin_is_right_in_bf16():
+    """Matrices gathered, multiplied and averaged in bf16: no further from float64 than the plain model with matrices in bf16."""
+    chosen = dataclasses.replace(board.settings("smoke"), dtype="bf16")
+    ((_, result),) = replicas.stream(board.measure, [board.Point("twin")], chosen, device="cpu", limit_s=100)
+    assert result["status"] == "ok", result["note"]
+    assert 1e-3 < result["gradient_error"] <= 2 * result["plain_gradient_error"]
 
 
 def test_out_of_memory_is_a_row_with_its_plan_and_tried_once_more(monkeypatch, tmp_path):
