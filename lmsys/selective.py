@@ -61,7 +61,7 @@ class SelectiveBlock(TransformerBlock):
         attn, ffn = self.attn, self.ffn
         spec = _Spec(attn.num_heads, attn.kernel, self.ln1.eps, self.keep)
         weights = attn.qkv_proj.weight, attn.output_proj.weight, ffn.w1.weight, ffn.w2.weight, ffn.w3.weight
-        if any(weight.dtype != x.dtype for weight in weights) or self.ln2.eps != spec.eps:
+        if any(weight.dtype != x.dtype for weight in weights) or torch.is_autocast_enabled(x.device.type):
             raise ValueError(
                 f"a selective block's input is {x.dtype} and its matrices are {weights[0].dtype}; they must be of one dtype: shard the model "
                 "with compute_dtype, or cast it, in place of autocast"

@@ -5,11 +5,14 @@ import itertools
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from lmsys import cost, fused_loss, planner, selective
+from lmsys import cost, fused_loss, parallel, planner, selective
 from lmsys.bench.measure import peak_bytes_cpu
+from lmsys.bench.replicas import live_bytes
 from lmsys.config import ModelConfig
 from lmsys.model import TransformerLM
+from lmsys.optim import FusedAdamW
 
 CONFIG = ModelConfig(d_model=64, d_ff=176, num_layers=3, num_heads=2, context_length=512, vocab_size=50)
 SHAPE = planner.Shape(CONFIG, batch=2, length=512, gpus=2, dtype="fp32")
@@ -27,6 +30,14 @@ SETS = [
         selective.KINDS,
     )
 ]
+
+
+@pytest.fixture
+def alone():
+    """A process group of this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture
@@ -83,6 +94,31 @@ def test_the_peak_of_the_loss_is_the_profilers(monkeypatch, vocabulary):
     targets = torch.randint(vocabulary, (1024,))
     peak = hidden.nbytes + peak_bytes_cpu(lambda: selective._Loss.apply(hidden, weight, targets), lambda: ())
     assert peak == pytest.approx(shape.loss_peak(), rel=0.03)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the profiler of the CPU's allocations")
+@pytest.mark.parametrize("vocabulary,where", [(2048, "loss"), (64, "backward 3")])
+@pytest.mark.parametrize("keep", [SETS[0], SETS[3], SETS[-1]], ids=lambda keep: f"{len(keep)} kinds")
+def test_the_peak_of_a_step_is_the_profilers(frugal, alone, monkeypatch, keep, vocabulary, where):
+    """Forward, loss and backward of the sharded model, in a first step and in a later one, which gathers ahead."""
+    monkeypatch.setattr(fused_loss, "_cross_entropy_", lambda *_: None)
+    config = dataclasses.replace(CONFIG, num_layers=4, context_length=1024, vocab_size=vocabulary)
+    shape = planner.Shape(config, 1, 1024, 1, "fp32")
+    torch.manual_seed(0)
+    model = selective.select(TransformerLM(config, attention_kernel="flash_attention_torch"), [keep] * 4)
+    module = parallel.wrap(model, "fsdp", prefetch=planner.PREFETCH)
+    optimizer = FusedAdamW(module.parameters())
+    data = torch.randint(vocabulary, (2, 1, 1024))
+    held = live_bytes(torch.device("cpu"), module) - data.nbytes
+    padding = held - shape.state - shape.tables  # of flat buffers, which at this size is a part of all
+    moments = planner.moments(shape, [keep] * 4)
+    name, predicted = max(moments[:-1], key=lambda moment: moment[1])
+    assert name == where or not keep
+    for _ in range(2):
+        peak = held + peak_bytes_cpu(lambda: module(*data).backward(), lambda: ()) - padding
+        assert 0.96 * predicted < peak <= 1.001 * predicted
+        module.finish_gradient_synchronization()
+        optimizer.zero_grad(set_to_none=True)
 
 
 def test_greedy_is_one_tensor_from_the_best():

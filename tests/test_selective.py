@@ -8,10 +8,12 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from lmsys import planner, selective
 from lmsys.config import ModelConfig
-from lmsys.model import TransformerLM
+from lmsys.model import RotaryEmbedding, TransformerLM
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
+EXACT = torch.float32 if ON_GPU else torch.float64  # the kernels on a GPU compute in fp32
+TIGHT = {"rtol": 1e-3, "atol": 1e-5} if ON_GPU else {"rtol": 1e-5, "atol": 1e-7}
 CONFIG = ModelConfig(d_model=32, d_ff=48, num_layers=2, num_heads=2, context_length=24, vocab_size=50)
 SETS = [
     (),
@@ -23,7 +25,7 @@ SETS = [
 ]
 
 
-def models(keep, dtype=torch.float64, kernel="flash_attention_torch"):
+def models(keep, dtype=EXACT, kernel="flash_attention_torch"):
     """A plain model, and its twin with selective blocks."""
     torch.manual_seed(0)
     plain = TransformerLM(CONFIG, attention_kernel=kernel).to(DEVICE, dtype)
@@ -46,7 +48,7 @@ def test_loss_and_gradients_are_the_plain_models(keep):
         model.loss = loss.detach()
     torch.testing.assert_close(twin.loss, plain.loss)
     for (name, a), b in zip(twin.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(a.grad, b.grad, **TIGHT, msg=lambda text, name=name: f"{name}: {text}")
     with torch.no_grad():
         torch.testing.assert_close(twin(tokens()[0]), plain(tokens()[0]), rtol=1e-4, atol=1e-6)  # norms in fp32
 
@@ -117,6 +119,21 @@ def test_triton_kernels(rows, d, dtype):
     block_kernels.swiglu_backward_(gate, up, grad)
     for ours, theirs in ((grad, product), (gate, leaves[0].grad), (up, leaves[1].grad)):
         torch.testing.assert_close(ours.double(), theirs.detach(), **tight)
+
+
+@pytest.mark.filterwarnings("ignore:no CUDA GPU")
+def test_rotation_in_place_is_rotation():
+    pytest.importorskip("triton")
+    from lmsys.fused_kernels import rotate_
+
+    rope = RotaryEmbedding(24, 70).to(DEVICE)
+    qkv = torch.randn(2, 70, 3, 2, 24, device=DEVICE)
+    q, k, v = (part.transpose(1, 2) for part in qkv.clone().unbind(2))
+    mine = qkv.clone()
+    here = tuple(mine[:, :, index].transpose(1, 2) for index in range(2))
+    rotate_((*here, None), (*here, None), rope.cos, rope.sin, 1.0)
+    for index, one in enumerate((rope(q), rope(k), v)):
+        torch.testing.assert_close(mine[:, :, index].transpose(1, 2), one)
 
 
 def test_a_second_backward_pass_is_refused():
