@@ -15,8 +15,6 @@ _sum = tl.standard._sum_combine  # interpreted whenever the kernel is, as tl.sum
 # A multiprocessor's programs of the norm's gradient, each of which writes one partial sum of the gain's: at d 4096 a thread takes 80
 # registers, so three programs of 256 threads run at once on Hopper, and all of them in one wave.
 _PROGRAMS_EACH = 3
-    4  # a multiprocessor's programs of the norm's gradient, each of which writes one partial sum of the gain's
-)
 _BLOCK = 4096  # elements of a program of SwiGLU: 16 a thread, two vector loads of 16-bit elements
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lmsys import planner, records, report
+from lmsys.__main__ import main
 from lmsys.bench import board_2026 as board
 from lmsys.bench import leaderboard, replicas
 from lmsys.bench.native import NativeLM
@@ -203,3 +204,23 @@ def test_settings_say_what_is_wrong():
     }.items():
         with pytest.raises(ValueError, match=message):
             board.settings("smoke", **given)
+
+
+def test_on_the_command_line(measured, capsys, monkeypatch):
+    assert main(["leaderboard", "--plan"]) == 0
+    shown = capsys.readouterr().out
+    assert "| attention | 260 |" in shown and "134" in shown and "GiB" in shown
+    assert main(["leaderboard", "--board", "2026", "--scale", "full", "--device", "cpu"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("lmsys leaderboard: the 2026 board at scale full takes 2 GPUs")
+    frame, _, _ = measured
+    asked = {}
+
+    def run(chosen, folder, *, on_row):
+        asked.update(dataclasses.asdict(chosen))
+        return frame
+
+    monkeypatch.setattr(board, "run", run)
+    assert main(["leaderboard", "--board", "2026", "--scale", "smoke", "--margin_gib", "9", "--timed_steps", "3"]) == 0
+    assert (asked["margin_gib"], asked["timed_steps"], asked["scale"]) == (9.0, 3, "smoke")
+    assert "leaderboard_2026_report.md" in capsys.readouterr().out
