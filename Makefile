@@ -11,7 +11,7 @@ MACHINE ?= local
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 SITE := book/_build/html/index.html
-NOTEBOOKS := pipeline flash_attention attention_sweep train_step lm_matrix data_parallel sharding leaderboard model_benchmark mixed_precision memory profiling faults
+NOTEBOOKS := pipeline flash_attention attention_sweep train_step race lm_matrix data_parallel sharding leaderboard model_benchmark mixed_precision memory profiling faults
 EXECUTED := $(NOTEBOOKS:%=book/$(MACHINE)/%.ipynb)
 SOURCES := $(shell find lmsys -name '*.py' -o -name '*.json' -o -name '*.cu')
 PAGES := README.md _config.yml _toc.yml $(shell find book artifacts -path book/_build -prune -o -path book/local -prune -o -type f -print)

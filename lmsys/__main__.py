@@ -299,6 +299,40 @@ def train_step(arguments: argparse.Namespace) -> None:
     _print_written([folder / f"{steps.NAME}.csv", *steps.write_report(frame, losses, folder).values()])
 
 
+def race(arguments: argparse.Namespace) -> None:
+    from lmsys.bench import race as races
+    from lmsys.records import artifacts_dir
+
+    chosen = races.settings(
+        scale=arguments.scale,
+        arms=arguments.arms,
+        gpus=arguments.gpus,
+        minutes=arguments.minutes,
+        steps=arguments.steps,
+        size=arguments.size,
+        batch=arguments.batch_size,
+        context_length=arguments.context_length,
+        vocab_size=arguments.vocab_size,
+        text_path=arguments.text,
+        text_mb=arguments.text_mb,
+        dtype=arguments.dtype,
+        compiled=arguments.compile,
+        naive_kernel=arguments.naive_kernel,
+        kernel=arguments.attention_kernel,
+        options=arguments.options,
+        learning_rate=arguments.learning_rate,
+        eval_interval=arguments.eval_interval,
+        run_dir=arguments.run_dir,
+        device=arguments.device,
+        seed=arguments.seed,
+    )
+    folder = artifacts_dir(arguments.machine)
+    frame = races.run(chosen, folder, on_row=lambda row: print(races.row_line(row), flush=True))
+    for sentence in races.conclusions(frame):
+        print(sentence)
+    _print_written([folder / f"{races.NAME}.csv", *races.write_report(frame, folder).values()])
+
+
 def benchmark(arguments: argparse.Namespace) -> None:
     from lmsys.bench import model, model_report
     from lmsys.records import artifacts_dir
@@ -704,6 +738,47 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--timed_steps", type=int, help="default: the scale's")
     added.add_argument("--seed", type=int, default=0, help="of weights and data (default: 0)")
     added.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add_machine(added)
+
+    added = command(
+        "race",
+        race,
+        "Train one model by a naive step, by ours, and by ours on several GPUs, to the same loss",
+        "The same weights, batches and learning rates in all arms; each ends with the schedule or at its limit of minutes.",
+        "race --minutes 2 --steps 1500",
+    )
+    add_scale(added, "auto")
+    added.add_argument(
+        "--arms",
+        nargs="+",
+        metavar="A",
+        default=["ours", "ours_ddp", "naive"],
+        help="in this order (default: ours ours_ddp naive)",
+    )
+    added.add_argument("--gpus", type=int, default=2, help="of ours_ddp; processes on a CPU (default: 2)")
+    added.add_argument("--minutes", type=float, help="of training that an arm may take (default: the scale's)")
+    added.add_argument("--steps", type=int, help="of the schedule (default: the scale's)")
+    added.add_argument("--size", metavar="S", help=f"of the model: {', '.join(MODEL_SIZES)} (default: the scale's)")
+    added.add_argument("--batch_size", type=int, help="sequences of a step, over all GPUs (default: the scale's)")
+    added.add_argument("--context_length", type=int, help="tokens of a sequence (default: the scale's)")
+    added.add_argument("--vocab_size", type=int, help="of the tokenizer that is trained (default: the scale's)")
+    added.add_argument("--text", help="a UTF-8 file (default: stories that are generated)")
+    added.add_argument("--text_mb", type=float, help="how much to generate, MB (default: the scale's)")
+    added.add_argument("--dtype", choices=("fp32", "bf16"), help="of all arms (default: the scale's)")
+    added.add_argument("--compile", action=argparse.BooleanOptionalAction, help="ours by block (default: the scale's)")
+    added.add_argument("--attention_kernel", metavar="K", help="of ours (default: the scale's)")
+    added.add_argument(
+        "--naive_kernel",
+        metavar="K",
+        default="scaled_dot_prod_attention",
+        help="of naive (default: scaled_dot_prod_attention)",
+    )
+    added.add_argument("--options", nargs="+", metavar="O", help="of the trainer that ours has (default: the scale's)")
+    added.add_argument("--learning_rate", type=float, help="default: the scale's")
+    added.add_argument("--eval_interval", type=int, help="steps (default: the scale's)")
+    added.add_argument("--run_dir", help="where text, tokenizer and token files are kept (default: runs/race-SCALE)")
+    added.add_argument("--seed", type=int, default=0, help="of weights, data and stories (default: 0)")
+    added.add_argument("--device", default="auto", help="auto, cpu or cuda")
     add_machine(added)
 
     added = command(

@@ -1356,3 +1356,29 @@ def train_step_loss(losses) -> Figure:
             axis.set_xlabel("step")
     _legend(figure, axes.flat)
     return figure
+
+
+# --- notebooks/race -------------------------------------------------------------------------------
+
+
+def race(frame, reached: float) -> Figure:
+    """Validation loss against seconds of training and against tokens, a line an arm (column name). reached: a loss to mark where each arm gets there."""
+    figure, axes = _figure(11.0, 4.2, 1, 2)
+    for axis, column, per, text in zip(
+        axes[0], ("seconds", "tokens"), (1, 1e6), ("seconds of training", "million tokens"), strict=True
+    ):
+        for index, (name, rows) in enumerate(frame.groupby("name", sort=False)):
+            width = 1.4 if column == "seconds" else 4.2 - 1.4 * index  # at the same tokens one lies on the other
+            axis.plot(
+                rows[column] / per, rows.valid_loss, color=_RACE_COLOURS[rows.arm.iloc[0]], linewidth=width, label=name
+            )
+        axis.axhline(reached, color="#444444", linewidth=0.8, linestyle=":")
+        axis.set_xlim(left=0)
+        axis.set_xlabel(text)
+    axes[0, 0].set_ylabel("validation loss, nats a token")
+    axes[0, 0].set_title(f"{frame.device.iloc[0]}; dotted: {reached:.3f}", loc="left", fontsize=10)
+    _legend(figure, axes.flat)
+    return figure
+
+
+_RACE_COLOURS = {"naive": "#999999", "ours": "#0072B2", "ours_ddp": "#D55E00"}

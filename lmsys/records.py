@@ -97,6 +97,10 @@ SCHEMAS: dict[str, tuple[str, ...]] = {
         *("step_ms", "p20_ms", "p80_ms", "samples", "tokens_per_s", "mfu", "peak_mib", "loss"),
     ),
     "train_step_losses": ("size", "implementation", "option", "step", "loss"),
+    "race_results": (
+        *("arm", "gpus", "status", "step", "tokens", "seconds", "train_loss", "valid_loss", "learning_rate"),
+        *("tokens_per_s", "mfu", "elapsed_s"),
+    ),
     "collectives_results": (
         *("backend", "op", "gpus", "size_mib", "status", "median_ms", "p20_ms", "p80_ms", "samples", "busbw_gb_s"),
     ),

@@ -30,6 +30,7 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
     "flash_attention": {"smoke": {}, "cpu": {}, "full": {}},
     "attention_sweep": {"smoke": {}, "cpu": {}, "full": {"passes": ["forward", "backward"]}},
     "train_step": {"smoke": {}, "cpu": {}, "full": {}},
+    "race": {"smoke": {}, "cpu": {}, "full": {}},
     "lm_matrix": {"smoke": {}, "cpu": {}, "full": {}},
     "data_parallel": {"smoke": {}, "cpu": {}, "full": {}},
     "sharding": {"smoke": {}, "cpu": {}, "full": {}},
@@ -475,6 +476,24 @@ def training_leaderboard() -> str:
     return f"*Not measured yet: artifacts/{SCALING_MACHINES[-1]}/{leaderboard.NAME}.csv has no rows of the 2026 board.*"
 
 
+def race_headline() -> str:
+    """Time to the same loss, naive and ours, of the machine that ran most arms; its figure, and where to read on."""
+    from lmsys.bench import race
+
+    for machine in (*reversed(SCALING_MACHINES), HEADLINE_MACHINE):
+        folder = records.REPOSITORY / "artifacts" / machine
+        if not (folder / f"{race.NAME}.csv").exists():
+            continue
+        frame = records.read_results(folder / f"{race.NAME}.csv")
+        parts = [" ".join(race.conclusions(frame)), race.table(frame).rstrip()]
+        if (folder / "race_loss.png").exists():
+            parts.append(f"![Validation loss against seconds and against tokens](../artifacts/{machine}/race_loss.png)")
+        if (records.REPOSITORY / "book" / machine / "race.ipynb").exists():
+            parts.append(f"How it was run: []({machine}/race.ipynb).")
+        return "\n\n".join(parts)
+    return f"*Not measured yet: artifacts/{SCALING_MACHINES[-1]}/{race.NAME}.csv is not there.*"
+
+
 def scaling_headline() -> str:
     """Data parallelism on the most GPUs measured: tokens a second and the share of linear scaling, and where to read on."""
     machine = _scaling_machine()
@@ -544,6 +563,7 @@ FILLS: dict[str, Callable[[], str]] = {
     "attention_leaderboard": attention_leaderboard,
     "training_leaderboard": training_leaderboard,
     "pipeline_headline": pipeline_headline,
+    "race_headline": race_headline,
     "tiled_torch": tiled_torch,
     "tokenizer_headline": tokenizer_headline,
     "environment": environment,
