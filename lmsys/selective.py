@@ -66,6 +66,10 @@ class SelectiveBlock(TransformerBlock):
                 f"a selective block's input is {x.dtype} and its matrices are {weights[0].dtype}; they must be of one dtype: shard the model "
                 "with compute_dtype, or cast it, in place of autocast"
             )
+        if cos.ndim != 2:
+            raise ValueError(
+                f"a selective block takes positions 0 to T - 1, cos and sin of (T, D/2); got {tuple(cos.shape)}"
+            )
         return _Block.apply(x, self.ln1.weight, self.ln2.weight, *weights, cos, sin, spec)
 
 
@@ -112,6 +116,11 @@ def select(model: TransformerLM, keep: Sequence[Collection[str]]) -> SelectiveLM
 
 
 # --- Norm and SwiGLU ------------------------------------------------------------------------------
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(..., d) -> (N, d), contiguous, as the kernels read it: a sum's gradient is one number in many places."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 def _rms_norm(x: Tensor, gain: Tensor, eps: float, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -217,7 +226,7 @@ class _Values:
     """
 
     def __init__(self, x: Tensor, parameters: Sequence[Tensor], spec: _Spec, kept: dict[str, Any]):
-        self.shape, self.x = x.shape, x.reshape(-1, x.shape[-1])
+        self.shape, self.x = x.shape, _rows(x)
         self.gain1, self.gain2, self.qkv_weight, self.output_weight, self.w1, self.w2, self.w3 = parameters[:7]
         self.cos, self.sin = parameters[7:]
         self.spec, self.made = spec, dict(kept)
@@ -311,7 +320,7 @@ class _Block(torch.autograd.Function):
         parameters, flat = saved[:9], iter(saved[9:])
         kept = {kind: (next(flat), next(flat)) if kind == "attention" else next(flat) for kind in spec.keep}
         v = _Values(x, parameters, spec, kept)
-        dout = dout.reshape(v.x.shape)
+        dout = _rows(dout)
 
         gate, up = v.get("gate"), v.get("up")
         product = dout @ v.w2  # its gradient, until the next line
@@ -353,14 +362,14 @@ class _Norm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, gain)
         ctx.eps = eps
-        return _rms_norm(x.reshape(-1, x.shape[-1]), gain, eps)[1].view(x.shape)
+        return _rms_norm(_rows(x), gain, eps)[1].view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, gain = ctx.saved_tensors
-        rows = x.reshape(-1, x.shape[-1])
-        dx, dgain = _rms_norm_backward(dy.reshape(rows.shape).clone(), rows, gain, ctx.eps)
+        own = _rows(dy).clone(memory_format=torch.contiguous_format)
+        dx, dgain = _rms_norm_backward(own, _rows(x), gain, ctx.eps)
         return dx.view(x.shape), dgain, None
 
 

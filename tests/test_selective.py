@@ -136,6 +136,20 @@ def test_rotation_in_place_is_rotation():
         torch.testing.assert_close(mine[:, :, index].transpose(1, 2), one)
 
 
+def test_tensors_in_any_layout():
+    """An input whose rows are apart, and the gradient of a sum, which has no memory of its own."""
+    plain, twin = models(("middle",))
+    wide = torch.randn(3, 9, 64, device=DEVICE, dtype=EXACT)
+    found = []
+    for model in (plain, twin):
+        leaf = wide.clone().requires_grad_()
+        out = model.ln_final(model.layers[0](leaf[..., ::2], model.rope.cos[:9], model.rope.sin[:9]))
+        out.sum().backward()
+        found.append((out.detach(), leaf.grad, model.ln_final.weight.grad))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
 def test_a_second_backward_pass_is_refused():
     _, twin = models(("gate", "up"))
     loss = twin(*tokens())
@@ -154,5 +168,8 @@ def test_what_cannot_be_is_said():
             selective.select(twin, keep)
     with pytest.raises(ValueError, match="unknown attention kernel of a selective block 'vectorized_torch'"):
         models((), kernel="vectorized_torch")
+    x = torch.randn(1, 4, 32, device=DEVICE, dtype=EXACT)
+    with pytest.raises(ValueError, match=r"positions 0 to T - 1, .* got \(1, 1, 4, 8\)"):
+        twin.layers[0](x, *(table[:4].expand(1, 1, 4, 8) for table in (twin.rope.cos, twin.rope.sin)))
     with pytest.raises(ValueError, match="must be of one dtype"):
-        twin.layers[0](torch.randn(1, 4, 32, device=DEVICE), twin.rope.cos, twin.rope.sin)
+        twin.layers[0](x.half(), twin.rope.cos, twin.rope.sin)
