@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # now and not in the first step
 from torch import Tensor
 
 from lmsys import cost, pipeline, records, stories
@@ -457,12 +458,12 @@ def run_arm(
         if count > 1:
             train_in_processes(config, count, token_files, 60 * chosen.minutes, on_row)
         else:
-            if config.train.compile:
-                torch._dynamo.reset()  # what an arm before compiled, and its limit on recompilations
             train_arm(config, token_files, 60 * chosen.minutes, on_row)
     except Exception as error:
         text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         failed = {"status": "oom" if is_out_of_memory(error) or "out of memory" in text else "error", "note": text}
+    if chosen.compiled:
+        torch._dynamo.reset()  # compiled code, what it holds, and the limit on recompilations
     release(device)  # out of the except block, whose traceback holds tensors
     if failed:
         write(common | failed)
