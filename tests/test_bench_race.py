@@ -58,7 +58,7 @@ def test_arms_differ_in_nothing_but_speed(raced):
     assert frame.valid_loss.dropna().iloc[-1] < frame.valid_loss.dropna().iloc[0] - 0.3  # and it learned
     assert frame.groupby("arm").tokens.max().eq(chosen.steps * chosen.batch * chosen.context_length).all()
     assert dict(zip(frame.arm, frame.local_batch, strict=True)) == {"ours": 4, "ours_ddp": 2, "naive": 4}
-    assert len(rows) == len(frame) and all(frame.seconds < frame.elapsed_s)
+    assert len(rows) == len(frame)
     difference = race.loss_difference(frame)
     assert difference[0] < 1e-5 and difference[3] == chosen.steps * chosen.batch * chosen.context_length
 
@@ -70,6 +70,7 @@ def test_seconds_are_those_of_the_trainers_windows(raced):
         assert np.diff(rows.seconds) == pytest.approx(windows, rel=1e-3)
         assert rows.seconds.iloc[0] == pytest.approx(windows.iloc[0], rel=1e-3)  # as many steps, at the second's pace
         assert np.isnan(rows.tokens_per_s.iloc[0])
+        assert all(np.diff(rows.seconds) <= np.diff(rows.elapsed_s) + 1e-5)  # what evaluations take is left out
 
 
 def test_the_report_tells_the_run(raced):
@@ -177,7 +178,7 @@ def test_time_to_the_same_loss_and_its_ratio():
     """Naive takes 4 s a step and stops after two; ours takes 1, two GPUs 0.5. The losses at the same tokens are one."""
     frame = by_hand({"ours": 1.0, "ours_ddp": 0.5, "naive": 4.0}, [4.0, 3.0, 2.0, 1.9], naive=2)
     curves = race.curves(frame)
-    assert race.common_losses(frame)[-1] == 3.0
+    assert race.common_losses(frame)[-1] == 3.0 and "over the last fifth" not in race.conclusions(frame)[0]
     assert [race.reaching(curves[arm], 3.0) for arm in race.ARMS] == [(8.0, 200.0), (2.0, 200.0), (1.0, 200.0)]
     assert race.reaching(curves["ours"], 3.5) == (1.5, 150.0)  # between evaluations
     assert race.reaching(curves["ours"], 4.5) == (1.0, 100.0) and race.reaching(curves["naive"], 2.5) is None
@@ -190,6 +191,7 @@ def test_time_to_the_same_loss_and_its_ratio():
 
 def test_a_loss_that_rises_again_and_one_that_differs():
     frame = by_hand({"ours": 1.0, "naive": 2.0}, [3.0, 2.0, 2.5, 1.0])
+    assert "moved by 0.2500 over the last fifth" in race.conclusions(by_hand({"ours": 1.0}, [3, 2, 2, 2.25, 2]))[0]
     assert race.reaching(race.curves(frame)["ours"], 2.5) == (1.5, 150.0)  # the first time
     frame.loc[(frame.arm == "naive") & (frame.step == 2), "valid_loss"] += 0.25
     frame.loc[(frame.arm == "naive") & (frame.step == 4), "valid_loss"] += 0.125

@@ -576,7 +576,12 @@ def conclusions(frame) -> list[str]:
         said.append(
             f"A model of {int(last.parameters):,} parameters read {_tokens(last.tokens)} tokens in {last.seconds:,.3g} s of training, "
             f"{last.elapsed_s:,.3g} s with compilation and evaluations, on one {units[0]}: its validation loss went from {first.valid_loss:.3f} at step "
-            f"{int(first.step)} to {last.valid_loss:.4f} nats a token, and moved by {late.max() - late.min():.4f} over the last fifth of its tokens."
+            f"{int(first.step)} to {last.valid_loss:.4f} nats a token"
+            + (
+                f", and moved by {late.max() - late.min():.4f} over the last fifth of its tokens."
+                if len(late) > 1
+                else "."
+            )
         )
     if NAIVE in found and len(found) > 1:
         loss = common_losses(frame)[-1]
