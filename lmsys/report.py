@@ -545,6 +545,28 @@ def _scaling_rows(machine: str):
     return frame[frame.kernel == frame.groupby("size").kernel.transform("first")]
 
 
+# Sections of the front page that are there once they have been measured, and the fills that make them.
+_SECTIONS = {
+    "Time to the same loss": ("race_headline",),
+    "Several GPUs": ("scaling_headline", "scaling_figure"),
+    "A training step of eight billion parameters": ("training_leaderboard",),
+}
+
+
+def more_results() -> str:
+    """The sections that have been measured; those that have not are named in a line."""
+    parts, missing = [], []
+    for title, names in _SECTIONS.items():
+        content = "\n\n".join(filter(None, (FILLS[name]() for name in names)))
+        if content.startswith("*Not measured yet"):
+            missing.append(title[0].lower() + title[1:])
+        else:
+            parts.append(f"## {title}\n\n{content}")
+    if missing:
+        parts.append(f"*Not measured yet on H200s, with notebooks that are ready to: {', '.join(missing)}.*")
+    return "\n\n".join(parts)
+
+
 def assignment_table() -> str:
     """The problems of the course's assignment and their answers."""
     from lmsys import assignment
@@ -564,6 +586,7 @@ FILLS: dict[str, Callable[[], str]] = {
     "training_leaderboard": training_leaderboard,
     "pipeline_headline": pipeline_headline,
     "race_headline": race_headline,
+    "more_results": more_results,
     "tiled_torch": tiled_torch,
     "tokenizer_headline": tokenizer_headline,
     "environment": environment,

@@ -71,6 +71,7 @@ def test_committed_notebooks_and_stamps_are_clean():
 def test_the_most_gpus_measured_are_on_the_front_page(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "REPOSITORY", tmp_path)
     assert "Not measured yet" in report.fill("scaling_headline") and report.fill("scaling_figure") == ""
+    assert "##" not in report.fill("more_results") and "several GPUs" in report.fill("more_results")
     for machine, gpus in (("h200-x2", 2), ("h200-x4", 4)):
         columns = dict.fromkeys(records.SCHEMAS["lm_matrix_results"], 1.0) | {"device": "NVIDIA H200", "dtype": "bf16"}
         path = tmp_path / "artifacts" / machine / "lm_matrix_results.csv"
@@ -82,6 +83,8 @@ def test_the_most_gpus_measured_are_on_the_front_page(tmp_path, monkeypatch):
     shown = report.fill("scaling_headline")
     assert "4 x NVIDIA H200" in shown and shown.count("| gpt2 | `flashddp` |") == 1 and "98.7%" in shown
     assert report.fill("scaling_figure") == "![Speed-up over one GPU](../artifacts/h200-x4/lm_matrix_speedup.png)"
+    sections = report.fill("more_results")
+    assert sections.startswith("## Several GPUs\n\n") and shown in sections and "time to the same loss" in sections
     (tmp_path / "book" / "h200-x4").mkdir(parents=True)
     (tmp_path / "book" / "h200-x4" / "sharding.ipynb").touch()
     assert report.fill("scaling_figure").endswith("Read on: [](h200-x4/sharding.ipynb).")
