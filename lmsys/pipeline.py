@@ -147,8 +147,8 @@ def run(
         say(f"[{name}] {'skipped: ' if status == 'skipped' else ''}{detail}")
 
     resumes = config.train.resume and any((run_dir / "checkpoints").glob("step-*"))
-    stages = _Stages(run_dir, report, frozen=resumes)
-    prepared = _existing(run_dir, report) if skip_data else _prepare(config, run_dir, stages, progress)
+    stages = Stages(run_dir, report, frozen=resumes)
+    prepared = _existing(run_dir, report) if skip_data else prepare(config, run_dir, stages, progress)
     tokenizer, train_tokens, valid_tokens, bytes_per_token = prepared
     config = _with_vocabulary(config, tokenizer)
 
@@ -333,7 +333,7 @@ def _with_vocabulary(config: PipelineConfig, tokenizer: Tokenizer | None) -> Pip
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
 
-def _prepare(config: PipelineConfig, run_dir: Path, stages: _Stages, progress: bool):
+def prepare(config: PipelineConfig, run_dir: Path, stages: Stages, progress: bool):
     """Stages data, tokenizer and tokens. Returns (tokenizer, training tokens, validation tokens, bytes a token)."""
     from lmsys.data import input_file, load_tokens, prepare_corpus, tokenize_to_npy
     from lmsys.tokenizer import Tokenizer
@@ -459,7 +459,7 @@ def _relative(path: str | Path, folder: Path) -> str:
     return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
 
 
-class _Stages:
+class Stages:
     """stages.json of a run folder: for each stage the settings that its outputs came from, and the state of the outputs.
 
     frozen: the folder has checkpoints that training will continue. A stage whose settings changed is then refused before it

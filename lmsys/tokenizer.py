@@ -115,7 +115,7 @@ def train_bpe(
         least <= vocab_size <= _MAX_IDS,
         f"vocab_size is {vocab_size}; it must be at least {least}, 256 bytes and {least - 256} more, and at most {_MAX_IDS}",
     )
-    counts = _count_pretokens(input_path, special_tokens, _resolve_workers(num_workers), progress)
+    counts = _count_pretokens(input_path, special_tokens, resolve_workers(num_workers), progress)
     vocab = {byte: bytes([byte]) for byte in range(256)}
     for token in special_tokens:
         if token.encode() not in vocab.values():
@@ -140,7 +140,7 @@ def _count_pretokens(path: str | os.PathLike, special_tokens: Sequence[str], wor
     counts: Counter[str] = Counter()
     with _progress_bar(progress, bounds[-1], "counting words", unit="B", unit_scale=True) as bar:
         state = (os.fspath(path), special_tokens)
-        results = _map_in_order(_count_span, state, spans, min(workers, len(spans)))
+        results = map_in_order(_count_span, state, spans, min(workers, len(spans)))
         for span, counted in zip(spans, results, strict=True):
             counts.update(counted)
             bar.update(span[-1] - span[0])
@@ -320,24 +320,26 @@ def _decode_utf8(data: bytes, path: str | os.PathLike, offset: int) -> str:
         ) from None
 
 
-def _resolve_workers(num_workers: int | None) -> int:
+def resolve_workers(num_workers: int | None) -> int:
+    """The number given, or that of the cores which this process may use. ValueError below 1."""
     if num_workers is None:
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     require(num_workers >= 1, f"num_workers is {num_workers}; it must be at least 1")
     return num_workers
 
 
-def _map_in_order(function: Callable, state: Any, tasks: Iterable, workers: int) -> Iterator[Any]:
+def map_in_order(function: Callable, state: Any, tasks: Iterable, workers: int) -> Iterator[Any]:
     """function(state, task) for each task, in order, in processes that get state once.
 
     At most two tasks a worker are under way or waiting to be taken, so memory does not grow with their number.
+    function: of a module, without torch.
     """
     if workers == 1:
         yield from (function(state, task) for task in tasks)
         return
     # fork where it is at home: workers start in milliseconds, and neither a notebook nor a script without a __main__ guard
     # is imported anew, as forkserver and spawn would. It is safe beside CUDA and other threads because a worker runs only
-    # the functions of this module: no torch, no locks of others. macOS and Windows have spawn.
+    # functions such as this module's: no torch, no locks of others. macOS and Windows have spawn.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     pool = ProcessPoolExecutor(workers, context, _set_worker_state, (state,))
     tasks = iter(tasks)
@@ -744,10 +746,10 @@ class Tokenizer:
         Raises:
             ValueError: a missing, empty or non-UTF-8 file, before the chunk in question.
         """
-        workers = _resolve_workers(num_workers)
+        workers = resolve_workers(num_workers)
         bounds = find_chunk_boundaries(path, chunk_bytes=chunk_bytes, special_tokens=self.special_tokens)
         state = (self, os.fspath(path))
-        yield from _map_in_order(_encode_chunk, state, pairwise(bounds), min(workers, len(bounds) - 1))
+        yield from map_in_order(_encode_chunk, state, pairwise(bounds), min(workers, len(bounds) - 1))
 
     def _encode_short(self, text: str) -> bytearray:
         """The packed ids of a text, by a dict."""

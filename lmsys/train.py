@@ -361,7 +361,7 @@ def evaluate(
     while together := list(itertools.islice(batches, world_size)):
         inputs, targets = together[min(rank, len(together) - 1)]
         with autocast(device, dtype):
-            ids, wanted = _to_device(inputs, device), _to_device(targets, device)
+            ids, wanted = to_device(inputs, device), to_device(targets, device)
             loss = forward(ids, wanted) if fused_loss else cross_entropy(forward(ids), wanted)
         if rank < len(together):
             sums += torch.stack((loss.double() * targets.size, torch.full_like(sums[1], targets.size)))
@@ -524,7 +524,7 @@ class _Replica:
         count = self.config.train.gradient_accumulation_steps
         step_loss = torch.zeros((), device=self.device)
         for index in range(count):
-            inputs, targets = (_to_device(array, self.device) for array in sampler.next())
+            inputs, targets = (to_device(array, self.device) for array in sampler.next())
             with self._communicating(is_last=index == count - 1):
                 with autocast(self.device, self.config.train.dtype):
                     loss = self._loss(inputs, targets) / count
@@ -1122,7 +1122,8 @@ def _tokens_per_step(config: PipelineConfig, world_size: int) -> int:
     return train.batch_size * config.model.context_length * train.gradient_accumulation_steps * world_size
 
 
-def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """The array on the device; the host does not wait for the copy."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 

@@ -203,7 +203,7 @@ def test_stories_do_not_depend_on_the_number_of_processes(tmp_path, monkeypatch)
     monkeypatch.setattr(race, "_PART_MB", 0.02)
     texts = []
     for workers in (1, 2):
-        monkeypatch.setattr(race, "_resolve_workers", lambda _, workers=workers: workers)
+        monkeypatch.setattr(race, "resolve_workers", lambda _, workers=workers: workers)
         folder = tmp_path / str(workers)
         folder.mkdir()
         path = race.write_stories(folder, 0.06, seed=1)

@@ -25,7 +25,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +35,7 @@ from torch import Tensor
 
 from lmsys import cost, records
 from lmsys.attention import check_support, get_kernel
-from lmsys.bench import ranges
+from lmsys.bench import ahead, ranges
 from lmsys.bench.measure import (
     StepClock,
     StepMeasurement,
@@ -682,14 +681,7 @@ def compile_ahead(bench: BenchSettings, chosen: Sequence[Point]) -> None:
     shares = min(bench.compile_ahead, os.cpu_count() or 1, len(work))
     if shares < 2:
         return
-    end = time.monotonic() + _COMPILE_LIMIT_S
-    processes = [_start(bench, "compile", {"share": share, "shares": shares}) for share in range(shares)]
-    for process in processes:
-        try:
-            process.communicate(timeout=max(0.1, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
+    ahead.compile_shares(_compile_share, bench, shares, _COMPILE_LIMIT_S)
 
 
 def _compilations(chosen: Sequence[Point]) -> list[Point]:
@@ -740,7 +732,7 @@ def _child(task: str) -> None:
         "repeat": grid(values["repeat"]),
         "study": grid(values["study"]),
     }
-    work = {"compile": _compile_share, "times": _cold_times, "profile": _cold_profile}[found["what"]]
+    work = {"times": _cold_times, "profile": _cold_profile}[found["what"]]
     bench = BenchSettings(**values)
     with one_thread(bench.scale == "smoke"):
         print(json.dumps(work(bench, **found["arguments"])))

@@ -15,7 +15,7 @@ from lmsys.config import ModelConfig, PipelineConfig
 from lmsys.data import BatchSampler
 from lmsys.model import TransformerLM
 from lmsys.optim import parameter_groups
-from lmsys.train import _to_device, autocast
+from lmsys.train import autocast, to_device
 
 
 class Attention(nn.Module):
@@ -108,7 +108,7 @@ class NativeStep:
         )
 
     def accumulate(self, sampler: BatchSampler) -> Tensor:
-        inputs, targets = (_to_device(array, self.device) for array in sampler.next())
+        inputs, targets = (to_device(array, self.device) for array in sampler.next())
         with autocast(self.device, self.config.train.dtype):
             loss = self.forward(inputs, targets)
         loss.backward()

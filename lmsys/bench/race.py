@@ -36,12 +36,12 @@ from torch import Tensor
 from lmsys import cost, pipeline, records, stories
 from lmsys import train as training
 from lmsys.bench.measure import is_out_of_memory, one_thread, release
-from lmsys.bench.train_step import _OF_BF16, _OF_COMPILE, OPTIONS
+from lmsys.bench.train_step import OPTIONS, possible_options
 from lmsys.config import PipelineConfig, build, model_size, require, resolve_scale, unknown_name
 from lmsys.data import load_tokens
 from lmsys.device import device_name, resolve_device
 from lmsys.parallel import group
-from lmsys.tokenizer import _map_in_order, _resolve_workers
+from lmsys.tokenizer import map_in_order, resolve_workers
 
 NAME = "race_results"
 EXTRA_COLUMNS = ("planned_steps", "kernel", "local_batch", "dtype", "parameters", "device", "note")
@@ -164,8 +164,8 @@ def settings(
     scale = resolve_scale(scale)
     values = {"text_path": None, "run_dir": f"runs/race-{scale}"} | _PRESETS[scale] | given | {"scale": scale}
     if options is None:  # what the precision and the lack of compilation leave
-        without = _OF_BF16 * (values["dtype"] != "bf16") + _OF_COMPILE * (not values["compiled"])
-        values["options"] = [name for name in values["options"] if name not in without]
+        possible = possible_options(values["dtype"], values["compiled"])
+        values["options"] = [name for name in values["options"] if name in possible]
     values["arms"], values["options"] = tuple(values["arms"]), tuple(values["options"])
     for what, known in (("arm", ARMS), ("option", OPTIONS)):
         for name in values[f"{what}s"]:
@@ -257,8 +257,8 @@ def prepare(chosen: RaceSettings, *, progress: bool = True) -> tuple[tuple[Path,
         if progress:
             print(f"[{name}] {'skipped: ' if status == 'skipped' else ''}{detail}", flush=True)
 
-    stages = pipeline._Stages(run_dir, report, frozen=False)
-    tokenizer, train_tokens, valid_tokens, bytes_per_token = pipeline._prepare(config, run_dir, stages, False)
+    stages = pipeline.Stages(run_dir, report, frozen=False)
+    tokenizer, train_tokens, valid_tokens, bytes_per_token = pipeline.prepare(config, run_dir, stages, False)
     found = {
         "text": Path(text).name,
         "vocabulary": tokenizer.vocab_size,
@@ -280,7 +280,7 @@ def write_stories(folder: Path, size_mb: float, seed: int) -> Path:
         return path
     count = max(1, round(size_mb / _PART_MB))
     state = (folder, size_mb / count, seed * 100_000)
-    parts = _map_in_order(_write_part, state, range(count), min(_resolve_workers(None), count))
+    parts = map_in_order(_write_part, state, range(count), min(resolve_workers(None), count))
     with records.atomic_path(path) as temporary, temporary.open("wb") as out, contextlib.closing(parts):
         for part in parts:
             out.write(part.read_bytes())

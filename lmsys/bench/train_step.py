@@ -113,6 +113,13 @@ _PRESETS: dict[str, dict[str, Any]] = {
 _BATCH = {"gpt2": 32, "gpt2-medium": 16}  # of 1,024 tokens, as nanoGPT's results have it; 8 of other sizes
 
 
+def possible_options(dtype: str, compiled: bool) -> list[str]:
+    """The options that a precision and compilation, or the lack of it, leave."""
+    return [
+        name for name in OPTIONS if (dtype == "bf16" or name not in _OF_BF16) and (compiled or name not in _OF_COMPILE)
+    ]
+
+
 def settings(
     scale: str = "auto",
     sizes: Sequence[str] | None = None,
@@ -150,11 +157,7 @@ def settings(
         )
     if values["dtype"] not in DTYPES:
         raise unknown_name("dtype", values["dtype"], DTYPES)
-    possible = [
-        name
-        for name in OPTIONS
-        if (values["dtype"] == "bf16" or name not in _OF_BF16) and (values["compiled"] or name not in _OF_COMPILE)
-    ]
+    possible = possible_options(values["dtype"], values["compiled"])
     values["options"] = tuple(
         options if options is not None else (name for name in possible if name not in _WHERE_NAMED)
     )
