@@ -11,6 +11,7 @@ import ast
 import dataclasses
 import inspect
 import json
+import math
 import os
 import re
 import subprocess
@@ -476,6 +477,40 @@ def training_leaderboard() -> str:
     return f"*Not measured yet: artifacts/{SCALING_MACHINES[-1]}/{leaderboard.NAME}.csv has no rows of the 2026 board.*"
 
 
+def step_headline() -> str:
+    """The trainer's step with and without its options beside PyTorch's own, and where to read on."""
+    from lmsys.bench import train_step
+
+    if not _artifact(f"{train_step.NAME}.csv").exists():
+        return _missing(train_step.NAME)
+    frame = records.read_results(_artifact(f"{train_step.NAME}.csv"))
+    frame = frame[(frame.status == "ok") & frame.option.isin((train_step.ALL, train_step.NONE))]
+    lines = []
+    for size, rows in frame.groupby("size", sort=False):
+        peer = rows[rows.implementation == train_step.PEER]
+        for row in rows.sort_values("step_ms").itertuples():
+            lines.append(
+                {
+                    "size": size,
+                    "step": train_step.label(row.implementation, row.option),
+                    "ms": records.spread(row.step_ms, row.p20_ms, row.p80_ms),
+                    "mfu": "" if math.isnan(row.mfu) else f"{row.mfu:.1%}",
+                    "speed": f"{peer.step_ms.iloc[0] / row.step_ms:.2f}" if len(peer) else "",
+                    "peak": f"{row.peak_mib:,.0f}",
+                }
+            )
+    columns = {"size": "model", "step": "step", "ms": "ms", "mfu": "MFU", "speed": "times PyTorch's speed"}
+    first = frame.iloc[0]
+    parts = [
+        f"The same model, batch and AdamW on {_gpu(train_step.NAME)}, {first.context_length:,} tokens a sequence, {first['dtype']}: our "
+        "trainer's step, and PyTorch's (its attention, `torch.compile` of the whole model, its fused AdamW).",
+        records.markdown_table(lines, columns | {"peak": "peak MiB"}).rstrip(),
+    ]
+    if (records.REPOSITORY / "book" / HEADLINE_MACHINE / "train_step.ipynb").exists():
+        parts.append(f"What each option brings: []({HEADLINE_MACHINE}/train_step.ipynb).")
+    return "\n\n".join(parts)
+
+
 def race_headline() -> str:
     """Time to the same loss, naive and ours, of the machine that ran most arms; its figure, and where to read on."""
     from lmsys.bench import race
@@ -547,6 +582,7 @@ def _scaling_rows(machine: str):
 
 # Sections of the front page that are there once they have been measured, and the fills that make them.
 _SECTIONS = {
+    "A training step": ("step_headline",),
     "Time to the same loss": ("race_headline",),
     "Several GPUs": ("scaling_headline", "scaling_figure"),
     "A training step of eight billion parameters": ("training_leaderboard",),
@@ -585,6 +621,7 @@ FILLS: dict[str, Callable[[], str]] = {
     "attention_leaderboard": attention_leaderboard,
     "training_leaderboard": training_leaderboard,
     "pipeline_headline": pipeline_headline,
+    "step_headline": step_headline,
     "race_headline": race_headline,
     "more_results": more_results,
     "tiled_torch": tiled_torch,
