@@ -90,7 +90,7 @@ def run_notebook(
 
 
 def _clean(notebook: Path) -> None:
-    """Take papermill's paths and times of this machine, and the user's home folder, out of an executed notebook."""
+    """Take papermill's own metadata and the paths of this machine out of an executed notebook."""
     import nbformat
 
     content = nbformat.read(notebook, as_version=4)
@@ -98,7 +98,17 @@ def _clean(notebook: Path) -> None:
     for cell in content.cells:
         for key in ("papermill", "execution"):
             cell.metadata.pop(key, None)
+        for output in cell.get("outputs", ()):
+            if output.output_type == "stream":
+                output.text = without_paths(output.text)
     records.write_text(notebook, nbformat.writes(content) + "\n")
+
+
+def without_paths(text: str) -> str:
+    """Printed text with paths as anyone has them: of packages from their names on, of this repository and the home folder from there."""
+    text = re.sub(r"(?<![^\s'\"(])/\S*?/(?:site|dist)-packages/", "", text)
+    text = text.replace(f"{records.REPOSITORY}/", "")
+    return re.sub(rf"{re.escape(str(Path.home()))}(?=/|\b)", "~", text) if Path.home() != Path("/") else text
 
 
 def take_parameters(

@@ -68,6 +68,12 @@ def test_committed_notebooks_and_stamps_are_clean():
         assert stamp["environment"]["gpu"] == "NVIDIA H200", path
 
 
+def test_printed_paths_lose_what_is_of_one_machine(tmp_path):
+    home, repository = Path.home(), report.records.REPOSITORY
+    text = f"/opt/venv/lib/python3.12/site-packages/torch/x.py:1: W\n  {repository}/lmsys/a.py '{home}/.cache/b' {home}body /tmp/x"
+    assert report.without_paths(text) == f"torch/x.py:1: W\n  lmsys/a.py '~/.cache/b' {home}body /tmp/x"
+
+
 def test_the_most_gpus_measured_are_on_the_front_page(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "REPOSITORY", tmp_path)
     assert "Not measured yet" in report.fill("scaling_headline") and report.fill("scaling_figure") == ""
