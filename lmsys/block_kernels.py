@@ -12,9 +12,10 @@ from torch import Tensor
 from lmsys.attention.flash_triton import tl, triton  # which sets up the interpreter where there is no GPU
 
 _sum = tl.standard._sum_combine  # interpreted whenever the kernel is, as tl.sum may not be
-# A multiprocessor's programs of the norm's gradient, each of which writes one partial sum of the gain's: at d 4096 a thread takes 80
-# registers, so three programs of 256 threads run at once on Hopper, and all of them in one wave.
-_PROGRAMS_EACH = 3
+# A multiprocessor's warps of the norm's gradient, whose programs each write one partial sum of the gain's. At d 4096 a thread takes 80
+# registers, so three programs of 8 warps run at once on Hopper, and all of them in one wave; narrower rows have as many warps in more
+# programs, as a program that waits for a row loads no other.
+_WARPS_EACH = 24
 _BLOCK = 4096  # elements of a program of SwiGLU: 16 a thread, two vector loads of 16-bit elements
 
 
@@ -87,7 +88,7 @@ def rms_norm_backward(
     rows, d = x.shape
     padded = triton.next_power_of_2(d)
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-    each = -(-rows // (_PROGRAMS_EACH * processors))
+    each = -(-rows // (_WARPS_EACH // _warps(padded) * processors))
     programs = -(-rows // each)
     partials = torch.empty(programs, d, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):

@@ -196,6 +196,9 @@ class TrainConfig:
     fused_loss: bool = False  # head and loss in one, in chunks of tokens: no logits of all tokens (lmsys.fused_loss)
     fused_rope: bool = False  # rotation and splitting of Q, K and V as one kernel (lmsys.fused_rope)
     merged_gate: bool = False  # the two matrices that the feed-forward layer begins with as one product
+    written_backward: bool = (
+        False  # in place of compile: blocks with a backward pass of our own, which keep little (lmsys.selective)
+    )
     fused_optimizer: bool = False  # AdamW in one pass over memory (optim.FusedAdamW)
     bf16_parameters: bool = (
         False  # with fused_optimizer and bf16: matrices and gradients in bf16, fp32 masters in the optimizer
@@ -265,6 +268,8 @@ class TrainConfig:
             )
         if self.residual_dtype is not None and self.residual_dtype not in DTYPES:
             raise unknown_name("train.residual_dtype", self.residual_dtype, DTYPES)
+        if self.written_backward:
+            self._check_written_backward()
         require(
             not self.fused_optimizer or not (self.sharded_optimizer or self.ddp_wrapper == "torch_fsdp2"),
             f"train.fused_optimizer does not go with train.sharded_optimizer={str(self.sharded_optimizer).lower()} and train.ddp_wrapper "
@@ -279,6 +284,25 @@ class TrainConfig:
             not self.bf16_parameters or (self.fused_optimizer and self.dtype == "bf16"),
             f"train.bf16_parameters needs train.dtype=bf16 (it is {self.dtype}) and train.fused_optimizer=true, which keeps them in "
             "fp32 beside",
+        )
+
+    def _check_written_backward(self) -> None:
+        """ValueError where blocks with a written backward pass do not go with the other options."""
+        for name in ("compile", "fused_rope", "merged_gate"):
+            require(
+                not getattr(self, name),
+                f"train.written_backward has blocks of its own, to which train.{name} does not apply; set one of them to false",
+            )
+        require(
+            self.ddp_wrapper != "torch_fsdp2",
+            "train.written_backward reads plain tensors, which train.ddp_wrapper 'torch_fsdp2' does not give; use fsdp",
+        )
+        require(self.dtype != "fp16", "train.written_backward computes in fp32 or bf16; train.dtype is fp16")
+        in_bf16 = self.bf16_parameters or self.ddp_wrapper == "fsdp"
+        require(
+            self.dtype != "bf16" or (in_bf16 and self.residual_dtype in (None, "bf16")),
+            "train.written_backward computes in the dtype of the matrices, all of it: with train.dtype=bf16 set train.bf16_parameters=true "
+            "(or train.ddp_wrapper=fsdp, which gathers them in bf16), and leave train.residual_dtype out",
         )
 
     def _check_parallel(self) -> None:

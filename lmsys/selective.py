@@ -39,6 +39,13 @@ from lmsys.model import RMSNorm, TransformerBlock, TransformerLM, rotate
 # What a block can keep beside its input: rows of d (norm1, middle, norm2), 3 d (qkv), f (gate, up); attention: its output, (N, d), and the
 # log-sum-exp, (B, H, T) in fp32. The product of silu(gate) and up falls off when their gradients are made, and is never kept.
 KINDS = ("norm1", "qkv", "attention", "middle", "norm2", "gate", "up")
+NO_PRODUCTS_AGAIN = (
+    "qkv",
+    "attention",
+    "middle",
+    "gate",
+    "up",
+)  # backward makes the norms again, which cost a pass over memory
 ATTENTION = ("flash_attention_triton", "flash_attention_torch")
 
 

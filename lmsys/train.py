@@ -48,10 +48,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lmsys import checkpoint, cost, parallel
+from lmsys import checkpoint, cost, parallel, selective
 from lmsys import device as devices
 from lmsys.attention import check_support
-from lmsys.config import FULLY_SHARDED, PipelineConfig, TrainConfig, to_dict
+from lmsys.config import FULLY_SHARDED, PipelineConfig, TrainConfig, to_dict, unknown_name
 from lmsys.data import BatchSampler, sequential_batches
 from lmsys.generate import generate_text
 from lmsys.model import TransformerLM, cross_entropy
@@ -437,6 +437,10 @@ class _Replica:
             gate=settings.merged_gate,
             residual_dtype={"bf16": torch.bfloat16, "fp32": torch.float32, None: None}[settings.residual_dtype],
         )
+        self.autocast_dtype = settings.dtype
+        if settings.written_backward:  # which computes in the matrices' own dtype
+            self.autocast_dtype = "fp32"
+            selective.select(self.model, [selective.NO_PRODUCTS_AGAIN] * config.model.num_layers)
         self.masters = {}  # fp32 values of what becomes bf16 here, for the optimizer
         if settings.bf16_parameters:
             group.broadcast_from_rank0(self.model.parameters())  # in fp32, which the wrapper will not see
@@ -526,7 +530,7 @@ class _Replica:
         for index in range(count):
             inputs, targets = (to_device(array, self.device) for array in sampler.next())
             with self._communicating(is_last=index == count - 1):
-                with autocast(self.device, self.config.train.dtype):
+                with autocast(self.device, self.autocast_dtype):
                     loss = self._loss(inputs, targets) / count
                 self.scaler.scale(loss).backward()
             step_loss += loss.detach()
@@ -607,7 +611,7 @@ class _Replica:
             tokens,
             batch_size=settings.batch_size,
             max_batches=settings.eval_batches * settings.gradient_accumulation_steps * self.world_size,
-            dtype=settings.dtype,
+            dtype=self.autocast_dtype,
             forward=self.module if self.fully_sharded else None,
             fused_loss=settings.fused_loss,
             rank=self.rank,
@@ -620,7 +624,7 @@ class _Replica:
         model = self._whole_model()
         if self.rank != 0:
             return []
-        with autocast(self.device, self.config.train.dtype):
+        with autocast(self.device, self.autocast_dtype if model is self.model else self.config.train.dtype):
             return [
                 {"prompt": prompt, "text": generate_text(model, tokenizer, prompt, settings)}
                 for prompt in settings.prompts
@@ -706,6 +710,10 @@ def check_setup(config: PipelineConfig, world_size: int | None = None) -> torch.
         kv_heads=model.num_heads,
         backward=True,
     )
+    if settings.written_backward and settings.attention_kernel not in selective.ATTENTION:
+        raise unknown_name(
+            "attention kernel for train.written_backward", settings.attention_kernel, selective.ATTENTION
+        )
     if settings.compile and device.type == "cpu" and "triton" in settings.attention_kernel:
         raise ValueError(
             f"train.compile cannot compile '{settings.attention_kernel}' on the CPU, where Triton's interpreter runs it; "

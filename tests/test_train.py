@@ -507,6 +507,7 @@ def test_config_of_a_checkpoint_builds_again(tmp_path):
 
 STEP_OPTIONS = ("fused_loss", "fused_rope", "merged_gate", "fused_optimizer")
 BF16 = {"dtype": "bf16", "fused_optimizer": True, "bf16_parameters": True}
+WRITTEN = {"written_backward": True, "attention_kernel": "flash_attention_torch"}
 
 
 def losses(history: History) -> np.ndarray:
@@ -514,13 +515,20 @@ def losses(history: History) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "options", [*[{name: True} for name in STEP_OPTIONS], dict.fromkeys(STEP_OPTIONS, True)], ids=str
+    "options",
+    [
+        *[{name: True} for name in STEP_OPTIONS],
+        dict.fromkeys(STEP_OPTIONS, True),
+        WRITTEN,
+        WRITTEN | {"fused_loss": True},
+    ],
+    ids=str,
 )
 def test_options_of_the_step_compute_the_same(options):
     np.testing.assert_allclose(losses(run(train=options)), losses(run()), rtol=2e-6)
 
 
-@pytest.mark.parametrize("options", [BF16, {"dtype": "bf16", "residual_dtype": "bf16"}], ids=str)
+@pytest.mark.parametrize("options", [BF16, {"dtype": "bf16", "residual_dtype": "bf16"}, BF16 | WRITTEN], ids=str)
 def test_less_precision_stays_near(options):
     distance = np.abs(losses(run(train=options)) / losses(run(train={"dtype": "bf16"})) - 1).max()
     assert 1e-7 < distance < 2e-3
@@ -540,13 +548,18 @@ def test_a_run_with_masters_resumes_exactly_and_its_checkpoint_is_in_fp32(tmp_pa
 def test_a_run_goes_on_under_other_options_of_the_step(tmp_path):
     """The checkpoint is the same whatever the options: fp32 weights and moments, from the plain optimizer and to it."""
     expected = losses(run(train={"dtype": "bf16"}))
-    for first, then in (({}, BF16), (BF16, {})):
-        folder = tmp_path / str(len(first))
+    for index, (first, then) in enumerate((({}, BF16 | WRITTEN), (BF16, {}))):
+        folder = tmp_path / str(index)
         with pytest.raises(Interrupted):
             run(folder, interrupt_at(7), train={"dtype": "bf16"} | first)
         history = run(folder, train={"dtype": "bf16"} | then)
         assert history.resumed_from == 5
         np.testing.assert_allclose(losses(history), expected, rtol=2e-3)
+
+
+def test_a_written_backward_pass_needs_a_kernel_that_gives_the_log_sum_exp():
+    with pytest.raises(ValueError, match="flash_attention_triton"):
+        run(train={"written_backward": True})
 
 
 def test_fused_optimizer_clips_as_the_plain_one():
@@ -567,6 +580,11 @@ def test_fused_optimizer_clips_as_the_plain_one():
         ({"fused_optimizer": True, "ddp_wrapper": "torch_fsdp2"}, "train.fused_optimizer=false"),
         ({**BF16, "ddp_wrapper": "fsdp"}, "train.bf16_parameters=false"),
         ({"fused_optimizer": True, "ddp_wrapper": "flat", "sharded_optimizer": True}, "train.fused_optimizer=false"),
+        (WRITTEN | {"compile": True}, "train.compile"),
+        (WRITTEN | {"dtype": "fp16"}, "fp32 or bf16"),
+        (WRITTEN | {"dtype": "bf16"}, "train.bf16_parameters=true"),
+        (WRITTEN | BF16 | {"residual_dtype": "fp32"}, "leave train.residual_dtype out"),
+        (WRITTEN | {"ddp_wrapper": "torch_fsdp2"}, "use fsdp"),
     ],
     ids=str,
 )
