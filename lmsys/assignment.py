@@ -7,7 +7,9 @@ calculated use lmsys.cost.
 
 from __future__ import annotations
 
+import html
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -95,18 +97,21 @@ def _benchmarking_script() -> list[str]:
 
 
 def _warmup() -> list[str]:
+    from lmsys.bench.model_report import MODES_SAID
+
     frame = one("model_benchmark_warmup").sort_values("step")
     first, second, later = frame.time_ms.iloc[0], frame.time_ms.iloc[1], frame.time_ms.iloc[2:].median()
+    row = frame.iloc[0]
     return [
-        f"Without warm-up the first step counts, which takes {records.significant(first)} ms; the second takes "
-        f"{records.significant(second)} ms and the later ones {records.significant(later)} ms."
+        f"Without warm-up the first step counts ({row['size']}, {row.context_length:,} tokens, {row['dtype']}, {MODES_SAID[row['mode']]}), which takes "
+        f"{records.significant(first)} ms; the second takes {records.significant(second)} ms and the later ones {records.significant(later)} ms."
     ]
 
 
 def _nsys_profile() -> list[str]:
     from lmsys.bench import profile
 
-    results, kernels = one(profile.NAME), one(profile.KERNELS)
+    results, kernels = one(profile.NAME), profile.known(one(profile.KERNELS))
     said = []
     for letter, (_, answer) in profile.ANSWERS.items():
         said.append(f"({letter}) {answer(results, kernels)[-1]}")
@@ -135,7 +140,7 @@ def _mixed_precision_speed() -> list[str]:
     eager = measured(one("model_benchmark_results"), compiled="no", mode="forward_backward", context_length=512)
     parts = []
     for size, group in eager.groupby("size", sort=False):
-        by = group.drop_duplicates("dtype").set_index("dtype").median_ms
+        by = group.drop_duplicates("dtype").set_index("dtype").mean_ms
         if {"fp32", "bf16"} <= set(by.index):
             parts.append(f"{size} {by['fp32'] / by['bf16']:.2f}")
     if not parts:
@@ -212,8 +217,12 @@ def _board(board: str) -> Callable[[], list[str]]:
         if frame.empty:
             raise Missing
         best = measured(frame).sort_values("median_ms")
+        paths = best["path"].fillna("") if "path" in best else [""] * len(best)
         return [
-            "; ".join(f"`{row.implementation}` {records.significant(row.median_ms)} ms" for row in best.itertuples())
+            "; ".join(
+                f"`{row.implementation}`{f' ({path} path)' if path else ''} {records.significant(row.median_ms)} ms"
+                for row, path in zip(best.itertuples(), paths, strict=True)
+            )
             + "."
         ]
 
@@ -453,6 +462,21 @@ def how(part: Part) -> str:
     return f"Not measured yet; `python -m lmsys report {part.notebook} --scale full --machine {machine}` measures it."
 
 
+def breakable(text: str, longest: int = 28) -> str:
+    """Markdown whose code spans of more than so many characters may break after each underscore, comma and slash: else they set the width of a table."""
+
+    def code(found: re.Match) -> str:
+        name = found[1]
+        if len(name) <= longest:
+            return found[0]
+        pieces = (
+            html.escape(piece).replace("_", "&#95;").replace("*", "&#42;") for piece in re.split(r"(?<=[_,/])", name)
+        )
+        return f'<code class="docutils literal">{"<wbr>".join(pieces)}</code>'
+
+    return re.sub(r"`([^`]+)`", code, text)
+
+
 def where(problem: Problem) -> str:
     """Links to the executed notebooks and names of the files."""
     found = []
@@ -474,7 +498,7 @@ def table() -> str:
         lines.append(
             {"problem": problem.name.replace("_", "\\_<wbr>")}  # long names may break, so that the answers have room
             | dict(zip(EDITIONS, shown, strict=True))
-            | {"answer, and where": answer(problem) + (f" *In* {place}." if place else "")}
+            | {"answer, and where": breakable(answer(problem) + (f" *In* {place}." if place else ""))}
         )
     sums = {edition: str(points(edition)) for edition in EDITIONS}
     return records.markdown_table([*lines, {"problem": "all"} | sums]).rstrip()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lmsys import cost, records
-from lmsys.assignment import MACHINE, PROBLEMS, SEVERAL, Missing, Part, bound_said, how, many, measured, one
+from lmsys.assignment import MACHINE, PROBLEMS, SEVERAL, Missing, Part, bound_said, breakable, how, many, measured, one
 from lmsys.config import model_size
 
 Piece = Callable[[], str]
@@ -122,13 +122,23 @@ def _benchmark_dtype(frame) -> str:
     return max(DTYPES, key=lambda dtype: int((frame["dtype"] == dtype).sum()))
 
 
+def _eager():
+    """The rows of the model benchmark that are not compiled, failed ones too."""
+    frame = one("model_benchmark_results")
+    measured(frame, compiled="no")
+    return frame[frame.compiled == "no"]
+
+
 def _benchmark_times() -> str:
     from lmsys.bench import model_report
 
-    eager = measured(one("model_benchmark_results"), compiled="no")
+    eager = _eager()
     shown = eager[eager["dtype"] == _benchmark_dtype(eager)]
     tables = [
-        _captioned(f"**{mode.replace('_', ' ')}**, {shown['dtype'].iloc[0]}", model_report.time_table(shown, mode))
+        _captioned(
+            f"**{model_report.MODES_SAID[mode].capitalize()}**, {shown['dtype'].iloc[0]} (oom: memory ran out; empty: not measured):",
+            model_report.time_table(shown, mode),
+        )
         for mode in ("forward", "forward_backward")
         if (shown["mode"] == mode).any()
     ]
@@ -138,8 +148,14 @@ def _benchmark_times() -> str:
 def _backward_ratio() -> list[str]:
     from lmsys.bench import model_report
 
-    eager = measured(one("model_benchmark_results"), compiled="no")
-    return _starting(model_report.conclusions(eager), "The backward pass")
+    return _starting(model_report.conclusions(_eager()), "The backward pass")
+
+
+def _host_bound() -> str:
+    """Which points are bound by the host; nothing where none is."""
+    from lmsys.bench import model_report
+
+    return "\n".join(f"- {said}" for said in model_report.host_said(measured(one("model_benchmark_results"))))
 
 
 def _timing_overhead() -> list[str]:
@@ -152,6 +168,8 @@ def _timing_overhead() -> list[str]:
 
 
 def _repeated() -> list[str]:
+    from lmsys.bench.model_report import MODES_SAID
+
     again = one("model_benchmark_repeat")
     if again.empty:
         raise Missing
@@ -160,11 +178,18 @@ def _repeated() -> list[str]:
     both = both[both.ratio.notna()]
     if both.empty:
         raise Missing
-    changed = both[both.verdict.isin(("slower", "faster"))]
-    largest = (both.ratio - 1).abs().max()
+    changed = [
+        f"{row['size']}, {MODES_SAID[row['mode']]}, {int(row.context_length):,} tokens, {row['dtype']}: {row.a} and {row.b} ms"
+        for _, row in both[both.verdict.isin(("slower", "faster"))].iterrows()
+    ]
+    apart = (
+        f"further apart than 5% and the spread of both: {'; '.join(changed)}"
+        if changed
+        else "none is further apart than 5% and the spread of both"
+    )
     return [
-        f"Measured a second time after all others, medians differ by at most {100 * largest:.1f}% ({len(both)} points), {len(changed)} of them by more than "
-        "5% and more than the spread of both."
+        f"Measured a second time after all others, the medians of {len(both)} points are {both.ratio.min():.2f} to {both.ratio.max():.2f} times the first "
+        f"ones; {apart}."
     ]
 
 
@@ -175,11 +200,24 @@ def _warmup_table() -> str:
     return model_report.warmup_table(times, int(_stamp("model_benchmark_warmup")["parameters"]["steps"]))
 
 
+def _warmup_left() -> list[str]:
+    from lmsys.bench import model_report
+
+    times = one("model_benchmark_warmup")
+    return [model_report.warmup_said(times, int(_stamp("model_benchmark_warmup")["parameters"]["steps"]))]
+
+
 def _first_step() -> str:
     from lmsys.bench import model_report
 
     paid = one("model_benchmark_first_step")
     return f"{model_report.first_step_said(paid)}\n\n{model_report.first_step_table(paid)}"
+
+
+def _compiled_model() -> list[str]:
+    from lmsys.bench import model_report
+
+    return model_report.compile_said(one("model_benchmark_results"))
 
 
 def _profile(letter: str) -> Piece:
@@ -188,7 +226,7 @@ def _profile(letter: str) -> Piece:
     def sentences() -> list[str]:
         from lmsys.bench import profile
 
-        return profile.ANSWERS[letter][1](one(profile.NAME), one(profile.KERNELS))
+        return profile.ANSWERS[letter][1](one(profile.NAME), profile.known(one(profile.KERNELS)))
 
     return _said(sentences)
 
@@ -199,16 +237,34 @@ def _profile_table(name: str, *arguments: str) -> Piece:
     def piece() -> str:
         from lmsys.bench import profile
 
-        results, kernels = one(profile.NAME), one(profile.KERNELS)
+        results, kernels = one(profile.NAME), profile.known(one(profile.KERNELS))
         given = {
             "forward_table": (results,),
             "top_table": (results, kernels),
             "share_table": (kernels, *arguments),
             "attention_table": (kernels,),
         }
-        return getattr(profile, name)(*given[name])
+        return breakable(getattr(profile, name)(*given[name]))
 
     return piece
+
+
+def _lost_operators() -> str:
+    """How many kernels are sorted by their name, as their operator is not in the trace; nothing where none is."""
+    from lmsys.bench import profile
+
+    kernels = one(profile.KERNELS)
+    rows = kernels[profile.known(kernels).category != kernels.category]
+    if rows.empty:
+        return ""
+    points = "; ".join(
+        f"{size}, {context:,} tokens, {dtype}"
+        for size, context, dtype in rows[["size", "context_length", "dtype"]].drop_duplicates().itertuples(index=False)
+    )
+    return (
+        f"- The trace names no operator for {rows['count'].sum():,} kernels ({points}): they count here as what kernels of their name are elsewhere, in the "
+        "notebook as *other*."
+    )
 
 
 # --- Mixed precision ------------------------------------------------------------------------------
@@ -234,6 +290,24 @@ def _precision_table() -> str:
         f"At {model_report.mixed_context(frame):,} tokens, eager; the gain over the widest precision in parentheses.",
         model_report.precision_table(frame),
     )
+
+
+def _precision_trend() -> str:
+    """Whether the gain of 16 bits grows with the size, and what they bring over tf32, in forward and backward, as far as it was measured."""
+    from lmsys.bench import model_report
+
+    eager = _eager()
+    rows = eager[(eager["mode"] == "forward_backward") & (eager.context_length == model_report.mixed_context(eager))]
+    said = []
+    gains = model_report.paired(rows, "dtype", "fp32", "bf16").speedup
+    if len(gains) > 1:
+        grows = "grows" if gains.is_monotonic_increasing else "does not grow"
+        said.append(f"That gain {grows} with each size, from {gains.iloc[0]:.2f} to {gains.iloc[-1]:.2f}.")
+    found = model_report.paired(rows, "dtype", "tf32", "bf16")
+    if len(found):
+        parts = ", ".join(f"{row['size']} {row.speedup:.2f}" for _, row in found.iterrows())
+        said.append(f"Times as fast as in tf32, which casts nothing: {parts}.")
+    return "\n".join(f"- {sentence}" for sentence in said)
 
 
 def _peaks_said() -> str:
@@ -348,6 +422,22 @@ def _checkpointing(what: str) -> Callable[[], Any]:
     return made
 
 
+def _nested_peak() -> str:
+    """Whether nesting lowers the peak too; nothing where it, or what it is compared with, was not measured."""
+    rows = measured(one("memory_checkpointing"))
+    nested = rows[rows.strategy.str.startswith("nested")]
+    others = rows[~rows.strategy.str.startswith("nested")]
+    if nested.empty or others.empty:
+        return ""
+    nested, other = nested.loc[nested.peak_mib.idxmin()], others.loc[others.peak_mib.idxmin()]
+    if nested.peak_mib < 0.99 * other.peak_mib:
+        return ""
+    return (
+        f"- Nesting does not lower the peak here ({nested.peak_mib:,.0f} MiB, without it {other.peak_mib:,.0f}): with so few activations left, parameters, "
+        "gradients and optimizer state are most of it."
+    )
+
+
 def group_size(num_blocks: int, stream: float, residuals: float) -> float:
     """sqrt(N c / r), the group of blocks at which N c / k + k r is least."""
     return math.sqrt(num_blocks * stream / residuals)
@@ -421,16 +511,18 @@ def _course_accounting() -> list[str]:
     left = (ahead.before_backward_mib - ahead.computed_mib).rename("left")
     by_point = ahead.assign(left=left).groupby(["seq_len", "head_dim"]).left
     apart = (by_point.max() - by_point.min()).max()
-    said = [
+    said = (
         f"Accounting: naive attention at {last.seq_len:,} tokens, head_dim {last.head_dim}, holds {last.before_backward_mib:,.0f} MiB before the backward pass, by "
-        f"the formula {last.computed_mib:,.0f} ({100 * (last.before_backward_mib / last.computed_mib - 1):+.1f}%). Over all points {left.min():,.0f} to "
-        f"{left.max():,.0f} MiB are there beside what the formula counts"
-    ]
+        f"the formula {last.computed_mib:,.0f} ({100 * (last.before_backward_mib / last.computed_mib - 1):+.1f}%). "
+    )
+    if left.abs().max() < 1:
+        return [f"{said}At no point of any implementation are the two a MiB apart."]
+    said += f"Over all points {left.min():,.0f} to {left.max():,.0f} MiB are there beside what the formula counts"
     if ahead.implementation.nunique() > 1 and apart < 1:
-        said[0] += (
+        said += (
             ", the same for every implementation of a point, so that it belongs to the measurement and not to attention"
         )
-    return [f"{said[0]}."]
+    return [f"{said}."]
 
 
 def intensities() -> list[tuple[str, int, float, float]]:
@@ -502,6 +594,23 @@ def _bench_said() -> list[str]:
     from lmsys.bench import flash_report
 
     return flash_report.bench_conclusions(one("flash_benchmarking_results"))
+
+
+def _slower_than_naive() -> list[str]:
+    """Where FlashAttention loses to plain PyTorch, by precision."""
+    frame = measured(one("flash_benchmarking_results"), **{"pass": "forward_backward"})
+    by = frame.pivot_table(
+        index=["dtype", "head_dim", "seq_len"], columns="implementation", values="median_ms"
+    ).dropna()
+    if not {"naive", "flash"} <= set(by.columns):
+        raise Missing
+    parts = []
+    for dtype, rows in by.groupby("dtype"):
+        slower = rows[rows.flash > rows.naive].index.get_level_values("seq_len")
+        parts.append(
+            f"{dtype} {len(slower)} of {len(rows)} points" + (f", up to {slower.max():,} tokens" if len(slower) else "")
+        )
+    return [f"Forward and backward, FlashAttention is the slower one: {'; '.join(parts)}."]
 
 
 def _bench_table() -> str:
@@ -694,6 +803,20 @@ def _ring() -> list[str]:
     ]
 
 
+# --- What did not work ----------------------------------------------------------------------------
+
+
+def _costly_options() -> list[str]:
+    """Options of the training step without which it is faster, or that there are none."""
+    from lmsys.bench import train_step
+
+    frame, losses = one("train_step_results"), one("train_step_losses")
+    said = train_step.conclusions(measured(frame), losses)
+    return [sentence for sentence in said if "` costs " in sentence.partition(" and ")[0]] or [
+        "None of those measured."
+    ]
+
+
 # --- Leaderboards ---------------------------------------------------------------------------------
 
 
@@ -783,6 +906,7 @@ FILLS: dict[str, Piece] = {
         _figure("model_benchmark_time", "Time of a step against the context, for each size and precision"),
         _benchmark_times,
         _answer("benchmarking_script", 0),
+        _host_bound,
         _said(_backward_ratio),
         _said(_repeated),
         _said(_timing_overhead),
@@ -794,6 +918,7 @@ FILLS: dict[str, Piece] = {
         ),
         _warmup_table,
         _answer("benchmarking_script", 1),
+        _said(_warmup_left),
         _first_step,
     ),
     "nsys_profile_a": _block(_PROFILE, _profile_table("forward_table"), _profile("a")),
@@ -803,6 +928,7 @@ FILLS: dict[str, Piece] = {
         _figure("profiling_layer", "One layer's forward pass, kernel by kernel"),
         _profile_table("share_table", "inference"),
         _profile("c"),
+        _lost_operators,
     ),
     "nsys_profile_d": _block(
         _PROFILE,
@@ -836,6 +962,7 @@ FILLS: dict[str, Piece] = {
         _figure("model_benchmark_precision", "Time of a step in each precision, for each size"),
         _precision_table,
         _answer("benchmarking_mixed_precision", 2),
+        _precision_trend,
     ),
     "mixed_precision_peaks": _peaks_said,
     # Memory
@@ -858,6 +985,7 @@ FILLS: dict[str, Piece] = {
         _checkpointing("table"),
         _said(_group_size),
         _said(_checkpointing("conclusions")),
+        _nested_peak,
     ),
     # Attention
     "pytorch_attention": _block(
@@ -873,7 +1001,7 @@ FILLS: dict[str, Piece] = {
     "torch_compile_b": _block(
         _BENCHMARK,
         _figure("model_benchmark_compile", "Speed of a compiled step over an eager one"),
-        _answer("torch_compile", 1),
+        _said(_compiled_model),
     ),
     "flash_forward": _block(
         "attention_sweep",
@@ -900,6 +1028,7 @@ FILLS: dict[str, Piece] = {
         _figure("flash_attention_benchmarking", "Time against the length"),
         _bench_table,
         _said(_bench_said),
+        _said(_slower_than_naive),
     ),
     # Data parallel training
     "collectives": _block(
@@ -975,5 +1104,7 @@ FILLS: dict[str, Piece] = {
     # Leaderboards
     "board_2025": _block(_FLASH, _board_2025("table"), _said(_board_2025("conclusions")), _said(_board_floor)),
     "board_2026_floor": _board_2026_floor,
+    # What did not work
+    "costly_options": _block("train_step", _said(_costly_options)),
     "board_2026": _block("leaderboard", _board_2026("table"), _said(_board_2026("conclusions")), several=True),
 }

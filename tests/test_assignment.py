@@ -1,4 +1,6 @@
+import html
 import json
+import re
 
 import pandas as pd
 import pytest
@@ -70,15 +72,18 @@ def test_measured_numbers_reach_the_table(artifacts, tmp_path):
         point | {"mode": mode, "mean_ms": ms, "std_ms": 0.5, "median_ms": ms}
         for mode, ms in (("forward", 10.0), ("forward_backward", 31.0))
     ]
-    rows.append(rows[1] | {"dtype": "bf16", "median_ms": 20.0})
+    rows.append(rows[1] | {"dtype": "bf16", "mean_ms": 20.0})
     artifacts("h200", "model_benchmark_results", rows)
     artifacts(
-        "h200", "model_benchmark_warmup", [{"step": i, "time_ms": ms} for i, ms in enumerate((900.0, 12.0, 10.0, 11.0))]
+        "h200",
+        "model_benchmark_warmup",
+        [rows[1] | {"step": i, "time_ms": ms} for i, ms in enumerate((900.0, 12.0, 10.0, 11.0))],
     )
     text = answer("benchmarking_script")
     assert (
         "small 10.0 ± 0.50 and 21.0 ms" in text
-        and "takes 900 ms; the second takes 12.0 ms and the later ones 10.5 ms" in text
+        and "(small, 512 tokens, fp32, forward and backward), which takes 900 ms; the second takes 12.0 ms and the later ones 10.5 ms"
+        in text
     )
     assert "Not measured" not in text
     assert "report model_benchmark" in answer("torch_compile")  # no compiled point in these rows
@@ -101,10 +106,11 @@ def test_measured_numbers_reach_the_table(artifacts, tmp_path):
     assert "Not measured yet" in answer("minimal_ddp_flat_benchmarking")  # the file is there, the wrapper is not
 
     boards = [
-        {"board": "2025", "implementation": n, "status": "ok", "median_ms": ms} for n, ms in (("b", 5.0), ("a", 4.0))
+        {"board": "2025", "implementation": n, "status": "ok", "median_ms": ms, "path": path}
+        for n, ms, path in (("b", 5.0, None), ("a", 4.0, "hopper"))
     ]
     artifacts("h200", "leaderboard_results", boards)
-    assert answer("leaderboard (attention)") == "`a` 4.00 ms; `b` 5.00 ms."
+    assert answer("leaderboard (attention)") == "`a` (hopper path) 4.00 ms; `b` 5.00 ms."
     assert answer("leaderboard (training step)").startswith("Not measured yet")
 
     executed = tmp_path / "book" / "h200-x2" / "data_parallel.ipynb"
@@ -123,6 +129,17 @@ def test_answers_of_whole_experiments(artifacts, tmp_path):
     assert all(f"({letter}) tiny, 8 tokens, fp32" in text for letter in "abcde")
     assert "The truth is" in answer("mixed_precision_accumulation")
     assert "(a) " in answer("benchmarking_mixed_precision") and "(b) " in answer("benchmarking_mixed_precision")
+
+
+def test_long_code_may_break():
+    """Names that would set the width of a table's column break after underscores; short ones stay as they are."""
+    name = "elementwise_kernel<4, array<char*, 2> >"
+    assert assignment.breakable("a `short_name` b") == "a `short_name` b"
+    made = assignment.breakable(f"a `{name}` b")
+    assert made == (
+        'a <code class="docutils literal">elementwise&#95;<wbr>kernel&lt;4,<wbr> array&lt;char&#42;,<wbr> 2&gt; &gt;</code> b'
+    )
+    assert html.unescape(re.sub("<[^>]*>", "", made)) == f"a {name} b"
 
 
 def test_calculated_answers_have_their_numbers(artifacts):

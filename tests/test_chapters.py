@@ -11,12 +11,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lmsys import assignment, chapters, cost, records, report
-from lmsys.bench import data_parallel, flash, leaderboard, model, precision, profile, sharding
+from lmsys.bench import data_parallel, flash, leaderboard, model, model_report, precision, profile, sharding, train_step
 from lmsys.config import model_size
 from lmsys.model import TransformerLM
 
 REPOSITORY = records.REPOSITORY
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in (REPOSITORY / "book" / "chapters").glob("*.md")}
+NOT_WORKED = (REPOSITORY / "book" / "what_did_not_work.md").read_text(encoding="utf-8")
 MARKER = re.compile(r"<!-- fill: (\w+) -->")
 MEASURED = {name for name, fill in chapters.FILLS.items() if fill.__qualname__.startswith("_block")}
 
@@ -43,6 +44,7 @@ def artifacts(tmp_path, monkeypatch):
 def test_pages_and_fills_belong_together():
     used = {name for text in PAGES.values() for name in MARKER.findall(text)}
     assert used <= set(chapters.FILLS), used - set(chapters.FILLS)
+    used |= set(MARKER.findall(NOT_WORKED)) - set(report.FILLS)
     unused = {name for name in chapters.FILLS if not name.startswith("page_")} - used
     assert not unused
     assert not set(chapters.FILLS) & set(report.FILLS)
@@ -148,24 +150,39 @@ def test_the_model_benchmark_reaches_its_pages(artifacts):
     ]
     folder = artifacts("h200", model.NAME, rows, model.EXTRA_COLUMNS, method={"empty_step_ms": 0.008})
     text = report.fill("benchmarking_script_b")
-    assert "| small | fp32 | no | 20.00 ± 0.10 |" in text and "| medium | fp32 | no | 180.0 ± 0.10 |" in text
+    assert "| small | 20.00 ± 0.10 |" in text and "| medium | 180.0 ± 0.10 |" in text
+    assert "**Forward and backward**, fp32" in text and "Bound by the host" not in text  # no second context
     assert "takes 2.00 to 2.00 times the forward pass" in text  # 60 less 20 over 20, 30 less 10 over 10
     assert "0.1% of the shortest step" in text and "![" not in text
-    assert text.count("Not measured yet") == 1  # the second run is missing
+    assert text.count("Not measured yet") == 1  # the second run
     again = [row | {"mean_ms": 1.02 * row["mean_ms"], "median_ms": 1.02 * row["median_ms"]} for row in rows[:2]]
     artifacts("h200", model.REPEAT, again, model.EXTRA_COLUMNS)
     (folder / "model_benchmark_time.png").touch()
     text = report.fill("benchmarking_script_b")
     assert "Not measured" not in text and text.startswith("![")
-    assert "medians differ by at most 2.0% (2 points), 0 of them by more than 5%" in text
+    assert "medians of 2 points are 1.02 to 1.02 times the first ones; none is further apart than 5%" in text
+    again[1] = again[1] | {name: 0.5 * rows[1][name] for name in ("mean_ms", "median_ms", "p20_ms", "p80_ms")}
+    artifacts("h200", model.REPEAT, again, model.EXTRA_COLUMNS)
+    text = report.fill("benchmarking_script_b")
+    assert "further apart than 5% and the spread of both: small, forward and backward, 512 tokens, fp32: 60.0" in text
 
     assert "small 2.00, medium 2.00" in report.fill("mixed_precision_speed")
-    assert "Compiled (blocks), forward_backward: 1.50" in report.fill("torch_compile_b")
+    assert "That gain grows with each size, from 2.00 to 2.00." in report.fill("mixed_precision_speed")
+    slower = [
+        row | {"mean_ms": 3 * row["mean_ms"]} if row["size"] == "medium" and row["dtype"] == "bf16" else row
+        for row in rows
+    ]
+    tf32 = [row | {"dtype": "tf32", "mean_ms": 15.0} for row in rows[1:2]]
+    artifacts("h200", model.NAME, slower + tf32, model.EXTRA_COLUMNS, method={"empty_step_ms": 0.008})
+    text = report.fill("mixed_precision_speed")
+    assert "That gain does not grow with each size, from 2.00 to 0.67." in text
+    assert "Times as fast as in tf32, which casts nothing: small 0.50." in text
+    assert "- Compiled (blocks), forward and backward: 1.50" in report.fill("torch_compile_b")
 
     artifacts(
         "h200",
         "model_benchmark_warmup",
-        [{"step": i, "time_ms": ms} for i, ms in enumerate((900.0, 12.0, *[10.0] * 13))],
+        [rows[1] | {"step": i, "time_ms": ms} for i, ms in enumerate((900.0, 12.0, *[10.0] * 13))],
         parameters={"steps": 10},
     )
     calls = {"first_calls": 1, "later_calls": 1}
@@ -173,6 +190,88 @@ def test_the_model_benchmark_reaches_its_pages(artifacts):
     text = report.fill("benchmarking_script_c")
     assert "takes 900 ms; the second takes 12.0 ms and the later ones 10.0 ms" in text
     assert "| 0 | 99.20" in text and "`load`" in text and "Not measured" not in text
+    assert "+2.0% after 1, less than the standard deviation there, +0.0% after 2" in text
+
+
+def test_points_bound_by_the_host_are_named(artifacts):
+    """12, 13 and 26 ms at 128, 256 and 512 tokens: the first hardly grows, the second doubles, the third has no longer one beside it."""
+    base = {"size": "small", "batch": 4, "dtype": "bf16", "compiled": "no", "warmup": 5, "status": "ok", "samples": 10}
+    base |= {"kernel": "k", "device": "GPU X"}
+    rows = [
+        base | {"context_length": n, "mode": mode, "mean_ms": ms, "median_ms": ms, "std_ms": std * ms}
+        for mode in ("forward", "full_step")
+        for n, ms, std in ((128, 12.0, 0.2), (256, 13.0, 0.01), (512, 26.0, 0.01))
+    ]
+    trouble = "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. See documentation."
+    rows.append(base | {"context_length": 1024, "mode": "forward", "status": "oom", "note": trouble})
+    folder = artifacts("h200", model.NAME, rows, model.EXTRA_COLUMNS, method={"empty_step_ms": 0.008})
+    frame = records.read_results(folder / f"{model.NAME}.csv")
+    (said,) = model_report.host_said(frame[frame.status == "ok"])
+    assert said.startswith(
+        "Bound by the host, eager: 1 of 2 points (small up to 128 tokens); their standard deviation is 20.0% of the mean"
+    )
+    assert "that of the others 1.0%" in said and f"- {said}" in report.fill("benchmarking_script_b")
+    assert model_report.conclusions(frame)[-1] == (
+        "1 point oom, the first small at 1,024 tokens, bf16, forward: OutOfMemoryError: CUDA out of memory."
+    )
+    assert "| oom |" in report.fill("benchmarking_script_b")
+    rows[0]["mean_ms"] = 6.0  # now every point grows with its tokens
+    artifacts("h200", model.NAME, rows, model.EXTRA_COLUMNS, method={"empty_step_ms": 0.008})
+    assert "Bound by the host" not in report.fill("benchmarking_script_b")
+
+
+def test_kernels_without_an_operator_count_by_their_name(artifacts):
+    point = {
+        "size": "tiny",
+        "context_length": 64,
+        "batch": 2,
+        "dtype": "fp32",
+        "phase": "forward",
+        "part": "feed-forward",
+    }
+    kernel = point | {"mode": "inference", "name": "gemm", "count": 3}
+    rows = [
+        kernel | {"operator": "aten::mm", "category": profile.MATMUL, "total_ms": 5.0},
+        kernel | {"operator": "Command Buffer Full", "category": profile.OTHER, "total_ms": 3.0},
+        kernel | {"name": "add", "operator": "aten::add", "category": "element-wise", "total_ms": 2.0},
+        kernel | {"name": "odd", "operator": "aten::view", "category": profile.OTHER, "total_ms": 0.1},
+    ]
+    artifacts("h200", profile.KERNELS, rows)
+    artifacts("h200", profile.NAME, [point | {"mode": "inference", "status": "ok"}], profile.EXTRA_COLUMNS)
+    text = report.fill("nsys_profile_c")
+    assert "| tiny | 64 | fp32 | 79.2% | 19.8% | 1.0% |" in text  # of 10.1 ms
+    assert "no operator for 3 kernels (tiny, 64 tokens, fp32)" in text
+    artifacts("h200", profile.KERNELS, [row for row in rows if row["operator"] != "Command Buffer Full"])
+    assert "no operator" not in report.fill("nsys_profile_c")
+    nested = "void at::native::unrolled<at::native::direct_copy(at::Base&)::{lambda(float)#1}, 4>(int, float)"
+    assert profile.short_name(nested) == "unrolled<direct_copy>"  # cut at the first argument, and closed
+
+
+def test_options_that_cost_time_are_what_did_not_work(artifacts):
+    base = {"size": "gpt2", "context_length": 1024, "local_batch": 32, "dtype": "bf16", "status": "ok", "samples": 15}
+    base |= {"implementation": "lmsys", "tokens_per_s": 4e5, "peak_mib": 16e3, "device": "GPU X"}
+    rows = [
+        base | {"option": name, "step_ms": ms}
+        for name, ms in (("all", 70.0), ("fused_loss", 74.0), ("merged_gate", 68.0))
+    ]
+    artifacts("h200", train_step.NAME, rows, ("host_ms", "device"))
+    losses = [
+        {"size": "gpt2", "implementation": "lmsys", "option": row["option"], "step": 0, "loss": 9.0} for row in rows
+    ]
+    artifacts("h200", train_step.LOSSES, losses)
+    text = report.fill("costly_options")
+    assert "`merged_gate` costs 2.00 ms" in text and "fused_loss" not in text
+
+
+def test_whether_nesting_lowers_the_peak(artifacts):
+    base = {"size": "tiny", "batch": 1, "context_length": 8, "dtype": "fp32", "kernel": "k", "status": "ok"}
+    rows = [
+        base | {"strategy": name, "peak_mib": mib} for name, mib in (("none", 900.0), ("1", 500.0), ("nested", 499.0))
+    ]
+    artifacts("h200", "memory_checkpointing", rows)
+    assert chapters._nested_peak().startswith("- Nesting does not lower the peak here (499 MiB, without it 500)")
+    artifacts("h200", "memory_checkpointing", [*rows[:2], rows[2] | {"peak_mib": 300.0}])
+    assert chapters._nested_peak() == ""
 
 
 def test_the_profile_and_precision_reach_their_pages(artifacts, tmp_path):
@@ -387,6 +486,9 @@ def test_attention_fills_by_hand(artifacts):
         "Over all points 64 to 64 MiB are there beside what the formula counts, the same for every implementation"
         in text
     )
+    exact = [row | {"before_backward_mib": row["computed_mib"]} for row in rows]
+    artifacts("h200", "pytorch_attention_results", exact, extra)
+    assert "At no point of any implementation are the two a MiB apart." in report.fill("pytorch_attention")
     text = report.fill("torch_compile_a")
     assert "| 64 | 1,024 | 2.00 | 1.00 | 2.00 | 1.00 |" in text and "forward: 2.00 times the speed" in text
 

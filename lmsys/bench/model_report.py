@@ -9,6 +9,10 @@ from typing import Any
 from lmsys import records
 from lmsys.bench.model import COMPILED, DTYPES, NAME, WARMUP_COUNTS
 
+MODES_SAID = {"forward": "forward", "forward_backward": "forward and backward", "full_step": "full step"}
+_VARIANTS = {"dtype": "precision", "compiled": "compiled"}
+_FLAT = 1.25  # times as long with twice the tokens: less, and the time does not follow the work
+
 
 def row_line(row: dict[str, Any]) -> str:
     """One row as a line of progress."""
@@ -30,7 +34,10 @@ def mean_std(mean: float, std: float) -> str:
 
 
 def time_table(frame, mode: str) -> str:
-    """Mean and standard deviation in ms of a mode as Markdown: a line for each size, precision and way of compiling, a column a context."""
+    """Mean and standard deviation in ms of a mode as Markdown: a line for each size, precision and way of compiling, a column a context.
+
+    A precision or way of compiling that all lines share has no column.
+    """
     shown = frame[frame["mode"] == mode]
     contexts = sorted(set(shown.context_length))
     lines = []
@@ -39,10 +46,9 @@ def time_table(frame, mode: str) -> str:
         for row in group.itertuples():
             line[row.context_length] = mean_std(row.mean_ms, row.std_ms) if row.status == "ok" else row.status
         lines.append(line)
-    columns = {"size": "size", "dtype": "precision", "compiled": "compiled"} | {
-        n: f"{n:,} tokens, ms" for n in contexts
-    }
-    return records.markdown_table(lines, columns)
+    columns = {"size": "size"}
+    columns |= {name: head for name, head in _VARIANTS.items() if shown[name].nunique() > 1}
+    return records.markdown_table(lines, columns | {n: f"{n:,} tokens, ms" for n in contexts})
 
 
 def full_table(frame) -> str:
@@ -101,7 +107,7 @@ def precision_table(frame) -> str:
     lines = []
     for (size, mode), group in ok.groupby(["size", "mode"], sort=False):
         rows_ = group.drop_duplicates("dtype").set_index("dtype")
-        line = {"size": size, "mode": mode}
+        line = {"size": size, "mode": MODES_SAID[mode]}
         for name in names:
             if name in rows_.index:
                 gain = f" ({rows_.mean_ms[names[0]] / rows_.mean_ms[name]:.2f}x)" if names[0] in rows_.index else ""
@@ -135,6 +141,17 @@ def warmup_table(times, steps: int) -> str:
     return records.markdown_table(lines, heads)
 
 
+def warmup_said(times, steps: int) -> str:
+    """How far the fewer warm-up steps are from the most, beside the spread."""
+    *fewer, most = warmup_windows(times, steps)[1:]
+    parts = ", ".join(
+        f"{100 * (window['mean_ms'] / most['mean_ms'] - 1):+.1f}% after {window['warmup']}, "
+        f"{'less' if abs(window['mean_ms'] - most['mean_ms']) <= window['std_ms'] else 'more'} than the standard deviation there"
+        for window in fewer
+    )
+    return f"Against {most['warmup']} warm-up steps the mean is off by {parts}."
+
+
 def first_step_table(paid, most: int = 10) -> str:
     """What the first step of a process spent more host time in than a later one, the largest first, as Markdown."""
     lines = [
@@ -155,7 +172,7 @@ def first_step_said(paid, most: int = 10) -> str:
     shown = min(most, len(paid))
     return (
         f"Under the profiler the first step took {paid.first_ms.sum():,.1f} ms of host time, the later one {paid.later_ms.sum():,.1f} ms. "
-        f"These {shown} lines are {100 * more.head(shown).sum() / more.sum():.0f}% of what the first one spent more on."
+        f"The {shown} lines with the largest difference are {100 * more.head(shown).sum() / more.sum():.0f}% of what the first one spent more on."
     )
 
 
@@ -169,22 +186,83 @@ def conclusions(frame) -> list[str]:
             said.append(
                 f"The standard deviation is {100 * share.median():.1f}% of the mean at the median point, {100 * share.max():.0f}% at the worst."
             )
+        said += host_said(ok)
         said += _backward_said(ok)
         said += compile_said(frame)
         said += _precision_said(frame)
-        if ok.mfu.notna().any():
-            best = ok.loc[ok.mfu.idxmax()]
-            said.append(
-                f"The highest MFU is {100 * best.mfu:.1f}%: {best['size']}, {best['mode']}, {best.context_length:,} tokens, "
-                f"{best['dtype']}, compiled: {best.compiled}."
-            )
+        said += _mfu_said(ok)
     for status, group in frame[frame.status != "ok"].groupby("status", sort=False):
         first = group.iloc[0]
         points_ = f"{len(group)} point{'s' if len(group) > 1 else ''}"
         said.append(
-            f"{points_} {status}, the first {first['size']} at {first.context_length:,} tokens, {first['dtype']}, {first['mode']}: {first.note}"
+            f"{points_} {status}, the first {first['size']} at {first.context_length:,} tokens, {first['dtype']}, {MODES_SAID[first['mode']]}: "
+            f"{_reason(first.note)}"
         )
     return said
+
+
+def _reason(note: str) -> str:
+    """A note's first sentence: what went wrong, without the advice that an error may add."""
+    return f"{note.split('. ')[0].rstrip('.')}."
+
+
+def flat(ok):
+    """Of each point whether its time hardly grows with the context: one of the same series with at least twice the tokens takes less than _FLAT
+    times as long. NaN where there is no such other. Full steps are left out (NaN), as the optimizer's work does not depend on the context."""
+    found = {}
+    series = ["size", "batch", "dtype", "compiled", "mode", "kernel"]
+    for _, group in ok[ok["mode"] != "full_step"].groupby(series, sort=False):
+        for index, row in group.iterrows():
+            later = group.mean_ms[group.context_length >= 2 * row.context_length]
+            if len(later):
+                found[index] = float(later.min() < _FLAT * row.mean_ms)
+    return ok.index.to_series().map(found).astype(float)
+
+
+def host_said(ok) -> list[str]:
+    """Which points are bound by the host, and how much more they scatter."""
+    said, verdict = [], flat(ok)
+    share = 100 * ok.std_ms / ok.mean_ms
+    for compiled in COMPILED:
+        judged = verdict[(ok.compiled == compiled) & verdict.notna()]
+        bound, others = judged.index[judged == 1], judged.index[judged == 0]
+        if bound.empty:
+            continue
+        longest = ok.loc[bound].groupby("size", sort=False).context_length.max()
+        points = "; ".join(
+            f"{', '.join(sizes.index)} up to {context:,} tokens"
+            for context, sizes in longest.groupby(longest, sort=False)
+        )
+        text = f"Bound by the host, {_way(compiled)}: {len(bound)} of {len(judged)} points ({points})"
+        if len(others) and share[bound].notna().any() and share[others].notna().any():
+            text += (
+                f"; their standard deviation is {share[bound].median():.1f}% of the mean at the median point, that of the others "
+                f"{share[others].median():.1f}%"
+            )
+        said.append(f"{text}.")
+    if said:
+        said[0] += (
+            f" With at least twice the tokens these passes take less than {_FLAT:g} times as long: their time follows the number of operations that the "
+            "host issues, not the device's work, and scatters as the host does."
+        )
+    return said
+
+
+def _way(compiled: str) -> str:
+    return "eager" if compiled == "no" else f"compiled ({compiled})"
+
+
+def _mfu_said(ok) -> list[str]:
+    """The highest MFU in each precision: each is a share of that precision's own peak."""
+    parts = []
+    for dtype in DTYPES:
+        rows_ = ok[(ok["dtype"] == dtype) & ok.mfu.notna()]
+        if len(rows_):
+            best = rows_.loc[rows_.mfu.idxmax()]
+            parts.append(
+                f"{dtype} {100 * best.mfu:.1f}% ({best['size']}, {MODES_SAID[best['mode']]}, {best.context_length:,} tokens, {_way(best.compiled)})"
+            )
+    return [f"The highest MFU, of each precision's own peak: {'; '.join(parts)}."] if parts else []
 
 
 def compile_said(frame) -> list[str]:
@@ -192,12 +270,12 @@ def compile_said(frame) -> list[str]:
     said = []
     for compiled in COMPILED[1:]:
         for mode, group in paired(frame, "compiled", "no", compiled).groupby("mode", sort=False):
-            said.append(f"Compiled ({compiled}), {mode}: {_range_said(group)}.")
+            said.append(f"Compiled ({compiled}), {MODES_SAID[mode]}: {_range_said(group)}.")
     first = frame[(frame.status == "ok") & (frame.compiled != "no")]
     if first.first_ms.notna().any():
         longest = first.loc[first.first_ms.idxmax()]
         said.append(
-            f"The longest first step of a compiled point took {longest.first_ms / 1e3:.1f} s ({longest['size']}, {longest['mode']}, "
+            f"The longest first step of a compiled point took {longest.first_ms / 1e3:.1f} s ({longest['size']}, {MODES_SAID[longest['mode']]}, "
             f"compiled: {longest.compiled}); a compilation that an earlier run left in the cache on disk is not in it."
         )
     return said
@@ -206,21 +284,34 @@ def compile_said(frame) -> list[str]:
 def _range_said(found) -> str:
     low, high = found.loc[found.speedup.idxmin()], found.loc[found.speedup.idxmax()]
     if len(found) == 1:
-        return f"{low.speedup:.2f} times as fast ({low['size']}, {low.context_length:,} tokens)"
-    places = [f"{row.speedup:.2f} ({row['size']}, {row.context_length:,} tokens)" for row in (low, high)]
+        return f"{low.speedup:.2f} times as fast ({_place(low)})"
+    places = [f"{row.speedup:.2f} ({_place(row)})" for row in (low, high)]
     return f"{places[0]} to {places[1]} times as fast over {len(found)} points, median {found.speedup.median():.2f}"
 
 
+def _place(row) -> str:
+    """Size, context, and the precision where it is not what is compared."""
+    return ", ".join([row["size"], f"{row.context_length:,} tokens", *([row["dtype"]] if "dtype" in row.index else [])])
+
+
 def _backward_said(ok) -> list[str]:
+    verdict = flat(ok)
     eager = ok[ok.compiled == "no"]
     found = paired(eager, "mode", "forward_backward", "forward")
     if found.empty:
         return []
-    found = found.assign(ratio=found.speedup - 1)
-    return [
+    ratio = found.speedup - 1
+    text = (
         "The backward pass (forward and backward less the forward pass) takes "
-        f"{found.ratio.min():.2f} to {found.ratio.max():.2f} times the forward pass, median {found.ratio.median():.2f}."
-    ]
+        f"{ratio.min():.2f} to {ratio.max():.2f} times the forward pass, median {ratio.median():.2f}"
+    )
+    follows = paired(eager[verdict[eager.index] != 1], "mode", "forward_backward", "forward").speedup - 1
+    if 0 < len(follows) < len(ratio):
+        text += (
+            f"; over the {len(follows)} of {len(ratio)} points where neither is bound by the host {follows.min():.2f} to {follows.max():.2f}, median "
+            f"{follows.median():.2f}"
+        )
+    return [f"{text}."]
 
 
 def _precision_said(frame) -> list[str]:
@@ -229,7 +320,7 @@ def _precision_said(frame) -> list[str]:
         for narrow in ("bf16", "fp16"):
             found = paired(frame[frame.compiled == "no"], "dtype", wide, narrow)
             for mode, group in found.groupby("mode", sort=False):
-                said.append(f"{narrow} against {wide}, {mode}: {_range_said(group)}.")
+                said.append(f"{narrow} against {wide}, {MODES_SAID[mode]}: {_range_said(group)}.")
     return said
 
 

@@ -53,8 +53,8 @@ ATTENTION_PARTS = ("scores", "scale and mask", "softmax", "values")
 _PREFIX = "lmsys."  # of the ranges, as lmsys.bench.timeline writes them
 _NODE = "autograd::engine::evaluate_function: "
 _NO_OPERATOR = re.compile(
-    r"cu(da)?[A-Z]|\[|Activity Buffer|Lazy Function|Runtime Triggered"
-)  # CUDA's calls, which have ids of their own
+    r"cu(da)?[A-Z]|\[|Activity Buffer|Buffer Flush|Command Buffer|Driver Compiler|Instrumentation|Lazy Function|Resource|Runtime Triggered|Unknown"
+)  # CUDA's calls, which have ids of their own, and what tracing itself costs
 _SOFTMAX_FLOPS = 5  # an element: maximum, difference, exponential, sum, quotient
 
 # Kind of kernel -> the operators that launch it. The first that matches counts; what none matches is "other".
@@ -628,9 +628,23 @@ def _kernel(results) -> str:
 
 
 def short_name(name: str) -> str:
-    """A kernel's name without its return type, arguments and most of its template."""
-    name = name.removeprefix("void ").replace("(anonymous namespace)::", "").replace("at::native::", "").split("(")[0]
-    return name if len(name) <= 60 else f"{name[:40]}...{name[-17:]}"
+    """A kernel's name without its return type, namespaces and arguments, and not longer than 60 characters."""
+    name = name.removeprefix("void ").replace("(anonymous namespace)::", "").split("(")[0]
+    name = re.sub(r"\w+::(?=\w)", "", name).removesuffix("::operator")
+    name += ">" * (name.count("<") - name.count(">"))  # arguments inside of the template took its end along
+    return name if len(name) <= 60 else f"{name[:57]}..."
+
+
+def lost(kernels):
+    """Which rows have an event of the tracer's own in the place of their operator."""
+    return kernels.operator.astype(str).str.match(_NO_OPERATOR)
+
+
+def known(kernels):
+    """The rows, those that lost their operator as kernels of the same name elsewhere."""
+    gone = lost(kernels) & (kernels.category == OTHER)
+    usual = kernels[~gone].drop_duplicates("name").set_index("name").category
+    return kernels.assign(category=kernels.category.where(~gone, kernels.name.map(usual).fillna(OTHER)))
 
 
 def forward_table(results) -> str:
@@ -720,17 +734,20 @@ def answer_b(results, kernels) -> list[str]:
 
 
 def share_table(kernels, mode: str) -> str:
-    """(c), (d) The share of each kind of kernel in the kernels' time, by point."""
+    """(c), (d) The share of each kind of kernel in the kernels' time, by point; kinds below 5% at all points together as the rest."""
     rows = kernels[kernels["mode"] == mode]
-    kinds = list(rows.groupby("category").total_ms.sum().sort_values(ascending=False).index)
-    lines = []
-    for point in _points_of(rows):
-        here = _at(rows, point)
-        sums = here.groupby("category").total_ms.sum()
-        shares = {kind: f"{100 * sums.get(kind, 0.0) / sums.sum():.1f}%" for kind in kinds}
-        lines.append(dict(zip(_POINT, point, strict=True)) | shares)
+    sums = rows.pivot_table(
+        index=_POINT, columns="category", values="total_ms", aggfunc="sum", fill_value=0.0, sort=False
+    )
+    shares = sums.div(sums.sum(axis=1), axis=0)
+    kinds = [kind for kind in sums.sum().sort_values(ascending=False).index if shares[kind].max() >= 0.05]
+    shares = shares[kinds].assign(rest=1 - shares[kinds].sum(axis=1)).loc[_points_of(rows)]
+    lines = [
+        dict(zip(_POINT, point, strict=True)) | {kind: f"{100 * share:.1f}%" for kind, share in row.items()}
+        for point, row in shares.iterrows()
+    ]
     columns = {"size": "size", "context_length": "tokens", "dtype": "precision"}
-    return records.markdown_table(lines, columns | {kind: kind for kind in kinds})
+    return records.markdown_table(lines, columns | {kind: kind for kind in shares.columns})
 
 
 def answer_c(results, kernels) -> list[str]:
@@ -810,8 +827,8 @@ def attention_table(kernels) -> str:
         for row in attention_rows(kernels)
     ]
     columns = {"size": "size", "context_length": "tokens", "dtype": "precision", "matmul_ms": "products, ms"}
-    columns |= {"mask_ms": "scale and mask, ms", "softmax_ms": "softmax, ms", "time": "softmax / products: time"}
-    return records.markdown_table(lines, columns | {"flops": "FLOPs", "rates": "TFLOP/s of each"})
+    columns |= {"mask_ms": "scale and mask, ms", "softmax_ms": "softmax, ms", "time": "softmax / products, time"}
+    return records.markdown_table(lines, columns | {"flops": "the same, FLOPs", "rates": "TFLOP/s of each"})
 
 
 def answer_e(results, kernels) -> list[str]:
