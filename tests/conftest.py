@@ -1,12 +1,15 @@
 """Shared by all tests: results and runs go to a temporary folder, wandb stays offline, and Triton runs in its interpreter."""
 
+import multiprocessing
 import os
 
+import fork_server
 import pytest
 
 os.environ.setdefault("WANDB_MODE", "offline")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a worker a core: more threads would wait for each other
+multiprocessing.get_context = fork_server.get_context
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """Process groups: what an environment means, that spawn and launch return results, and that the first error ends all, soon."""
 
+import multiprocessing
 import os
 import signal
 import socket
@@ -8,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import fork_server
 import pytest
 import torch
 import torch.distributed as dist
@@ -25,6 +27,12 @@ TORCHRUN = {
     "MASTER_ADDR": "localhost",
     "MASTER_PORT": "1",
 }
+
+
+@pytest.fixture(autouse=True)
+def new_interpreters(monkeypatch):
+    """spawn() starts what it starts outside of the tests."""
+    monkeypatch.setattr(multiprocessing, "get_context", fork_server.new_context)
 
 
 @pytest.fixture
