@@ -1,6 +1,6 @@
-"""Triton kernels of the training step beside attention: cross-entropy in place, AdamW over many tensors.
+"""Triton kernels of the training step beside attention: cross-entropy in place, AdamW over many tensors, rotation, SwiGLU's gate.
 
-Both are bound by memory and read and write each element once or twice; their callers, lmsys.fused_loss and lmsys.optim, import this
+All are bound by memory and read and write each element once or twice; their callers, lmsys.optim and lmsys.fused_*, import this
 module where tensors lie on a GPU. On the CPU interpreter it is there to check, not to be fast.
 """
 
@@ -261,3 +261,81 @@ def rotate_(
             *[stride for tensor in (*sources, *targets) for stride in tensor.stride()[:3]],
             sign, D=head_dim, D_PAD=max(16, triton.next_power_of_2(head_dim)), ROWS=rows, COPY_V=copied, num_warps=4,
         )  # fmt: skip
+
+
+# --- SwiGLU's gate --------------------------------------------------------------------------------
+#
+# A program has a tile of ROWS x COLUMNS elements of silu(gate) * up, and programs follow each other as memory does. COLUMNS divides F
+# wherever F is a multiple of 64, so that only a number of rows that does not fit leaves masks. F is a constant: Triton then knows the
+# alignment of each half of a row.
+
+_GATE_TILE = 2048  # elements: a vector of 16-bit ones for each of 256 threads
+
+
+@triton.jit
+def _gate_tile(N, F: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The rows (ROWS, 1) and columns (1, COLUMNS) of a program's tile, and which of its elements there are."""
+    across: tl.constexpr = (F + COLUMNS - 1) // COLUMNS
+    program = tl.program_id(0)
+    rows = (program // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    columns = (program % across) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    return rows, columns, (rows < N) & (columns < F)
+
+
+@triton.jit
+def _gate_kernel(
+    merged, product, N, F: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """product (N, F) = silu(gate) * up of merged (N, 2 F), whose rows are gate and up."""
+    rows, columns, inside = _gate_tile(N, F, ROWS, COLUMNS)
+    mask = inside if MASKED else None
+    at = rows * (2 * F) + columns
+    gate = tl.load(merged + at, mask=mask).to(tl.float32)
+    up = tl.load(merged + at + F, mask=mask).to(tl.float32)
+    h = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(product + rows * F + columns, h.to(product.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _gate_back_kernel(
+    merged, dproduct, dmerged, product, N,
+    F: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """dmerged (N, 2 F) from dproduct (N, F), and product once more."""
+    rows, columns, inside = _gate_tile(N, F, ROWS, COLUMNS)
+    mask = inside if MASKED else None
+    at, at_product = rows * (2 * F) + columns, rows * F + columns
+    gate = tl.load(merged + at, mask=mask).to(tl.float32)
+    up = tl.load(merged + at + F, mask=mask).to(tl.float32)
+    dh = tl.load(dproduct + at_product, mask=mask).to(tl.float32)
+    sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+    silu = gate * sigmoid
+    dgate = dh * up * sigmoid * (1.0 + gate - silu)
+    tl.store(dmerged + at, dgate.to(dmerged.dtype.element_ty), mask=mask)
+    tl.store(dmerged + at + F, (dh * silu).to(dmerged.dtype.element_ty), mask=mask)
+    tl.store(product + at_product, (silu * up).to(product.dtype.element_ty), mask=mask)
+
+
+def gate_(merged: Tensor, product: Tensor) -> None:
+    """Write silu(gate) * up. merged: (..., 2 F), product: (..., F), both contiguous."""
+    grid, rows, constants = _gate_grid(product)
+    with torch.cuda.device_of(product):
+        _gate_kernel[grid](merged, product, rows, **constants)
+
+
+def gate_back_(merged: Tensor, dproduct: Tensor, dmerged: Tensor, product: Tensor) -> None:
+    """Write the gradient of merged, from that of the product, and the product. All contiguous, merged and dmerged of twice the columns."""
+    grid, rows, constants = _gate_grid(product)
+    with torch.cuda.device_of(product):
+        _gate_back_kernel[grid](merged, dproduct, dmerged, product, rows, **constants)
+
+
+def _gate_grid(product: Tensor) -> tuple[tuple[int], int, dict[str, int]]:
+    """The grid, the rows, and the constants of both kernels."""
+    width = product.shape[-1]
+    rows = product.numel() // width
+    columns = min(_GATE_TILE, max(64, width & -width))  # the power of two that divides the width
+    down = _GATE_TILE // columns
+    masked = width % columns != 0 or rows % down != 0
+    constants = {"F": width, "MASKED": masked, "ROWS": down, "COLUMNS": columns, "num_warps": 8}
+    return (-(-rows // down) * -(-width // columns),), rows, constants

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lmsys.attention import check_support, get_kernel
 from lmsys.config import ModelConfig
+from lmsys.fused_gate import gated_product
 from lmsys.fused_loss import linear_cross_entropy
 from lmsys.fused_rope import rotated_heads
 
@@ -130,7 +131,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """W2 (silu(W1 x) * W3 x). merged: W1 and W3 are put together in forward, for one product in place of two."""
+    """W2 (silu(W1 x) * W3 x). merged: W1 and W3 are put together in forward, for one product in place of two (lmsys.fused_gate)."""
 
     def __init__(self, d_model: int, d_ff: int):
         super().__init__()
@@ -141,10 +142,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
-            gate, up = F.linear(x, torch.cat((self.w1.weight, self.w3.weight))).chunk(2, -1)
-        else:
-            gate, up = self.w1(x), self.w3(x)
-        return self.w2(F.silu(gate) * up)
+            return gated_product(F.linear(x, torch.cat((self.w1.weight, self.w3.weight))), self.w2.weight)
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
 class TransformerBlock(nn.Module):
@@ -289,7 +288,7 @@ class TransformerLM(nn.Module):
 
         Args:
             rope: rotation and the splitting of Q, K and V as one kernel each way (lmsys.fused_rope).
-            gate: the feed-forward layer's W1 and W3 as one product.
+            gate: the feed-forward layer's W1 and W3 as one product, and what follows it one kernel each way (lmsys.fused_gate).
             residual_dtype: of the stream from block to block; None: the embedding's, fp32 under autocast too.
         """
         self.token_embeddings.output_dtype = residual_dtype
