@@ -38,8 +38,8 @@ def test_the_peer_is_the_same_model(tied):
 def test_every_point_trains_alike(measured):
     chosen, frame, losses, _ = measured
     assert (frame.status == "ok").all(), frame.note.tolist()
-    names = ["all", "all", "fused_loss", "fused_rope", "merged_gate", "fused_optimizer", "none"]
-    assert list(frame.option) == names and list(frame.implementation) == ["torch_native"] + 6 * ["lmsys"]
+    names = ["all", "all", "written_backward", "fused_loss", "fused_rope", "merged_gate", "fused_optimizer", "none"]
+    assert list(frame.option) == names and list(frame.implementation) == ["torch_native"] + 7 * ["lmsys"]
     assert (losses.groupby(["implementation", "option"]).step.max() == chosen.loss_steps).all()
     curves = losses.pivot(index="step", columns=["implementation", "option"], values="loss")
     assert np.abs(curves.sub(curves["torch_native", "all"], axis=0)).to_numpy().max() < 1e-4
@@ -71,6 +71,7 @@ def test_what_is_written(measured):
     assert all(path.stat().st_size > 500 for path in written.values())
     text = written["report"].read_text()
     assert "beside PyTorch" in text and "without fused_rope" in text
+    assert "tiny, `written_backward` " in text and "tiny, without written_backward, `fused_rope` " in text
     assert (
         records.compare(folder / "train_step_results.csv", folder / "train_step_results.csv").verdict.eq("same").all()
     )
@@ -96,11 +97,35 @@ def test_points_of_the_full_scale(monkeypatch):
     assert sorted(str(point) for share in shares for point in share) == sorted(map(str, found))
     assert list(map(len, shares)) == [1, 1, 3, 3, 2, 2]
     everything, nothing = trains["gpt2", "lmsys", "all"], trains["gpt2", "lmsys", "none"]
+    assert "written_backward" not in chosen.options and everything.fused_rope
     assert everything.bf16_parameters and everything.residual_dtype == "bf16" and everything.fused_loss
     assert not (nothing.bf16_parameters or nothing.fused_optimizer or nothing.fused_rope or nothing.merged_gate)
     without = trains["gpt2", "lmsys", "fused_optimizer"]
     assert not (without.fused_optimizer or without.bf16_parameters) and without.fused_loss
     assert trains["gpt2", "lmsys", "bf16_residual"].residual_dtype == "fp32"
+
+
+def test_a_written_backward_pass_takes_the_place_of_compiled_blocks(monkeypatch):
+    monkeypatch.setattr(training, "check_setup", lambda *given: None)
+    chosen = train_step.settings("full", device="cpu")
+    found = train_step.points(chosen)
+    trains = {
+        (p.size, p.option): train_step.pipeline_config(chosen, p).train for p in found if p.implementation == "lmsys"
+    }
+    for size in chosen.sizes:
+        everything, compiled, nothing = (trains[size, option] for option in ("all", "written_backward", "none"))
+        assert everything.written_backward and not (
+            everything.compile or everything.fused_rope or everything.compile_rest
+        )
+        assert everything.fused_loss and everything.bf16_parameters and everything.residual_dtype == "bf16"
+        assert compiled.compile and compiled.fused_rope and compiled.compile_rest and not compiled.written_backward
+        assert nothing.compile and not (nothing.written_backward or nothing.fused_loss)
+    assert all(not train.written_backward for (_, option), train in trains.items() if option != "all")
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    ahead = [point for share in train_step._shares(chosen) for point in share]
+    assert [point for point in found if point not in ahead] == [
+        p for p in found if p.implementation == "lmsys" and p.option == "all"
+    ]
 
 
 def test_a_point_that_fails_is_a_row(tmp_path, monkeypatch):
@@ -118,10 +143,10 @@ def test_a_point_that_fails_is_a_row(tmp_path, monkeypatch):
 def test_settings_that_cannot_be():
     cases = {
         "unknown option 'fused_los'": {"options": ["fused_los"]},
-        "needs dtype bf16": {"options": ["bf16_residual"]},
+        "does not go with dtype fp32": {"options": ["bf16_residual"]},
         "needs fused_optimizer": {"options": ["bf16_parameters"], "dtype": "bf16"},
-        "option compile_rest needs compiled": {"options": ["compile_rest"]},
-        "option autotune needs compiled": {"options": ["autotune"]},
+        "option compile_rest does not go with": {"options": ["compile_rest"]},
+        "option autotune does not go with": {"options": ["autotune"]},
         "unknown model size": {"sizes": ["gpt-2"]},
         "timed_steps is 0": {"timed_steps": 0},
         "sizes is empty": {"sizes": []},

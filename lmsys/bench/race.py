@@ -164,7 +164,7 @@ def settings(
     scale = resolve_scale(scale)
     values = {"text_path": None, "run_dir": f"runs/race-{scale}"} | _PRESETS[scale] | given | {"scale": scale}
     if options is None:  # what the precision and the lack of compilation leave
-        possible = possible_options(values["dtype"], values["compiled"])
+        possible = possible_options(values["dtype"], values["compiled"], values["kernel"])
         values["options"] = [name for name in values["options"] if name in possible]
     values["arms"], values["options"] = tuple(values["arms"]), tuple(values["options"])
     for what, known in (("arm", ARMS), ("option", OPTIONS)):
@@ -226,10 +226,10 @@ def pipeline_config(chosen: RaceSettings, arm: str) -> PipelineConfig:
         "tokenizer": {"vocab_size": chosen.vocab_size},
         "model": dataclasses.asdict(model),
         "optim": {name: getattr(chosen, name) for name in ("learning_rate", "min_learning_rate", "warmup_steps")},
-        "train": train
+        "train": {"compile": chosen.compiled and ours}
+        | train
         | {
             "batch_size": chosen.batch // processes(chosen, arm),
-            "compile": chosen.compiled and ours,
             "attention_kernel": chosen.kernel if ours else chosen.naive_kernel,
             "ddp_wrapper": "flashddp" if arm == OURS_DDP else "none",
         }

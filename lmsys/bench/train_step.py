@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import torch._dynamo  # now and not in the first step
 
-from lmsys import cost, records
+from lmsys import cost, records, selective
 from lmsys import train as training
 from lmsys.bench import ahead
 from lmsys.bench.measure import is_out_of_memory, one_thread, peak_bytes_cpu, quantiles, release
@@ -56,6 +56,13 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "autotune": ({"autotune": True}, {"autotune": False}),
 }
 _OF_BF16, _OF_COMPILE = ("bf16_parameters", "bf16_residual"), ("compile_rest", "autotune")
+# Blocks with a backward pass of their own, in place of the compiled ones and of what only those have. Last, as it takes that back.
+_WRITTEN = "written_backward"
+_OF_PLAIN_BLOCKS = ("fused_rope", "merged_gate", "compile_rest", "autotune")
+OPTIONS[_WRITTEN] = (
+    {_WRITTEN: True, "compile": False} | dict.fromkeys(_OF_PLAIN_BLOCKS, False),
+    {_WRITTEN: False},
+)
 _WHERE_NAMED = ("autotune",)  # takes minutes
 
 
@@ -90,7 +97,13 @@ class StepSettings:
     seed: int
 
 
-_CPU = {"dtype": "fp32", "compiled": False, "kernel": "vectorized_torch", "compile_ahead": 0, "learning_rate": 1e-3}
+_CPU = {
+    "dtype": "fp32",
+    "compiled": False,
+    "kernel": "flash_attention_torch",
+    "compile_ahead": 0,
+    "learning_rate": 1e-3,
+}
 _PRESETS: dict[str, dict[str, Any]] = {
     "smoke": _CPU
     | {"sizes": ("tiny",), "batch": 2, "context_length": 32, "vocab_size": 256, "loss_steps": 2, "timed_steps": 3},
@@ -113,11 +126,11 @@ _PRESETS: dict[str, dict[str, Any]] = {
 _BATCH = {"gpt2": 32, "gpt2-medium": 16}  # of 1,024 tokens, as nanoGPT's results have it; 8 of other sizes
 
 
-def possible_options(dtype: str, compiled: bool) -> list[str]:
-    """The options that a precision and compilation, or the lack of it, leave."""
-    return [
-        name for name in OPTIONS if (dtype == "bf16" or name not in _OF_BF16) and (compiled or name not in _OF_COMPILE)
-    ]
+def possible_options(dtype: str, compiled: bool, kernel: str) -> list[str]:
+    """The options that a precision, compilation or the lack of it, and an attention kernel leave."""
+    excluded = (_OF_BF16 if dtype != "bf16" else ()) + (_OF_COMPILE if not compiled else ())
+    excluded += (_WRITTEN,) if kernel not in selective.ATTENTION else ()
+    return [name for name in OPTIONS if name not in excluded]
 
 
 def settings(
@@ -157,7 +170,7 @@ def settings(
         )
     if values["dtype"] not in DTYPES:
         raise unknown_name("dtype", values["dtype"], DTYPES)
-    possible = possible_options(values["dtype"], values["compiled"])
+    possible = possible_options(values["dtype"], values["compiled"], values["kernel"])
     values["options"] = tuple(
         options if options is not None else (name for name in possible if name not in _WHERE_NAMED)
     )
@@ -166,8 +179,8 @@ def settings(
             raise unknown_name("option", name, OPTIONS)
         require(
             name in possible,
-            f"option {name} needs {'dtype bf16' if name in _OF_BF16 else 'compiled'}; it is {values['dtype']}, compiled "
-            f"{values['compiled']}",
+            f"option {name} does not go with dtype {values['dtype']}, compiled {values['compiled']}, kernel {values['kernel']}; those "
+            f"that do: {', '.join(possible)}",
         )
     require(
         "bf16_parameters" not in values["options"] or "fused_optimizer" in values["options"],
@@ -184,7 +197,7 @@ def settings(
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement. option: all, none, or the one taken away; of the peer, all."""
+    """One measurement. option: all, none, or the one taken away, the others from the step without written_backward; of the peer, all."""
 
     size: str
     implementation: str
@@ -192,12 +205,13 @@ class Point:
 
 
 def points(chosen: StepSettings) -> list[Point]:
-    """The peer first, then ours; the first size with each option taken away."""
+    """The peer first, then ours; the first size with each option taken away, the others without written_backward."""
     found = []
+    blocks = [_WRITTEN] if _WRITTEN in chosen.options else []
     for index, size in enumerate(chosen.sizes):
-        single = chosen.options if index == 0 and len(chosen.options) > 1 else ()
+        single = [option for option in chosen.options if option != _WRITTEN] if index == 0 else []
         found += [Point(size, PEER, ALL), Point(size, OURS, ALL)]
-        found += [Point(size, OURS, option) for option in (*single, NONE)]
+        found += [Point(size, OURS, option) for option in blocks + single * (len(chosen.options) > 1) + [NONE]]
     return found
 
 
@@ -208,7 +222,7 @@ def pipeline_config(chosen: StepSettings, point: Point, num_layers: int | None =
         train |= off if name in chosen.options else {}
     if point.implementation == OURS and point.option != NONE:
         for name in chosen.options:
-            train |= OPTIONS[name][0]
+            train |= OPTIONS[name][0] if name != _WRITTEN or point.option == ALL else {}
         if point.option != ALL:
             train |= OPTIONS[point.option][1]
     model = model_size(point.size, vocab_size=chosen.vocab_size, context_length=chosen.context_length)
@@ -222,12 +236,12 @@ def pipeline_config(chosen: StepSettings, point: Point, num_layers: int | None =
             "warmup_steps": 0,
             "max_grad_norm": 1.0,
         },
-        "train": train
+        "train": {"compile": chosen.compiled}
+        | train
         | {
             "steps": chosen.loss_steps + chosen.timed_steps,
             "batch_size": chosen.batch[chosen.sizes.index(point.size)],
             "dtype": chosen.dtype,
-            "compile": chosen.compiled,
             "attention_kernel": chosen.kernel,
             "device": chosen.device,
             "seed": chosen.seed,
@@ -357,10 +371,9 @@ def _host_ms(step: Callable[[], Any], device: torch.device, samples: int = 3) ->
 
 def _replica(config: PipelineConfig, point: Point, device: torch.device) -> tuple[Any, float]:
     """What trains a point, and the bytes that were there before it."""
-    if config.train.compile:
-        torch._dynamo.reset()  # compiled code of another point, the memory that it holds, and its limit on recompilations
-        torch._dynamo.config.fail_on_recompile_limit_hit = True  # or the rest would run eager without a word
-        release(device)
+    torch._dynamo.reset()  # compiled code of another point, the memory that it holds, and its limit on recompilations
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # or the rest would run eager without a word
+    release(device)
     held = live_bytes(device)
     if point.implementation == PEER:
         return NativeStep(config, device), held
@@ -386,7 +399,11 @@ def compile_ahead(chosen: StepSettings) -> None:
 def _shares(chosen: StepSettings) -> list[list[Point]]:
     """The points of each process: a peer, which takes longest, alone; the others dealt out. None where one process would have all."""
     peers = [point for point in points(chosen) if point.implementation == PEER]
-    rest = [point for point in points(chosen) if point.implementation == OURS]
+    rest = [
+        point
+        for point in points(chosen)
+        if point.implementation == OURS and not pipeline_config(chosen, point).train.written_backward
+    ]
     others = min(chosen.compile_ahead, os.cpu_count() or 1) - len(peers)
     return [[peer] for peer in peers] + [rest[index::others] for index in range(others)] if others > 0 else []
 
@@ -503,16 +520,17 @@ def conclusions(frame, losses) -> list[str]:
             said.append(
                 f"{size}: the host draws a batch and issues a step in {ours.host_ms:.3g} ms, so the GPU {waits}."
             )
-        gains = [
-            (row.step_ms - ours.step_ms, row.peak_mib - ours.peak_mib, option)
-            for (implementation, option), row in found.items()
-            if implementation == OURS and option not in (ALL, NONE)
-        ]
-        for saved_ms, saved_mib, option in sorted(gains, reverse=True):
-            distance = loss_distance(losses, size, (OURS, ALL), (OURS, option))
-            share = abs(saved_ms) / (ours.step_ms + saved_ms)
+        compiled = found.get((OURS, _WRITTEN))
+        gains = []
+        for (implementation, option), row in found.items():
+            if implementation == OURS and option not in (ALL, NONE):
+                base = ours if compiled is None or option == _WRITTEN else compiled
+                gains.append((row.step_ms - base.step_ms, row.peak_mib - base.peak_mib, option, base))
+        for saved_ms, saved_mib, option, base in sorted(gains, reverse=True, key=lambda gain: gain[:2]):
+            distance = loss_distance(losses, size, (OURS, base.option), (OURS, option))
+            share = abs(saved_ms) / (base.step_ms + saved_ms)
             said.append(
-                f"{size}, `{option}` {'saves' if saved_ms >= 0 else 'costs'} {abs(saved_ms):.2f} ms ({share:.1%}) and "
+                f"{size}{'' if base is ours else f', without {_WRITTEN}'}, `{option}` {'saves' if saved_ms >= 0 else 'costs'} {abs(saved_ms):.2f} ms ({share:.1%}) and "
                 f"{'saves' if saved_mib >= 0 else 'costs'} {abs(saved_mib):,.0f} MiB; losses differ by {distance:.2g} at most."
             )
     return said
