@@ -587,7 +587,8 @@ def _standings() -> str:
     rows = [row for row in standings.standings(one("attention_sweep_results")) if row["bar"]]
     if not rows:
         raise Missing
-    return _captioned("The peer's time over ours, with the bars that ours are held to:", standings.table(rows))
+    table = breakable(standings.table(rows), longest=12)
+    return _captioned("The peer's time over ours, with the bars that ours are held to:", table)
 
 
 def _bench_said() -> list[str]:
