@@ -39,6 +39,8 @@ CASES |= {
     for name in ("flashddp", "torch_ddp", "fsdp")
 }
 CASES["torch_fsdp2_fused"] = {"ddp_wrapper": "torch_fsdp2", **FUSED}
+WRITTEN = {"written_backward": True, "attention_kernel": "flash_attention_torch", "fused_loss": True}
+CASES |= {f"{name}_written": {"ddp_wrapper": name, **WRITTEN} for name in ("flashddp", "fsdp")}
 COMPILED = {"ddp_wrapper": "fsdp", "compile": True}
 CASES["reduce_scatter_accumulated"] = CASES["reduce_scatter"] | {"gradient_accumulation_steps": 4}
 RESUMED = {f"{name}, resumed": CASES[name] for name in ("flashddp", "zero1", "fsdp", "fsdp_fused", "torch_fsdp2")}
