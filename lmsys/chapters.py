@@ -263,7 +263,7 @@ def _lost_operators() -> str:
     )
     return (
         f"- The trace names no operator for {rows['count'].sum():,} kernels ({points}): they count here as what kernels of their name are elsewhere, in the "
-        "notebook as *other*."
+        "figures and the notebook as *other*."
     )
 
 
@@ -960,7 +960,7 @@ FILLS: dict[str, Piece] = {
     ),
     "mixed_precision_speed": _block(
         _BENCHMARK,
-        _figure("model_benchmark_precision", "Time of a step in each precision, for each size"),
+        _figure("model_benchmark_precision", "Speed of each precision over the widest one, for each size"),
         _precision_table,
         _answer("benchmarking_mixed_precision", 2),
         _precision_trend,
@@ -1006,13 +1006,13 @@ FILLS: dict[str, Piece] = {
     ),
     "flash_forward": _block(
         "attention_sweep",
-        _figure("attention_sweep_tiers_forward", "Throughput of each kernel, forward"),
+        _figure("attention_sweep_tiers_forward", "Time of each kernel at each pair of lengths, forward"),
         _answer("flash_forward", 0),
         _said(_accuracy),
     ),
     "flash_steps": _block(
         _FLASH,
-        _figure("flash_attention_steps", "TFLOP/s of each step"),
+        _figure("flash_attention_steps", "TFLOP/s of each step from the formula to the fastest kernel"),
         _steps_table,
         _figure("flash_attention_roofline", "Speed of each step against FLOPs for each byte"),
         _figure("flash_attention_counters", "How busy each step keeps the parts of a multiprocessor"),
@@ -1020,13 +1020,16 @@ FILLS: dict[str, Piece] = {
     ),
     "flash_backward": _block(
         "attention_sweep",
-        _figure("attention_sweep_tiers_backward", "Throughput of each kernel, backward"),
+        _figure("attention_sweep_tiers_backward", "Time of each kernel at each pair of lengths, backward"),
         _answer("flash_backward", 0),
         _standings,
     ),
     "flash_benchmarking": _block(
         _FLASH,
-        _figure("flash_attention_benchmarking", "Time against the length"),
+        _figure(
+            "flash_attention_benchmarking",
+            "Time of plain, compiled and FlashAttention against the length, by pass, precision and head_dim",
+        ),
         _bench_table,
         _said(_bench_said),
         _said(_slower_than_naive),
