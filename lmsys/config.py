@@ -486,7 +486,14 @@ def pipeline_preset(scale: str) -> dict[str, Any]:
             "data": {"text_mb": None},
             "model": {"d_model": 768, "d_ff": 2048, "num_layers": 12, "num_heads": 12, "context_length": 512},
             "optim": {"learning_rate": 6e-4, "min_learning_rate": 6e-5, "warmup_steps": 100},
-            "train": {"batch_size": 64, "dtype": "bf16", "compile": True, "attention_kernel": "flash_attention_triton"},
+            "train": {
+                "batch_size": 64,
+                "dtype": "bf16",
+                "compile": True,
+                "fused_loss": True,  # this and the next: no less precise, and measured faster (train_step_results.csv)
+                "fused_rope": True,
+                "attention_kernel": "flash_attention_triton",
+            },
         }
     raise unknown_name("scale", scale, SCALES)
 
