@@ -1,5 +1,6 @@
 """Shared by all tests: results and runs go to a temporary folder, wandb stays offline, and Triton runs in its interpreter."""
 
+import gc
 import multiprocessing
 import os
 
@@ -20,3 +21,10 @@ def output_root(tmp_path, monkeypatch):
     monkeypatch.delenv("LMSYS_MACHINE", raising=False)
     monkeypatch.delenv("LMSYS_SCALE", raising=False)
     return root
+
+
+@pytest.fixture(autouse=True, scope="module")
+def little_to_collect():
+    """Measurements collect garbage before each point, which takes long among all that is imported: here it is left out."""
+    gc.collect()
+    gc.freeze()

@@ -6,6 +6,7 @@ pickled for it. It differs in that all processes hash strings alike. New interpr
 the start itself, to whatever is started by torchrun, and to machines with a GPU, as CUDA does not survive a fork.
 """
 
+import gc
 import multiprocessing
 import os
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -24,6 +25,7 @@ class Process(ForkServerProcess):
     def run(self):
         os.environ.clear()
         os.environ.update(self.environment)
+        gc.freeze()  # what the server imported, so that collections are as short as after an import or two
         super().run()
 
 

@@ -23,8 +23,9 @@ compiler = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 
 
 @compiler
-@pytest.mark.parametrize("small", [False, True], ids=["", "small shared memory"])
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(
+    ("arch", "small"), [("sm_80", False), ("sm_86", True), ("sm_90", False)], ids=["sm_80", "small sm_86", "sm_90"]
+)
 @pytest.mark.parametrize("dtype,head_dim", [("__nv_bfloat16", 64), ("__half", 128)])
 def test_compiles_without_spills(arch, dtype, head_dim, small, tmp_path):
     """Accumulators stay in registers; the backward pass, at the limit of 255, may spill a few addresses."""

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -140,7 +139,7 @@ def test_interpreted_whatever_the_timing(machine, head_dim, causal):
     case = inputs(200, 520, head_dim, 2, 1, torch.bfloat16)
     first = machine.run(*case, causal=causal, seed=2, processors=2)
     assert_right(first, *case, causal)
-    for seed in range(3, 9):
+    for seed in range(3, 7):
         results = machine.run(*case, causal=causal, seed=seed, processors=1 + seed % 3)
         assert_right(results, *case, causal)
         assert torch.equal(results[0], first[0]) and torch.equal(results[1], first[1])
@@ -386,49 +385,52 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 from lmsys.attention import flash_hopper, flash_hopper_backward
 
-which, head_dim, dtype, causal = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4] == "True"
 triton.knobs.cache.dir = tempfile.mkdtemp()
 triton.knobs.nvidia.dump_ptxas_log = True
 
 
-def tiles(rows, columns, element=dtype):
-    shape = [1, 1, rows, columns]
-    of = {"bf16": gl.bfloat16, "fp16": gl.float16, "fp32": gl.float32}[element]
-    return f"tensordesc<{element}{shape},{gl.NVMMASharedLayout.get_default_for(shape, of)!r}>"
+def compiled(which, head_dim, dtype, causal):
+    def tiles(rows, columns, element=dtype):
+        shape = [1, 1, rows, columns]
+        of = {"bf16": gl.bfloat16, "fp16": gl.float16, "fp32": gl.float32}[element]
+        return f"tensordesc<{element}{shape},{gl.NVMMASharedLayout.get_default_for(shape, of)!r}>"
+
+    vector = f"tensordesc<fp32[64],{gl.NVMMASharedLayout(0, 32, 1)!r}>"
+    integers = ("counter", "H", "X", "H_kv", "parts", "heads", "section", "items", "T", "S", "T_PAD", "splits")
+    types = dict.fromkeys(integers, "i32") | {"counter": "*i32", "lse_ptr": "*fp32", "scale": "fp32", "scale_log2": "fp32"}
+    if which == "forward":
+        kernel, tile = flash_hopper._forward_kernel, flash_hopper._TILES[head_dim]
+        constants = {"ROWS": 64, "D": head_dim, "CAUSAL": causal} | tile
+        types |= dict.fromkeys(("q_desc", "o_desc"), tiles(64, head_dim))
+        types |= dict.fromkeys(("k_desc", "v_desc"), tiles(tile["BLOCK"], head_dim))
+    else:
+        kernel = flash_hopper_backward._backward_kernel
+        constants = {"D": head_dim, "STAGES": flash_hopper_backward._STAGES[head_dim], "CAUSAL": causal}
+        constants |= {"MASK": causal, "GROUPED": not causal}
+        types |= dict.fromkeys(("q_desc", "do_desc", "k_desc", "v_desc", "dk_desc", "dv_desc"), tiles(64, head_dim))
+        types |= {"dq_desc": tiles(64, 64, "fp32"), "lse_desc": vector, "delta_desc": vector}
+    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*"}
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log):
+        source = GluonASTSource(kernel, signature, constants, aligned)
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    return {"shared": compiled.metadata.shared, "ptx": compiled.asm["ptx"], "log": log.getvalue()}
 
 
-vector = f"tensordesc<fp32[64],{gl.NVMMASharedLayout(0, 32, 1)!r}>"
-integers = ("counter", "H", "X", "H_kv", "parts", "heads", "section", "items", "T", "S", "T_PAD", "splits")
-types = dict.fromkeys(integers, "i32") | {"counter": "*i32", "lse_ptr": "*fp32", "scale": "fp32", "scale_log2": "fp32"}
-if which == "forward":
-    kernel, tile = flash_hopper._forward_kernel, flash_hopper._TILES[head_dim]
-    constants = {"ROWS": 64, "D": head_dim, "CAUSAL": causal} | tile
-    types |= dict.fromkeys(("q_desc", "o_desc"), tiles(64, head_dim))
-    types |= dict.fromkeys(("k_desc", "v_desc"), tiles(tile["BLOCK"], head_dim))
-else:
-    kernel = flash_hopper_backward._backward_kernel
-    constants = {"D": head_dim, "STAGES": flash_hopper_backward._STAGES[head_dim], "CAUSAL": causal}
-    constants |= {"MASK": causal, "GROUPED": not causal}
-    types |= dict.fromkeys(("q_desc", "do_desc", "k_desc", "v_desc", "dk_desc", "dv_desc"), tiles(64, head_dim))
-    types |= {"dq_desc": tiles(64, 64, "fp32"), "lse_desc": vector, "delta_desc": vector}
-signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
-aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*"}
-log = io.StringIO()
-with contextlib.redirect_stdout(log):
-    source = GluonASTSource(kernel, signature, constants, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-print(json.dumps({"shared": compiled.metadata.shared, "ptx": compiled.asm["ptx"], "log": log.getvalue()}))
+for point in json.loads(sys.argv[1]):
+    print(json.dumps(compiled(*point)))
 """
 # A thread's registers that do not fit, in bytes: Triton 3.6 and 3.7 together. More of them cost speed.
 SPILLS = {("forward", 64): 128, ("forward", 128): 0, ("backward", 64): 0, ("backward", 128): 128}
 
 
-def compiled_for_hopper(point):
+def compiled_for_hopper(points):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    arguments = [sys.executable, "-c", COMPILE, *map(str, point)]
-    run = subprocess.run(arguments, capture_output=True, text=True, timeout=240, env=environment)
+    command = [sys.executable, "-c", COMPILE, json.dumps(points)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout.splitlines()[-1])
+    return [json.loads(line) for line in run.stdout.splitlines()]
 
 
 def test_kernels_compile_for_hopper():
@@ -439,9 +441,7 @@ def test_kernels_compile_for_hopper():
         ("backward", 64, "fp16", False),
         ("backward", 128, "bf16", True),
     ]
-    with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(compiled_for_hopper, points))
-    for point, result in zip(points, results, strict=True):
+    for point, result in zip(points, compiled_for_hopper(points), strict=True):
         assert result["shared"] <= 227 * 1024, point
         assert re.search(rf"wgmma\.mma_async.*{'bf16' if point[2] == 'bf16' else 'f16'}", result["ptx"]), point
         assert "C75" not in result["log"], f"{point}: {result['log']}"  # wgmma serialized: a read of a result in flight

@@ -66,7 +66,8 @@ def test_strides_are_taken_as_they_are():
 
 
 def test_gradients_are_the_same_bits_every_time():
-    case = inputs(70, 70, 64, heads=4, kv_heads=2, dtype=torch.float16, device=DEVICE)
+    length, head_dim = (70, 64) if ON_GPU else (20, 16)
+    case = inputs(length, length, head_dim, heads=4, kv_heads=2, dtype=torch.float16, device=DEVICE)
     for options in ({"path": "portable"}, {"deterministic": True}):
         first, second = (
             with_gradients(lambda *qkv, o=options: attention(*qkv, causal=True, kernel=KERNEL, **o), *case)
