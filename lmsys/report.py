@@ -90,7 +90,7 @@ def run_notebook(
 
 
 def _clean(notebook: Path) -> None:
-    """Take papermill's own metadata and the paths of this machine out of an executed notebook."""
+    """Take papermill's own metadata and the paths of this machine out of an executed notebook; tell the site what its images show."""
     import nbformat
 
     content = nbformat.read(notebook, as_version=4)
@@ -98,9 +98,13 @@ def _clean(notebook: Path) -> None:
     for cell in content.cells:
         for key in ("papermill", "execution"):
             cell.metadata.pop(key, None)
+        alternatives = []
         for output in cell.get("outputs", ()):
             if output.output_type == "stream":
                 output.text = without_paths(output.text)
+            alternatives += filter(None, [output.get("metadata", {}).get("image/png", {}).get("alt")])
+        if alternatives:  # which myst-nb reads of a cell, not of an output
+            cell.metadata["mystnb"] = {"image": {"alt": "; ".join(alternatives)}}
     records.write_text(notebook, nbformat.writes(content) + "\n")
 
 

@@ -69,6 +69,18 @@ def test_committed_notebooks_and_stamps_are_clean():
         assert stamp["environment"]["gpu"] == "NVIDIA H200", path
 
 
+def test_the_site_is_told_what_an_image_shows(tmp_path):
+    metadata = {"image/png": {"alt": "a curve"}}
+    image = nbformat.v4.new_output("display_data", data={"image/png": "aGk="}, metadata=metadata)
+    plain = nbformat.v4.new_output("display_data", data={"text/plain": "x"})
+    cells = [nbformat.v4.new_code_cell("1", outputs=[plain, image]), nbformat.v4.new_code_cell("2", outputs=[plain])]
+    path = tmp_path / "a.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    report._clean(path)
+    first, second = nbformat.read(path, as_version=4).cells
+    assert first.metadata.mystnb.image.alt == "a curve" and "mystnb" not in second.metadata
+
+
 def test_printed_paths_lose_what_is_of_one_machine():
     home, repository = Path.home(), REPOSITORY
     text = f"/opt/venv/lib/python3.12/site-packages/torch/x.py:1: W\n  {repository}/lmsys/a.py '{home}/.cache/b' {home}body /tmp/x"
