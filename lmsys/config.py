@@ -195,7 +195,8 @@ class TrainConfig:
     autotune: bool = False  # with compile: inductor times its own matrix products beside cuBLAS's, for minutes
     fused_loss: bool = False  # head and loss in one, in chunks of tokens: no logits of all tokens (lmsys.fused_loss)
     fused_rope: bool = False  # rotation and splitting of Q, K and V as one kernel (lmsys.fused_rope)
-    merged_gate: bool = False  # the two matrices that the feed-forward layer begins with as one product
+    merged_gate: bool = False  # the two matrices that the feed-forward layer begins with as one (lmsys.fused_gate)
+    fused_norm: bool = False  # a norm's backward pass as one kernel, with the addition beside it (lmsys.fused_norm)
     written_backward: bool = (
         False  # in place of compile: blocks with a backward pass of our own, which keep little (lmsys.selective)
     )
@@ -288,7 +289,7 @@ class TrainConfig:
 
     def _check_written_backward(self) -> None:
         """ValueError where blocks with a written backward pass do not go with the other options."""
-        for name in ("compile", "fused_rope", "merged_gate"):
+        for name in ("compile", "fused_rope", "merged_gate", "fused_norm"):
             require(
                 not getattr(self, name),
                 f"train.written_backward has blocks of its own, to which train.{name} does not apply; set one of them to false",

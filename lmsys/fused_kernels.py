@@ -1,4 +1,5 @@
-"""Triton kernels of the training step beside attention: cross-entropy in place, AdamW over many tensors, rotation, SwiGLU's gate.
+"""Triton kernels of the training step beside attention: cross-entropy in place, AdamW over many tensors, rotation, SwiGLU's gate,
+RMSNorm's gradient.
 
 All are bound by memory and read and write each element once or twice; their callers, lmsys.optim and lmsys.fused_*, import this
 module where tensors lie on a GPU. On the CPU interpreter it is there to check, not to be fast.
@@ -339,3 +340,60 @@ def _gate_grid(product: Tensor) -> tuple[tuple[int], int, dict[str, int]]:
     masked = width % columns != 0 or rows % down != 0
     constants = {"F": width, "MASKED": masked, "ROWS": down, "COLUMNS": columns, "num_warps": 8}
     return (-(-rows // down) * -(-width // columns),), rows, constants
+
+
+# --- RMSNorm's gradient ---------------------------------------------------------------------------
+#
+# A few programs a multiprocessor, as many as run at once (64 registers a thread at d 768), each of which takes tiles of rows from all
+# over the tensor and adds the gain's gradient up in registers: a row is read once for both gradients. The next tile is under way to
+# shared memory while one is computed.
+
+_NORM_TILE = 2048  # elements: a vector of 16-bit ones for each of 256 threads
+_NORM_STAGES = 2
+
+
+@triton.jit
+def _norm_back_kernel(
+    dy, x, rstd, gain, beside, dx, partials, N,
+    D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, BESIDE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The gradients of y = x rstd gain: dx (N, D), plus beside where BESIDE, and partials[program] (D,), the gain's over the program's rows."""
+    columns = tl.arange(0, D_PAD)[None, :]
+    exists = columns < D
+    g = tl.load(gain + columns, mask=exists, other=0.0).to(tl.float32)
+    dgain = tl.full([ROWS, D_PAD], 0.0, tl.float32)
+    for tile in tl.range(tl.program_id(0), (N + ROWS - 1) // ROWS, tl.num_programs(0), num_stages=STAGES):
+        rows = (tile * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+        at, mask = rows * D + columns, (rows < N) & exists
+        v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+        grad = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
+        scale = tl.load(rstd + rows, mask=rows < N, other=0.0)
+        v = v * scale
+        dgain += grad * v
+        grad = grad * g
+        out = (grad - v * (tl.reduce(grad * v, 1, _SUM)[:, None] / D)) * scale
+        if BESIDE:
+            out += tl.load(beside + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx + at, out.to(dx.dtype.element_ty), mask=mask)
+    total = tl.reduce(dgain, 0, _SUM)
+    local = tl.arange(0, D_PAD)
+    tl.store(partials + tl.program_id(0) * D + local, total, mask=local < D)
+
+
+def norm_back_(dy: Tensor, x: Tensor, rstd: Tensor, gain: Tensor, beside: Tensor | None, dx: Tensor) -> Tensor:
+    """Write the gradient of x, plus beside; returns that of gain, (d,) in fp32.
+
+    dy, x, beside, dx: (N, d); rstd: (N,) fp32; gain: (d,); all contiguous. The sums' order is a matter of the GPU alone.
+    """
+    count, d = x.shape
+    padded = max(16, triton.next_power_of_2(d))
+    rows, warps = max(1, _NORM_TILE // padded), 8 if padded <= _NORM_TILE else 16
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+    programs = max(1, min(-(-count // rows), processors * 32 // warps))
+    partials = torch.empty(programs, d, dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        _norm_back_kernel[(programs,)](
+            dy, x, rstd, gain, x if beside is None else beside, dx, partials, count,
+            D=d, D_PAD=padded, ROWS=rows, BESIDE=beside is not None, STAGES=_NORM_STAGES, num_warps=warps,
+        )  # fmt: skip
+    return partials.sum(0)

@@ -24,6 +24,7 @@ from lmsys.attention import check_support, get_kernel
 from lmsys.config import ModelConfig
 from lmsys.fused_gate import gated_product
 from lmsys.fused_loss import linear_cross_entropy
+from lmsys.fused_norm import norm_beside, rms_norm
 from lmsys.fused_rope import rotated_heads
 
 
@@ -53,17 +54,26 @@ class Embedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * gain over the last dimension, computed in fp32, returned in the dtype of x."""
+    """x / sqrt(mean(x^2) + eps) * gain over the last dimension, computed in fp32, returned in the dtype of x.
+
+    fused: backward is one kernel (lmsys.fused_norm).
+    """
 
     def __init__(self, d_model: int, eps: float = 1e-5):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(d_model))
-        self.eps = eps
+        self.eps, self.fused = eps, False
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fused:
+            return rms_norm(x, self.weight, self.eps)
         y = x.float()
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
         return (y * self.weight).to(x.dtype)
+
+    def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x, for what passes the norm by, and its norm."""
+        return norm_beside(x, self.weight, self.eps) if self.fused else (x, self(x))
 
 
 class RotaryEmbedding(nn.Module):
@@ -157,8 +167,9 @@ class TransformerBlock(nn.Module):
         self.ffn = SwiGLU(config.d_model, config.d_ff)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable[..., Tensor] | None = None) -> Tensor:
-        x = x + self.attn(self.ln1(x), cos, sin, attend)
-        return x + self.ffn(self.ln2(x))
+        x, y = self.ln1.beside(x)
+        x, y = self.ln2.beside(x + self.attn(y, cos, sin, attend))
+        return x + self.ffn(y)
 
 
 class TransformerLM(nn.Module):
@@ -282,18 +293,26 @@ class TransformerLM(nn.Module):
         self.ln_final.compile(**options)
 
     def fuse(
-        self, *, rope: bool = False, gate: bool = False, residual_dtype: torch.dtype | None = None
+        self,
+        *,
+        rope: bool = False,
+        gate: bool = False,
+        norm: bool = False,
+        residual_dtype: torch.dtype | None = None,
     ) -> TransformerLM:
         """Choose how the step computes the same model; returns the model.
 
         Args:
             rope: rotation and the splitting of Q, K and V as one kernel each way (lmsys.fused_rope).
             gate: the feed-forward layer's W1 and W3 as one product, and what follows it one kernel each way (lmsys.fused_gate).
+            norm: a norm's backward pass as one kernel (lmsys.fused_norm).
             residual_dtype: of the stream from block to block; None: the embedding's, fp32 under autocast too.
         """
         self.token_embeddings.output_dtype = residual_dtype
         for layer in self.layers:
             layer.attn.fused_rope, layer.ffn.merged = rope, gate
+            layer.ln1.fused = layer.ln2.fused = norm
+        self.ln_final.fused = norm
         return self
 
     def checkpoint_blocks(self, size: int | None, *, nested: bool = False) -> None:

@@ -435,6 +435,7 @@ class _Replica:
         self.model.fuse(
             rope=settings.fused_rope,
             gate=settings.merged_gate,
+            norm=settings.fused_norm,
             residual_dtype={"bf16": torch.bfloat16, "fp32": torch.float32, None: None}[settings.residual_dtype],
         )
         self.autocast_dtype = settings.dtype

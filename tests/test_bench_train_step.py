@@ -38,8 +38,9 @@ def test_the_peer_is_the_same_model(tied):
 def test_every_point_trains_alike(measured):
     chosen, frame, losses, _ = measured
     assert (frame.status == "ok").all(), frame.note.tolist()
-    names = ["all", "all", "written_backward", "fused_loss", "fused_rope", "merged_gate", "fused_optimizer", "none"]
-    assert list(frame.option) == names and list(frame.implementation) == ["torch_native"] + 7 * ["lmsys"]
+    names = ["written_backward", "fused_loss", "fused_rope", "merged_gate", "fused_norm", "fused_optimizer"]
+    assert list(frame.option) == ["all", "all", *names, "none"]
+    assert list(frame.implementation) == ["torch_native"] + 8 * ["lmsys"]
     assert (losses.groupby(["implementation", "option"]).step.max() == chosen.loss_steps).all()
     curves = losses.pivot(index="step", columns=["implementation", "option"], values="loss")
     assert np.abs(curves.sub(curves["torch_native", "all"], axis=0)).to_numpy().max() < 1e-4
@@ -90,16 +91,17 @@ def test_points_of_the_full_scale(monkeypatch):
     chosen = train_step.settings("full", kernel="vectorized_torch", compiled=False, device="cpu")
     assert chosen.batch == (32, 16) and "compile_rest" not in chosen.options
     found = train_step.points(chosen)
-    assert len(found) == 2 + 6 + 1 + 3
+    assert len(found) == 2 + 7 + 1 + 3
     trains = {(p.size, p.implementation, p.option): train_step.pipeline_config(chosen, p).train for p in found}
     monkeypatch.setattr("os.cpu_count", lambda: 16)
     shares = train_step._shares(chosen)
     assert sorted(str(point) for share in shares for point in share) == sorted(map(str, found))
-    assert list(map(len, shares)) == [1, 1, 3, 3, 2, 2]
+    assert list(map(len, shares)) == [1, 1, 3, 3, 3, 2]
     everything, nothing = trains["gpt2", "lmsys", "all"], trains["gpt2", "lmsys", "none"]
     assert "written_backward" not in chosen.options and everything.fused_rope
     assert everything.bf16_parameters and everything.residual_dtype == "bf16" and everything.fused_loss
-    assert not (nothing.bf16_parameters or nothing.fused_optimizer or nothing.fused_rope or nothing.merged_gate)
+    assert not (nothing.bf16_parameters or nothing.fused_optimizer or nothing.fused_rope)
+    assert not (nothing.merged_gate or nothing.fused_norm)
     without = trains["gpt2", "lmsys", "fused_optimizer"]
     assert not (without.fused_optimizer or without.bf16_parameters) and without.fused_loss
     assert trains["gpt2", "lmsys", "bf16_residual"].residual_dtype == "fp32"

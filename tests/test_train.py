@@ -505,7 +505,7 @@ def test_config_of_a_checkpoint_builds_again(tmp_path):
 
 # --- Options of the step --------------------------------------------------------------------------
 
-STEP_OPTIONS = ("fused_loss", "fused_rope", "merged_gate", "fused_optimizer")
+STEP_OPTIONS = ("fused_loss", "fused_rope", "merged_gate", "fused_norm", "fused_optimizer")
 BF16 = {"dtype": "bf16", "fused_optimizer": True, "bf16_parameters": True}
 WRITTEN = {"written_backward": True, "attention_kernel": "flash_attention_torch"}
 

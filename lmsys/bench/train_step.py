@@ -49,6 +49,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "fused_loss": ({"fused_loss": True}, {"fused_loss": False}),
     "fused_rope": ({"fused_rope": True}, {"fused_rope": False}),
     "merged_gate": ({"merged_gate": True}, {"merged_gate": False}),
+    "fused_norm": ({"fused_norm": True}, {"fused_norm": False}),
     "fused_optimizer": ({"fused_optimizer": True}, {"fused_optimizer": False, "bf16_parameters": False}),
     "bf16_parameters": ({"bf16_parameters": True}, {"bf16_parameters": False}),
     "bf16_residual": ({"residual_dtype": "bf16"}, {"residual_dtype": "fp32"}),
@@ -58,7 +59,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 _OF_BF16, _OF_COMPILE = ("bf16_parameters", "bf16_residual"), ("compile_rest", "autotune")
 # Blocks with a backward pass of their own, in place of the compiled ones and of what only those have. Last, as it takes that back.
 _WRITTEN = "written_backward"
-_OF_PLAIN_BLOCKS = ("fused_rope", "merged_gate", "compile_rest", "autotune")
+_OF_PLAIN_BLOCKS = ("fused_rope", "merged_gate", "fused_norm", "compile_rest", "autotune")
 OPTIONS[_WRITTEN] = (
     {_WRITTEN: True, "compile": False} | dict.fromkeys(_OF_PLAIN_BLOCKS, False),
     {_WRITTEN: False},
