@@ -26,19 +26,28 @@ _MOST = 8192  # elements of a row that a program of the kernel holds
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float, path: str = "auto") -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * gain over the last dimension, in fp32, in the dtype of x. x: (..., d), gain: (d,).
+    """x / sqrt(mean(x^2) + eps) * gain over the last dimension, computed in fp32, in the dtype of x. x: (..., d), gain: (d,).
+
+    Under autocast the norm of an fp32 x is in its dtype: the product that takes it would cast it, and its gradient back.
 
     Args:
         path: of the backward pass: triton, torch, or auto, which is triton on a GPU.
     Raises:
         ValueError: shapes that do not fit, rows that are too long, or another path.
     """
-    return Norm.apply(x, gain, eps, _checked(x, gain, path), False)
+    return Norm.apply(x, gain, eps, _dtype(x), _checked(x, gain, path), False)
 
 
 def norm_beside(x: Tensor, gain: Tensor, eps: float, path: str = "auto") -> tuple[Tensor, Tensor]:
     """x, and rms_norm of it. What takes x beside the norm is to take this one: its gradient is added in the norm's kernel."""
-    return Norm.apply(x, gain, eps, _checked(x, gain, path), True)
+    return Norm.apply(x, gain, eps, _dtype(x), _checked(x, gain, path), True)
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    """Of the norm of x."""
+    kind = x.device.type
+    is_cast = x.dtype == torch.float32 and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if is_cast else x.dtype
 
 
 def _checked(x: Tensor, gain: Tensor, path: str) -> str:
@@ -90,13 +99,13 @@ def _(dy: Tensor, x: Tensor, rstd: Tensor, gain: Tensor, beside: Tensor | None, 
 
 
 class Norm(torch.autograd.Function):
-    """apply(x (..., d), gain (d,), eps, path, beside) -> the norm, or, where beside, x and the norm; saves x, gain and 1 / rms."""
+    """apply(x (..., d), gain (d,), eps, dtype, path, beside) -> the norm, or, where beside, x and the norm; saves x, gain and 1 / rms."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float, path: str, beside: bool) -> Any:
+    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype, path: str, beside: bool) -> Any:
         v = x.float()
         rstd = torch.rsqrt(v.square().mean(-1, keepdim=True) + eps)
-        y = (v * rstd * gain).to(x.dtype)
+        y = (v * rstd * gain).to(dtype)
         ctx.save_for_backward(x, rstd, gain)
         ctx.path, ctx.beside = path, beside
         return (x.view_as(x), y) if beside else y
@@ -107,4 +116,4 @@ class Norm(torch.autograd.Function):
         x, rstd, gain = ctx.saved_tensors
         launch = norm_back_op if torch.compiler.is_compiling() else _norm_back
         dx, dgain = launch(gradients[-1], x, rstd, gain, gradients[0] if ctx.beside else None, ctx.path)
-        return dx, dgain.to(gain.dtype), None, None, None
+        return dx, dgain.to(gain.dtype), None, None, None, None

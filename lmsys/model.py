@@ -56,7 +56,7 @@ class Embedding(nn.Module):
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * gain over the last dimension, computed in fp32, returned in the dtype of x.
 
-    fused: backward is one kernel (lmsys.fused_norm).
+    fused: backward is one kernel (lmsys.fused_norm), and under autocast the result is in its dtype.
     """
 
     def __init__(self, d_model: int, eps: float = 1e-5):

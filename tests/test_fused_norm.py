@@ -110,6 +110,22 @@ def test_kept_are_the_input_itself_and_one_number_a_row():
     assert kept[0].data_ptr() == x.data_ptr()
 
 
+@PATHS
+def test_under_autocast_no_gradient_is_cast_to_fp32(path):
+    """The norm of an fp32 stream is in the autocast dtype, as is its gradient, and both are what casts would have made."""
+    x, gain = inputs((6, 24))
+    dy, beside = torch.randn_like(x).bfloat16(), torch.randn_like(x)
+    made = []
+    for enabled in (True, False):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, gain)]
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=enabled):
+            stream, y = norm_beside(*leaves, EPS, path)
+        assert (stream.dtype, y.dtype) == (torch.float32, torch.bfloat16 if enabled else torch.float32)
+        torch.autograd.backward((stream, y), (beside, dy.to(y.dtype)))
+        made.append((y.bfloat16(), *(leaf.grad for leaf in leaves)))
+    assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_block_compiled_as_one_graph_is_as_eager_and_as_the_plain_one(autocast):
     torch.manual_seed(0)
