@@ -325,7 +325,7 @@ def two_ranks(process) -> dict:
     torch.manual_seed(0)
     results["checkpointed"] = trained(process, Checkpointed())
     results["clipped"] = trained(process, toy(), max_norm=0.3)
-    repeats = [trained(process, toy(), slow=True, prefetch=repeat % 3) for repeat in range(20)]
+    repeats = [trained(process, toy(), slow=True, steps=3, prefetch=repeat % 3) for repeat in range(20)]
     results["repeats"] = [same_tree(repeat, repeats[0]) for repeat in repeats]
     results["memory"] = memory(process)
     results["whole"] = whole_parameters(process)

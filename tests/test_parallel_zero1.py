@@ -59,16 +59,15 @@ def plain_groups(module: nn.Module) -> list[dict]:
 
 def average(module: nn.Module) -> None:
     """The oracle's all-reduce; a gradient that no rank has is None."""
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            used = torch.tensor(float(parameter.grad is not None))
-            dist.all_reduce(used)
-            if not used:
-                continue
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            parameter.grad /= dist.get_world_size()
-            dist.all_reduce(parameter.grad)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    used = torch.tensor([float(parameter.grad is not None) for parameter in trained])
+    dist.all_reduce(used)
+    trained = [parameter for parameter, ranks in zip(trained, used, strict=True) if ranks]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad / dist.get_world_size() for p in trained]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    for parameter, gradient in zip(trained, flat.split([p.numel() for p in trained]), strict=True):
+        parameter.grad = gradient.view_as(parameter)
 
 
 def train(module, optimizer, scheduler, process, steps, *, scattered=None, max_norm=None, micro_batches=1):

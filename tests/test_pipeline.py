@@ -135,7 +135,10 @@ def test_training_goes_on_in_several_processes(again, monkeypatch):
     ]
     config = pipeline.settings("smoke", overrides=[*TINY, *(f"train.{setting}" for setting in settings)])
     lines = []
-    result = pipeline.run(config, say=lines.append)
+    try:
+        result = pipeline.run(config, say=lines.append)
+    except ChildProcessError as error:
+        pytest.fail("\n".join([f"{error}; what its processes printed:", *lines]))
     assert result.history.resumed_from == 4 and "in 2 processes, resumed from step 4" in result.stages[3].detail
     assert [row["step"] for row in result.history.rows] == [1, 2, 3, 4, 5, 6]
     assert result.history.rows[-1]["tokens"] == 6 * 4 * 64
