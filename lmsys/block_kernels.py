@@ -1,4 +1,4 @@
-"""Triton kernels of a Transformer block beside its products: RMSNorm with the residual addition, SwiGLU, and their gradients.
+"""Triton kernels of a Transformer block beside its products: RMSNorm with the residual addition, SwiGLU and its gradient in place.
 
 All are bound by memory: each element is read and written once. Sums are in fp32. What is overwritten is said at each function;
 lmsys.selective, the caller, imports this module where tensors lie on a GPU. On the CPU interpreter it is there to check.
@@ -12,10 +12,6 @@ from torch import Tensor
 from lmsys.attention.flash_triton import tl, triton  # which sets up the interpreter where there is no GPU
 
 _sum = tl.standard._sum_combine  # interpreted whenever the kernel is, as tl.sum may not be
-# A multiprocessor's warps of the norm's gradient, whose programs each write one partial sum of the gain's. At d 4096 a thread takes 80
-# registers, so three programs of 8 warps run at once on Hopper, and all of them in one wave; narrower rows have as many warps in more
-# programs, as a program that waits for a row loads no other.
-_WARPS_EACH = 24
 _BLOCK = 4096  # elements of a program of SwiGLU: 16 a thread, two vector loads of 16-bit elements
 
 
@@ -39,31 +35,6 @@ def _rms_norm_kernel(x, added, gain, total, y, d, eps, ADD: tl.constexpr, D_PAD:
     tl.store(y + row + columns, (v * scale * g).to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _rms_norm_backward_kernel(
-    dy, x, gain, residual, dx, partials, rows, rows_each, d, eps, ADD: tl.constexpr, D_PAD: tl.constexpr
-):  # fmt: skip
-    """dx (+ residual where ADD) of rows_each rows, and the sum over them of the gain's gradient. dx may be dy or residual."""
-    first = tl.program_id(0).to(tl.int64) * rows_each
-    columns = tl.arange(0, D_PAD)
-    mask = columns < d
-    g = tl.load(gain + columns, mask=mask, other=0.0).to(tl.float32)
-    dgain = tl.full([D_PAD], 0.0, tl.float32)
-    for row in range(0, tl.minimum(rows_each, rows - first).to(tl.int32)):
-        at = (first + row) * d + columns
-        v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-        grad = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
-        scale = 1.0 / tl.sqrt(tl.reduce(v * v, 0, _sum) / d + eps)
-        v = v * scale
-        dgain += grad * v
-        grad = grad * g
-        out = (grad - v * (tl.reduce(grad * v, 0, _sum) / d)) * scale
-        if ADD:
-            out += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dx + at, out.to(dx.dtype.element_ty), mask=mask)
-    tl.store(partials + tl.program_id(0).to(tl.int64) * d + columns, dgain, mask=mask)
-
-
 def _warps(padded: int) -> int:
     return max(1, min(16, padded // 512))
 
@@ -79,24 +50,6 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float, added: Tensor | None = None) -
             ADD=added is not None, D_PAD=padded, num_warps=_warps(padded),
         )  # fmt: skip
     return total, y
-
-
-def rms_norm_backward(
-    dy: Tensor, x: Tensor, gain: Tensor, eps: float, residual: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The gradients of x, plus residual, which is in place of dy, and of gain, in fp32. dy, x, residual: (N, d), contiguous."""
-    rows, d = x.shape
-    padded = triton.next_power_of_2(d)
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-    each = -(-rows // (_WARPS_EACH // _warps(padded) * processors))
-    programs = -(-rows // each)
-    partials = torch.empty(programs, d, dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
-        _rms_norm_backward_kernel[(programs,)](
-            dy, x, gain, dy if residual is None else residual, dy, partials, rows, each, d, eps,
-            ADD=residual is not None, D_PAD=padded, num_warps=_warps(padded),
-        )  # fmt: skip
-    return dy, partials.sum(0)
 
 
 # --- SwiGLU ---------------------------------------------------------------------------------------

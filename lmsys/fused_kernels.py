@@ -344,20 +344,25 @@ def _gate_grid(product: Tensor) -> tuple[tuple[int], int, dict[str, int]]:
 
 # --- RMSNorm's gradient ---------------------------------------------------------------------------
 #
-# A few programs a multiprocessor, as many as run at once (64 registers a thread at d 768), each of which takes tiles of rows from all
-# over the tensor and adds the gain's gradient up in registers: a row is read once for both gradients. The next tile is under way to
-# shared memory while one is computed.
+# As many programs a multiprocessor as run at once, each of which takes tiles of rows from all over the tensor and adds the gain's
+# gradient up in registers: a row is read once for both gradients. The next tile is under way to shared memory while one is computed.
 
 _NORM_TILE = 2048  # elements: a vector of 16-bit ones for each of 256 threads
 _NORM_STAGES = 2
+NORM_OPTIONS = (
+    {} if torch.version.hip else {"maxnreg": 64}
+)  # 1,024 threads at once; to d 4,096 nothing spills, above one program has all
 
 
 @triton.jit
 def _norm_back_kernel(
-    dy, x, rstd, gain, beside, dx, partials, N,
-    D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, BESIDE: tl.constexpr, STAGES: tl.constexpr,
+    dy, x, rstd, gain, beside, dx, partials, N, eps,
+    D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, RSTD: tl.constexpr, BESIDE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of y = x rstd gain: dx (N, D), plus beside where BESIDE, and partials[program] (D,), the gain's over the program's rows."""
+    """The gradients of y = x rstd gain: dx (N, D), plus beside where BESIDE, and partials[program] (D,), the gain's over the program's rows.
+
+    Without RSTD, rstd is made of x again. dx may be dy: a tile is read before it is written, and by one program.
+    """
     columns = tl.arange(0, D_PAD)[None, :]
     exists = columns < D
     g = tl.load(gain + columns, mask=exists, other=0.0).to(tl.float32)
@@ -367,7 +372,10 @@ def _norm_back_kernel(
         at, mask = rows * D + columns, (rows < N) & exists
         v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
-        scale = tl.load(rstd + rows, mask=rows < N, other=0.0)
+        if RSTD:
+            scale = tl.load(rstd + rows, mask=rows < N, other=0.0)
+        else:
+            scale = 1.0 / tl.sqrt(tl.reduce(v * v, 1, _SUM)[:, None] / D + eps)
         v = v * scale
         dgain += grad * v
         grad = grad * g
@@ -380,20 +388,24 @@ def _norm_back_kernel(
     tl.store(partials + tl.program_id(0) * D + local, total, mask=local < D)
 
 
-def norm_back_(dy: Tensor, x: Tensor, rstd: Tensor, gain: Tensor, beside: Tensor | None, dx: Tensor) -> Tensor:
+def norm_back_(
+    dy: Tensor, x: Tensor, rstd: Tensor | None, gain: Tensor, beside: Tensor | None, dx: Tensor, eps: float = 0.0
+) -> Tensor:
     """Write the gradient of x, plus beside; returns that of gain, (d,) in fp32.
 
-    dy, x, beside, dx: (N, d); rstd: (N,) fp32; gain: (d,); all contiguous. The sums' order is a matter of the GPU alone.
+    dy, x, beside, dx: (N, d), dx another than x and beside; rstd: (N,) fp32, None: made again, with eps; gain: (d,); all contiguous. The
+    sums' order is a matter of the GPU alone.
     """
     count, d = x.shape
     padded = max(16, triton.next_power_of_2(d))
     rows, warps = max(1, _NORM_TILE // padded), 8 if padded <= _NORM_TILE else 16
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-    programs = max(1, min(-(-count // rows), processors * 32 // warps))
+    at_once, options = (32 // warps, NORM_OPTIONS) if padded <= 4096 else (1, {})
+    programs = max(1, min(-(-count // rows), processors * at_once))
     partials = torch.empty(programs, d, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         _norm_back_kernel[(programs,)](
-            dy, x, rstd, gain, x if beside is None else beside, dx, partials, count,
-            D=d, D_PAD=padded, ROWS=rows, BESIDE=beside is not None, STAGES=_NORM_STAGES, num_warps=warps,
+            dy, x, x if rstd is None else rstd, gain, x if beside is None else beside, dx, partials, count, eps,
+            D=d, D_PAD=padded, ROWS=rows, RSTD=rstd is not None, BESIDE=beside is not None, STAGES=_NORM_STAGES, num_warps=warps, **options,
         )  # fmt: skip
     return partials.sum(0)

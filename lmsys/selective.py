@@ -12,7 +12,7 @@ known beforehand, as lmsys.planner needs them, and are the same with every versi
 - The head's gradient, which lmsys.fused_loss adds up in fp32 while it computes the loss, is scaled and rounded there and then: what lies
   there at the moment when all activations do is half as large.
 
-Norms and SwiGLU are Triton kernels on a GPU (lmsys.block_kernels), plain PyTorch elsewhere. On a GPU nothing is compiled but these.
+Norms and SwiGLU are Triton kernels on a GPU (lmsys.block_kernels, lmsys.fused_kernels), plain PyTorch elsewhere. On a GPU nothing is compiled but these.
 
 Limits: fp32 or bf16, the matrices in the dtype of the block's input (no autocast); attention by a kernel of ATTENTION; one backward pass, no second
 derivative; positions 0 to T - 1.
@@ -146,10 +146,9 @@ def _rms_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of x, plus residual, in place of dy, and of gain."""
     if x.is_cuda:
-        from lmsys import block_kernels
+        from lmsys.fused_kernels import norm_back_
 
-        dx, dgain = block_kernels.rms_norm_backward(dy, x, gain, eps, residual)
-        return dx, dgain.to(gain.dtype)
+        return dy, norm_back_(dy, x, None, gain, residual, dy, eps).to(gain.dtype)
     v, grad = (tensor.to(torch.promote_types(x.dtype, torch.float32)) for tensor in (x, dy))
     scale = torch.rsqrt(v.square().mean(-1, keepdim=True) + eps)
     v = v * scale

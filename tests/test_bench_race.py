@@ -171,7 +171,7 @@ def test_full_scale_is_what_the_docstring_says():
     assert full["compiled"] and "compile_rest" in full["options"] and "autotune" not in full["options"]
     assert not any(getattr(naive.train, name) for name in ("compile", "fused_loss", "fused_rope", "fused_optimizer"))
     kept = race.settings("full", device="cpu", compiled=False, dtype="fp32", kernel="vectorized_torch").options
-    assert kept == ("fused_loss", "fused_rope", "merged_gate", "fused_optimizer")
+    assert kept == ("fused_loss", "fused_rope", "merged_gate", "fused_norm", "fused_optimizer")
 
 
 def test_time_to_the_same_loss_and_its_ratio():

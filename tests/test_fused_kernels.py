@@ -28,10 +28,15 @@ tables = dict.fromkeys(("gradients", "parameters", "lengths"), "*i64") | dict.fr
 scalars = dict.fromkeys(("decay", "lerp1", "beta2", "lerp2", "step_size", "correction", "eps", "scale", "sign"), "fp32")
 types = flat | tables | scalars | dict.fromkeys(("q", "k", "v", "q_out", "k_out", "v_out", "logits"), "*bf16")
 types |= {"targets": "*i64", "losses": "*fp32", "cos": "*fp32", "sin": "*fp32"}
+types |= dict.fromkeys(("merged", "product", "dproduct", "dmerged", "dy", "x", "beside", "dx"), "*bf16")
+types |= dict.fromkeys(("rstd", "gain", "partials"), "*fp32")
 cases = {
     "cross_entropy": (32, {"GRADIENT": True, "LANES": 1024, "WIDTH": 8}),
     "adamw": (8, {"DTYPE": tl.bfloat16, "MASTER": True, "SCALED": True, "ALIGNED": True, "BLOCK": 2048}),
     "rotate": (4, {"D": 64, "D_PAD": 64, "ROWS": 64, "COPY_V": True}),
+    "gate": (8, {"F": 2048, "MASKED": False, "ROWS": 1, "COLUMNS": 2048}),
+    "gate_back": (8, {"F": 2048, "MASKED": False, "ROWS": 1, "COLUMNS": 2048}),
+    "norm_back": (8, {"D": 768, "D_PAD": 1024, "ROWS": 2, "RSTD": False, "BESIDE": True, "STAGES": 2}),
 }
 found = {}
 for name, (warps, constants) in cases.items():
@@ -39,10 +44,10 @@ for name, (warps, constants) in cases.items():
     signature = {arg: "constexpr" if arg in constants else types.get(arg, "i32") for arg in kernel.arg_names}
     divisible = [arg for arg in kernel.arg_names if signature[arg][0] == "*" or arg in (*strides, "row_stride", "vocabulary")]
     aligned = {(kernel.arg_names.index(arg),): [["tt.divisibility", 16]] for arg in divisible}
-    log = io.StringIO()
+    options, log = fused_kernels.NORM_OPTIONS if name == "norm_back" else {}, io.StringIO()
     with contextlib.redirect_stdout(log):
         source = ASTSource(kernel, signature, constants, aligned)
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options | {"num_warps": warps})
     found[name] = {"ptx": compiled.asm["ptx"], "log": log.getvalue()}
 print(json.dumps(found))
 """
@@ -62,11 +67,14 @@ def compiled():
         ("cross_entropy", 32, 4, 2),  # two programs of 1,024 threads on an SM; whole blocks and the last one, twice
         ("adamw", 64, 7, 7),  # four programs of 256; fp32 arrays twice a thread, bf16 once
         ("rotate", 80, 10, 6),
+        ("gate", 32, 2, 1),  # eight programs of 256
+        ("gate_back", 40, 3, 3),
+        ("norm_back", 64, 6, 1),  # four programs of 256; three loads to shared memory, before the loop and in it
     ],
 )
 def test_memory_is_accessed_in_vectors_and_nothing_spills(compiled, kernel, registers, loads, stores):
     ptx, log = compiled[kernel]["ptx"], compiled[kernel]["log"]
     assert int(re.search(r"Used (\d+) registers", log)[1]) <= registers
     assert re.findall(r"(\d+) bytes spill stores", log) == ["0"]
-    assert len(re.findall(r"ld\.global[.\w]*\.v4\.b32", ptx)) >= loads
+    assert len(re.findall(r"ld\.global[.\w]*\.v4\.b32|cp\.async[.\w]* \[[^]]*\], \[[^]]*\], 0x10", ptx)) >= loads
     assert len(re.findall(r"st\.global[.\w]*\.v4\.b32", ptx)) >= stores
