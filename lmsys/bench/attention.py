@@ -70,7 +70,7 @@ class Tier:
 _SQUARE = [("small", 128), ("compact", 512), ("medium", 2048), ("large", 4096), ("XL", 8192), ("XXL", 16384)]
 _RECTANGULAR = [Tier("wide", 1024, 4096), Tier("tall", 4096, 1024), Tier("wide XL", 2048, 16384)]
 TIERS: dict[str, tuple[Tier, ...]] = {
-    "smoke": (Tier("small", 128, 128), Tier("wide", 64, 128)),
+    "smoke": (Tier("small", 64, 64), Tier("wide", 32, 64)),
     "cpu": (
         *(Tier(name, n, n) for name, n in [("small", 128), ("smallish", 256), ("compact", 512)]),
         Tier("wide", 128, 512),

@@ -38,7 +38,7 @@ _MOST_CALLS = 50
 _LIMIT_S = 60.0  # of one point
 
 _PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": {"sizes_mib": (0.0625, 4), "samples": 3, "budget_s": 0.1},
+    "smoke": {"sizes_mib": (0.0625, 1), "samples": 3, "budget_s": 0.05},
     "cpu": {"sizes_mib": (0.0625, 0.5, 4, 16), "samples": 7, "budget_s": 0.15},
     "full": {"sizes_mib": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024), "samples": 20, "budget_s": 0.5},
 }

@@ -231,7 +231,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "steps": tuple(name for name in _ALL if name != "compiled"),  # compiling alone takes longer than smoke may
         "step_batch": 1,
         "step_width": 16,
-        "step_seq_len": 64,
+        "step_seq_len": 32,
         "step_head_dims": (16,),
         "step_dtype": "fp32",
         "implementations": ("naive", "flash"),
