@@ -136,7 +136,8 @@ def run(
     """
     from lmsys.device import resolve_device
     from lmsys.generate import generate_text
-    from lmsys.train import autocast, init_wandb, train
+    from lmsys.replica import autocast
+    from lmsys.train import init_wandb, train
 
     check(config, skip_data=skip_data)
     run_dir = records.output_path(config.run_dir)
@@ -201,7 +202,7 @@ def run(
 
 def evaluate(config: PipelineConfig, model, valid_tokens, bytes_per_token: float | None) -> dict[str, float]:
     """Validation loss in nats a token over up to 100 batches, its perplexity, and bits per byte where the text is known."""
-    from lmsys.train import evaluate as mean_loss
+    from lmsys.replica import evaluate as mean_loss
 
     loss = mean_loss(
         model,

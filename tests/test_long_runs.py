@@ -206,7 +206,7 @@ def test_a_stop_between_rows_changes_no_row(tmp_path, capsys):
 
 
 def test_a_signal_before_the_first_step_ends_at_once(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(training._Replica, "accumulate", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(training.Replica, "accumulate", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(Stopped) as stopped:
         run(tmp_path)
     assert stopped.value.code == 130 and stopped.value.checkpoint is None
@@ -229,7 +229,7 @@ def test_a_second_sigint_insists_and_an_echo_does_not(tmp_path, monkeypatch):
 
 
 def spoiled(monkeypatch, draws: set[int], factor: float = math.nan):
-    accumulate = training._Replica.accumulate
+    accumulate = training.Replica.accumulate
 
     def wrapped(replica, sampler):
         if sampler.draws in draws:
@@ -239,7 +239,7 @@ def spoiled(monkeypatch, draws: set[int], factor: float = math.nan):
                 return accumulate(replica, sampler)
         return accumulate(replica, sampler)
 
-    monkeypatch.setattr(training._Replica, "accumulate", wrapped)
+    monkeypatch.setattr(training.Replica, "accumulate", wrapped)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])

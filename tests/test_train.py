@@ -11,12 +11,13 @@ import pytest
 import torch
 from test_generate import ByteTokenizer
 
-from lmsys import checkpoint, cost
+from lmsys import checkpoint, cost, replica
 from lmsys import train as training
 from lmsys.config import ModelConfig, PipelineConfig, build, to_dict
 from lmsys.model import TransformerLM
 from lmsys.records import SCHEMAS
-from lmsys.train import History, evaluate, init_wandb, total_steps, train
+from lmsys.replica import evaluate
+from lmsys.train import History, init_wandb, total_steps, train
 
 TEXT = "Once upon a time there was a cat. The cat sat on a mat. The mat was flat. " * 30
 TOKENS = np.frombuffer(TEXT.encode(), dtype=np.uint8).astype(np.uint16)
@@ -250,7 +251,7 @@ def test_settings_reach_the_optimizer():
 def test_fp16_skips_a_step_whose_gradients_overflow(tmp_path):
     """A loss scale beyond fp16 makes the first gradients infinite: the weights stay, the scale halves, training goes on."""
     scales, weights = [], []
-    make = training._Replica
+    make = training.Replica
 
     class Watched(make):
         def __init__(self, *arguments):
@@ -265,7 +266,7 @@ def test_fp16_skips_a_step_whose_gradients_overflow(tmp_path):
             return norm
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "_Replica", Watched)
+        patch.setattr(training, "Replica", Watched)
         history = run(tmp_path, train={"dtype": "fp16", "steps": 40})
     skipped = [row["grad_norm"] is None for row in history.rows]
     assert skipped[0] and weights == skipped and not any(skipped[4:])
@@ -480,13 +481,13 @@ def test_too_little_disk_is_found_before_any_work(tmp_path, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(tmp_path, monkeypatch):
-    true_loss, calls = training.cross_entropy, []
+    true_loss, calls = replica.cross_entropy, []
 
     def spoiled(logits, targets):
         calls.append(1)
         return true_loss(logits, targets) * (math.nan if len(calls) == 7 else 1.0)
 
-    monkeypatch.setattr(training, "cross_entropy", spoiled)
+    monkeypatch.setattr(replica, "cross_entropy", spoiled)
     settings = {"log_interval": 10, "eval_interval": 0, "checkpointing_interval": 5}
     with pytest.raises(FloatingPointError, match="the loss is nan at step 7; .*step-00000005"):
         run(tmp_path, train=settings)

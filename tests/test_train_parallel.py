@@ -17,8 +17,7 @@ import pytest
 import torch
 from test_train import TOKENS, ByteTokenizer, Interrupted, computed, config, interrupt_at, saved_steps
 
-from lmsys import checkpoint
-from lmsys import train as training
+from lmsys import checkpoint, replica
 from lmsys.parallel import WRAPPERS, group
 from lmsys.train import train
 
@@ -137,7 +136,7 @@ def in_two_processes(process, folder, alone):
     results["none"] = error(ddp_wrapper="none")
     results["one GPU for all"] = error(device="cpu" if process.rank == 0 else "cuda:64")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "cross_entropy", spoil(process.rank, step=5))
+        patch.setattr(replica, "cross_entropy", spoil(process.rank, step=5))
         with pytest.raises(FloatingPointError) as caught:
             run(folder / "nan", ddp_wrapper="flashddp", log_interval=4, eval_interval=0, sample_interval=0)
         results["nan"] = str(caught.value)
@@ -150,7 +149,7 @@ def in_two_processes(process, folder, alone):
 
 def spoil(rank: int, step: int):
     """cross_entropy, but not a number in the given call on rank 1."""
-    true_loss, calls = training.cross_entropy, []
+    true_loss, calls = replica.cross_entropy, []
 
     def spoiled(logits, targets):
         calls.append(1)

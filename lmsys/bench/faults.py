@@ -168,7 +168,7 @@ class Injection:
             if self.operation is not None:
                 stack.enter_context(operations(self._strike))
             if self.draw is not None:
-                accumulate = training._Replica.accumulate
+                accumulate = training.Replica.accumulate
 
                 def spoiled(replica: Any, sampler: Any) -> torch.Tensor:
                     if sampler.draws != self.draw:
@@ -177,7 +177,7 @@ class Injection:
                     with mock.patch.object(replica, "loss_function", lambda *args: true(*args) * self.factor):
                         return accumulate(replica, sampler)
 
-                stack.enter_context(mock.patch.object(training._Replica, "accumulate", spoiled))
+                stack.enter_context(mock.patch.object(training.Replica, "accumulate", spoiled))
             yield
 
     def _strike(self, number: int, name: str) -> None:

@@ -15,7 +15,7 @@ from lmsys.config import ModelConfig, PipelineConfig
 from lmsys.data import BatchSampler
 from lmsys.model import TransformerLM
 from lmsys.optim import parameter_groups
-from lmsys.train import autocast, to_device
+from lmsys.replica import autocast, to_device
 
 
 class Attention(nn.Module):

@@ -40,7 +40,7 @@ from lmsys.config import MODEL_SIZES, model_size, require, resolve_scale, unknow
 from lmsys.device import device_name, fp32_products, resolve_device
 from lmsys.model import RMSNorm, SwiGLU, TransformerLM, cross_entropy
 from lmsys.optim import AdamW, parameter_groups
-from lmsys.train import autocast
+from lmsys.replica import autocast
 
 NAME, KERNELS, TIMELINE = "profiling_results", "profiling_kernels", "profiling_timeline"
 EXTRA_COLUMNS = ("device", "note")

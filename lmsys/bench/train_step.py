@@ -37,6 +37,7 @@ from lmsys.bench.replicas import Clock, live_bytes, pattern_tokens
 from lmsys.config import DTYPES, PipelineConfig, build, model_size, require, resolve_scale, unknown_name
 from lmsys.data import BatchSampler
 from lmsys.device import device_name, fp32_products, peak_flops, resolve_device
+from lmsys.replica import Replica
 
 NAME, LOSSES = "train_step_results", "train_step_losses"
 EXTRA_COLUMNS = ("host_ms", "device", "note")
@@ -378,7 +379,7 @@ def _replica(config: PipelineConfig, point: Point, device: torch.device) -> tupl
     held = live_bytes(device)
     if point.implementation == PEER:
         return NativeStep(config, device), held
-    return training._Replica(config, device, None), held
+    return Replica(config, device, None), held
 
 
 def _sampler(chosen: StepSettings, config: PipelineConfig) -> BatchSampler:

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -42,6 +42,7 @@ _DEVICES = ("auto", "cpu", "cuda")
 _FAILED = re.compile(r"rank (\d+) of \d+ failed: .*")
 _REPORT = re.compile(r"[WE]\d+ .*torch/distributed/elastic/.*(closing signal|failed \(exitcode)")
 _ROOT_CAUSE = re.compile(r"Root Cause.*?rank +: (\d+).*?exitcode +: -(\d+)", re.DOTALL)
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -495,6 +496,36 @@ def mean_over_ranks(tensor: Tensor, group: dist.ProcessGroup | None = None) -> T
         mean /= dist.get_world_size(group)
         dist.all_reduce(mean, group=group)
     return mean
+
+
+def by_rank(function: Callable[[], Result]) -> list[Result]:
+    """What the function returns in each process, by rank, in every process.
+
+    Raises:
+        ValueError, OSError: in every process, that of the lowest rank where the function raised one.
+    """
+    if current()[1] == 1:
+        return [function()]
+    outcome: tuple[Any, Exception | None]
+    try:
+        outcome = function(), None
+    except (ValueError, OSError) as error:
+        outcome = None, error
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, outcome)
+    for _, error in outcomes:
+        if error is not None:
+            raise error
+    return [result for result, _ in outcomes]
+
+
+def from_rank0(function: Callable[[], Result]) -> Result:
+    """What the function returns, or the error that it raises, on rank 0: in every process, which wait for it."""
+    return by_rank(function if current()[0] == 0 else _nothing)[0]
+
+
+def _nothing() -> None:
+    """For a process that has no part in what rank 0 does."""
 
 
 def check_same_everywhere(
