@@ -470,13 +470,13 @@ def pipeline_preset(scale: str) -> dict[str, Any]:
             "model": {"d_model": 128, "d_ff": 384, "num_layers": 4, "num_heads": 4, "context_length": 128},
             "optim": {"learning_rate": 3e-3, "min_learning_rate": 3e-4, "warmup_steps": 40},
             "train": {
-                "steps": 600,
+                "steps": 450,
                 "batch_size": 8,
-                "eval_interval": 200,
+                "eval_interval": 150,
                 "eval_batches": 16,
-                "sample_interval": 300,
+                "sample_interval": 225,
                 "log_interval": 10,
-                "checkpointing_interval": 300,
+                "checkpointing_interval": 225,
             },
             "generate": {"max_new_tokens": 160, "temperature": 0.6},
         }

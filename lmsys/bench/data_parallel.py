@@ -82,8 +82,8 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "compiled": False,
         "kernel": "vectorized_torch",
         "bucket_sizes_mb": (0.2, 2),
-        "steps": 3,
-        "timed_steps": 7,
+        "steps": 2,
+        "timed_steps": 5,
     },
     "full": {
         "size": "xl",

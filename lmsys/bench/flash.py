@@ -255,7 +255,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "step_head_dims": (64,),
         "step_dtype": "fp32",
         "implementations": tuple(IMPLEMENTATIONS),
-        "course_batch": 2,
+        "course_batch": 1,
         "course_dtype": "fp32",
         "course_seq_lens": (64, 128),
         "course_head_dims": (64,),

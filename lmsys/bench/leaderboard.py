@@ -64,7 +64,7 @@ class BoardSettings:
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {"heads": 2, "seq_len": 64, "head_dim": 16, "dtype": "fp32"},
-    "cpu": {"heads": 2, "seq_len": 128, "head_dim": 64, "dtype": "fp32"},
+    "cpu": {"heads": 1, "seq_len": 128, "head_dim": 64, "dtype": "fp32"},
     "full": {"heads": 16, "seq_len": 16384, "head_dim": 64, "dtype": "bf16"},
 }
 _INTERPRETED = "in Triton's CPU interpreter, whose times say nothing"

@@ -127,7 +127,8 @@ _PRESETS: dict[str, dict[str, Any]] = {
     },
     "cpu": {
         "grids": (
-            Grid(("tiny", "mini"), (64, 128), ("fp32", "bf16")),
+            Grid(("tiny",), (64, 128), ("fp32", "bf16")),
+            Grid(("mini",), (64, 128), ("fp32",)),
             Grid(("tiny",), (64,), ("fp32",), ("forward",), ("blocks",)),  # compiling C++ takes seconds
         ),
         "repeat": Grid(("tiny", "mini"), (128,), ("fp32",), ("full_step",)),
