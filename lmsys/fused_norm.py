@@ -35,12 +35,12 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float, path: str = "auto") -> Tensor:
     Raises:
         ValueError: shapes that do not fit, rows that are too long, or another path.
     """
-    return Norm.apply(x, gain, eps, _dtype(x), _checked(x, gain, path), False)
+    return Norm.apply(x, gain, eps, _dtype(x), _checked(x, gain, path))
 
 
 def norm_beside(x: Tensor, gain: Tensor, eps: float, path: str = "auto") -> tuple[Tensor, Tensor]:
     """x, and rms_norm of it. What takes x beside the norm is to take this one: its gradient is added in the norm's kernel."""
-    return Norm.apply(x, gain, eps, _dtype(x), _checked(x, gain, path), True)
+    return NormBeside.apply(x, gain, eps, _dtype(x), _checked(x, gain, path))
 
 
 def _dtype(x: Tensor) -> torch.dtype:
@@ -98,22 +98,44 @@ def _(dy: Tensor, x: Tensor, rstd: Tensor, gain: Tensor, beside: Tensor | None, 
 # --- Autograd -------------------------------------------------------------------------------------
 
 
+def _normed(ctx: Any, x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype, path: str) -> Tensor:
+    """The norm of x in dtype; saves x, gain and 1 / rms."""
+    v = x.float()
+    rstd = torch.rsqrt(v.square().mean(-1, keepdim=True) + eps)
+    ctx.save_for_backward(x, rstd, gain)
+    ctx.path = path
+    y = v * rstd * gain
+    return y if y.dtype == dtype else y.to(dtype)  # torch 2.11 compiles no gradient of a cast that is none
+
+
+def _gradients(ctx: Any, dy: Tensor, beside: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, rstd, gain = ctx.saved_tensors
+    launch = norm_back_op if torch.compiler.is_compiling() else _norm_back
+    dx, dgain = launch(dy, x, rstd, gain, beside, ctx.path)
+    return dx, dgain.to(gain.dtype), None, None, None
+
+
 class Norm(torch.autograd.Function):
-    """apply(x (..., d), gain (d,), eps, dtype, path, beside) -> the norm, or, where beside, x and the norm; saves x, gain and 1 / rms."""
+    """apply(x (..., d), gain (d,), eps, dtype, path) -> the norm."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype, path: str, beside: bool) -> Any:
-        v = x.float()
-        rstd = torch.rsqrt(v.square().mean(-1, keepdim=True) + eps)
-        y = (v * rstd * gain).to(dtype)
-        ctx.save_for_backward(x, rstd, gain)
-        ctx.path, ctx.beside = path, beside
-        return (x.view_as(x), y) if beside else y
+    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype, path: str) -> Tensor:
+        return _normed(ctx, x, gain, eps, dtype, path)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, rstd, gain = ctx.saved_tensors
-        launch = norm_back_op if torch.compiler.is_compiling() else _norm_back
-        dx, dgain = launch(gradients[-1], x, rstd, gain, gradients[0] if ctx.beside else None, ctx.path)
-        return dx, dgain.to(gain.dtype), None, None, None, None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, dy, None)
+
+
+class NormBeside(torch.autograd.Function):
+    """apply(x (..., d), gain (d,), eps, dtype, path) -> x and the norm."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype, path: str) -> tuple[Tensor, Tensor]:
+        return x.view_as(x), _normed(ctx, x, gain, eps, dtype, path)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, beside: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, dy, beside)
