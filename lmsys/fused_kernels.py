@@ -400,12 +400,13 @@ def norm_back_(
     padded = max(16, triton.next_power_of_2(d))
     rows, warps = max(1, _NORM_TILE // padded), 8 if padded <= _NORM_TILE else 16
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+    stages = 1 if rstd is None else _NORM_STAGES  # rstd takes registers that would spill
     at_once, options = (32 // warps, NORM_OPTIONS) if padded <= 4096 else (1, {})
     programs = max(1, min(-(-count // rows), processors * at_once))
     partials = torch.empty(programs, d, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         _norm_back_kernel[(programs,)](
             dy, x, x if rstd is None else rstd, gain, x if beside is None else beside, dx, partials, count, eps,
-            D=d, D_PAD=padded, ROWS=rows, RSTD=rstd is not None, BESIDE=beside is not None, STAGES=_NORM_STAGES, num_warps=warps, **options,
+            D=d, D_PAD=padded, ROWS=rows, RSTD=rstd is not None, BESIDE=beside is not None, STAGES=stages, num_warps=warps, **options,
         )  # fmt: skip
     return partials.sum(0)
