@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from block_cases import outcome, small_block, small_inputs
 from torch.nn import functional as F
 
-from lmsys.config import ModelConfig
 from lmsys.fused_gate import gate_back_op, gate_op, gated_product
-from lmsys.model import SwiGLU, TransformerBlock
+from lmsys.model import SwiGLU
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -146,16 +146,10 @@ def test_autocast_sets_the_products_dtype_and_not_the_gradients():
 def test_compiled_as_one_graph_is_as_eager(autocast):
     """A block with the layer in it, its products apart from its operators."""
     torch.manual_seed(0)
-    block = TransformerBlock(ModelConfig(16, 24, 1, 2, 6, 10), "vectorized_torch").to(DEVICE)
+    block = small_block()
     block.ffn.merged = True
-    x, angles, made = torch.randn(2, 6, 16, device=DEVICE), torch.rand(6, 4, device=DEVICE), []
-    for function in (block, torch.compile(block, backend="aot_eager", fullgraph=True)):
-        block.zero_grad()
-        leaf = x.clone().requires_grad_()
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
-            y = function(leaf, angles.cos(), angles.sin())
-        y.square().sum().backward()
-        made.append([y, leaf.grad, *(parameter.grad for parameter in block.parameters())])
+    given = small_inputs()
+    made = [outcome(block, *given, compiled=compiled, autocast=autocast) for compiled in (False, True)]
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if autocast else {}
     for a, b in zip(*made, strict=True):
         torch.testing.assert_close(a, b, **tolerance)

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from block_cases import outcome, small_block, small_inputs
 
 from lmsys.config import ModelConfig
 from lmsys.fused_norm import norm_back_op, norm_beside, rms_norm
-from lmsys.model import RMSNorm, TransformerBlock, TransformerLM
+from lmsys.model import RMSNorm, TransformerLM
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -129,17 +130,11 @@ def test_under_autocast_no_gradient_is_cast_to_fp32(path):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_block_compiled_as_one_graph_is_as_eager_and_as_the_plain_one(autocast):
     torch.manual_seed(0)
-    block = TransformerBlock(ModelConfig(16, 24, 1, 2, 6, 10), "vectorized_torch").to(DEVICE)
-    x, angles, made = torch.randn(2, 6, 16, device=DEVICE), torch.rand(6, 4, device=DEVICE), []
+    block, made = small_block(), []
+    given = small_inputs()
     for fused, compiled in ((False, False), (True, False), (True, True)):
         block.ln1.fused = block.ln2.fused = fused
-        function = torch.compile(block, backend="aot_eager", fullgraph=True) if compiled else block
-        block.zero_grad()
-        leaf = x.clone().requires_grad_()
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
-            y = function(leaf, angles.cos(), angles.sin())
-        y.square().sum().backward()
-        made.append([y, leaf.grad, *(parameter.grad for parameter in block.parameters())])
+        made.append(outcome(block, *given, compiled=compiled, autocast=autocast))
     for plain, *others in zip(*made, strict=True):
         for other in others:
             near(other, plain.double(), 2e-2 if autocast else 2e-6)
@@ -155,10 +150,11 @@ def test_the_compiler_adds_no_gradients_beside_the_norms():
         fw_compiler=lambda graph, _: make_boxed_func(graph),
         bw_compiler=lambda graph, _: graphs.append(graph) or make_boxed_func(graph),
     )
-    block = TransformerBlock(ModelConfig(16, 24, 1, 2, 6, 10), "vectorized_torch").to(DEVICE)
+    block, (x, angles) = small_block(), small_inputs()
     block.ln1.fused = block.ln2.fused = block.ffn.merged = True
-    x, angles = torch.randn(2, 6, 16, device=DEVICE, requires_grad=True), torch.rand(6, 4, device=DEVICE)
-    torch.compile(block, backend=backend, fullgraph=True)(x, angles.cos(), angles.sin()).sum().backward()
+    torch.compile(block, backend=backend, fullgraph=True)(
+        x.requires_grad_(), angles.cos(), angles.sin()
+    ).sum().backward()
     nodes = [node for node in graphs[0].graph.nodes if node.op == "call_function"]
     assert [str(node.target) for node in nodes].count("lmsys.norm_back.default") == 2
     assert not [node for node in nodes if "aten.add" in str(node.target) and node.meta["val"].shape == x.shape]
