@@ -25,6 +25,8 @@ DTYPES = ("fp32", "bf16")
 TRAIN_DTYPES = (*DTYPES, "fp16")  # fp16: with a gradient scaler, for GPUs without bf16
 ON_BAD_STEP = ("stop", "skip")
 FULLY_SHARDED = ("fsdp", "torch_fsdp2")  # wrappers that shard parameters, gradients and optimizer state
+# Of blocks whose backward pass is autograd's: train.written_backward has none of them.
+PLAIN_BLOCK_OPTIONS = ("compile", "compile_rest", "autotune", "fused_rope", "merged_gate", "fused_norm")
 WRAPPER_OPTIONS = {  # settings of train that only some wrappers take
     "bucket_size_mb": ("flashddp", "torch_ddp"),
     "communication_dtype": ("overlap", "flashddp", "torch_ddp"),
@@ -289,7 +291,7 @@ class TrainConfig:
 
     def _check_written_backward(self) -> None:
         """ValueError where blocks with a written backward pass do not go with the other options."""
-        for name in ("compile", "fused_rope", "merged_gate", "fused_norm"):
+        for name in PLAIN_BLOCK_OPTIONS:
             require(
                 not getattr(self, name),
                 f"train.written_backward has blocks of its own, to which train.{name} does not apply; set one of them to false",

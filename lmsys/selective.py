@@ -12,7 +12,8 @@ known beforehand, as lmsys.planner needs them, and are the same with every versi
 - The head's gradient, which lmsys.fused_loss adds up in fp32 while it computes the loss, is scaled and rounded there and then: what lies
   there at the moment when all activations do is half as large.
 
-Norms and SwiGLU are Triton kernels on a GPU (lmsys.block_kernels, lmsys.fused_kernels), plain PyTorch elsewhere. On a GPU nothing is compiled but these.
+Norms and SwiGLU are Triton kernels on a GPU (lmsys.block_kernels, lmsys.fused_kernels), plain PyTorch elsewhere. On a GPU nothing is
+compiled but these.
 
 Limits: fp32 or bf16, the matrices in the dtype of the block's input (no autocast); attention by a kernel of ATTENTION; one backward pass, no second
 derivative; positions 0 to T - 1.
@@ -39,13 +40,8 @@ from lmsys.model import RMSNorm, TransformerBlock, TransformerLM, rotate
 # What a block can keep beside its input: rows of d (norm1, middle, norm2), 3 d (qkv), f (gate, up); attention: its output, (N, d), and the
 # log-sum-exp, (B, H, T) in fp32. The product of silu(gate) and up falls off when their gradients are made, and is never kept.
 KINDS = ("norm1", "qkv", "attention", "middle", "norm2", "gate", "up")
-NO_PRODUCTS_AGAIN = (
-    "qkv",
-    "attention",
-    "middle",
-    "gate",
-    "up",
-)  # backward makes the norms again, which cost a pass over memory
+# What keeps backward from making products again: only the norms, which cost a pass over memory.
+NO_PRODUCTS_AGAIN = ("qkv", "attention", "middle", "gate", "up")
 ATTENTION = ("flash_attention_triton", "flash_attention_torch")
 
 

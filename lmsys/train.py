@@ -52,9 +52,7 @@ from lmsys import device as devices
 from lmsys.attention import check_support
 from lmsys.config import PipelineConfig, TrainConfig, to_dict, unknown_name
 from lmsys.data import BatchSampler
-from lmsys.optim import (
-    cosine_schedule,
-)
+from lmsys.optim import cosine_schedule
 from lmsys.parallel import group
 from lmsys.records import SCHEMAS, atomic_path, writable_dir
 from lmsys.replica import AUTOCAST, Replica, damage_told, first_line

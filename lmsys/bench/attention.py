@@ -231,6 +231,7 @@ def settings(
     """The settings of a sweep: the scale's, with what is given in their place.
 
     Args:
+        kernels: by name; None: all, without torch_flex where the scale is not full, as it takes seconds to compile for each shape.
         groups: of shapes, from GROUPS.
         custom_tiers: replace the scale's tiers. They, batch, heads, kv_heads and head_dim are the tiers': giving one runs the
             group tiers alone, unless groups says otherwise.

@@ -226,11 +226,10 @@ class FlashSettings:
 
 
 _ALL = tuple(STEPS)
+_NOT_COMPILED = tuple(name for name in _ALL if name != "compiled")  # compiling takes longer than small scales may
 _PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {
-        "steps": tuple(
-            name for name in _ALL if name != "compiled"
-        ),  # compiling alone takes longer than smoke and cpu may
+        "steps": _NOT_COMPILED,
         "step_batch": 1,
         "step_width": 16,
         "step_seq_len": 32,
@@ -250,7 +249,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "budget_s": 0.05,
     },
     "cpu": {
-        "steps": tuple(name for name in _ALL if name != "compiled"),
+        "steps": _NOT_COMPILED,
         "step_batch": 1,
         "step_width": 64,
         "step_seq_len": 128,

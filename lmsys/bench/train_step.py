@@ -34,7 +34,16 @@ from lmsys.bench import ahead
 from lmsys.bench.measure import is_out_of_memory, one_thread, peak_bytes_cpu, quantiles, release
 from lmsys.bench.native import NativeStep
 from lmsys.bench.replicas import Clock, live_bytes, pattern_tokens
-from lmsys.config import DTYPES, PipelineConfig, build, model_size, require, resolve_scale, unknown_name
+from lmsys.config import (
+    DTYPES,
+    PLAIN_BLOCK_OPTIONS,
+    PipelineConfig,
+    build,
+    model_size,
+    require,
+    resolve_scale,
+    unknown_name,
+)
 from lmsys.data import BatchSampler
 from lmsys.device import device_name, fp32_products, peak_flops, resolve_device
 from lmsys.replica import Replica
@@ -60,11 +69,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 _OF_BF16, _OF_COMPILE = ("bf16_parameters", "bf16_residual"), ("compile_rest", "autotune")
 # Blocks with a backward pass of their own, in place of the compiled ones and of what only those have. Last, as it takes that back.
 _WRITTEN = "written_backward"
-_OF_PLAIN_BLOCKS = ("fused_rope", "merged_gate", "fused_norm", "compile_rest", "autotune")
-OPTIONS[_WRITTEN] = (
-    {_WRITTEN: True, "compile": False} | dict.fromkeys(_OF_PLAIN_BLOCKS, False),
-    {_WRITTEN: False},
-)
+OPTIONS[_WRITTEN] = {_WRITTEN: True} | dict.fromkeys(PLAIN_BLOCK_OPTIONS, False), {_WRITTEN: False}
 _WHERE_NAMED = ("autotune",)  # takes minutes
 
 
@@ -531,8 +536,9 @@ def conclusions(frame, losses) -> list[str]:
         for saved_ms, saved_mib, option, base in sorted(gains, reverse=True, key=lambda gain: gain[:2]):
             distance = loss_distance(losses, size, (OURS, base.option), (OURS, option))
             share = abs(saved_ms) / (base.step_ms + saved_ms)
+            where = size if base is ours else f"{size}, without {_WRITTEN}"
             said.append(
-                f"{size}{'' if base is ours else f', without {_WRITTEN}'}, `{option}` {'saves' if saved_ms >= 0 else 'costs'} {abs(saved_ms):.2f} ms ({share:.1%}) and "
+                f"{where}, `{option}` {'saves' if saved_ms >= 0 else 'costs'} {abs(saved_ms):.2f} ms ({share:.1%}) and "
                 f"{'saves' if saved_mib >= 0 else 'costs'} {abs(saved_mib):,.0f} MiB; losses differ by {distance:.2g} at most."
             )
     return said
