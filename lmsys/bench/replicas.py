@@ -474,7 +474,7 @@ class Replica:
             torch.cuda.reset_peak_memory_stats(self.device)
             self.step(batches[0])
             torch.cuda.synchronize(self.device)
-            peak = torch.cuda.max_memory_allocated(self.device)
+            peak = torch.cuda.max_memory_allocated(self.device) + getattr(self.trained, "extra_bytes", 0)
         else:
             held = live_bytes(self.device, self.trained)
             peak = held + peak_bytes_cpu(lambda: self.step(batches[0]), lambda: ())

@@ -11,6 +11,8 @@ Sources: Li et al., "PyTorch Distributed", arXiv 2006.15704 (buckets, overlap, u
 - The memory of gradients is autograd's own. A bucket of layout "grouped" is one NCCL launch over tensors that stay where they
   are: nothing is copied, and no buffer outlives the step or is zeroed for the next. Layout "flat" copies a full bucket once,
   into one buffer that then holds its gradients.
+- Instead of NCCL's kernels, the GPUs' copy engines can carry the bytes (transport "copy_engine", lmsys.parallel.copy_engine), which
+  leaves all SMs to backward.
 - Whether a parameter was used by any rank travels with the last bucket, and only a rank that left one unused waits to read it.
 
 What all of them do. Parameters and buffers are broadcast from rank 0 at the start, after checking that all ranks have the same
@@ -37,10 +39,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lmsys.parallel.copy_engine import CopyEngine
 from lmsys.parallel.group import broadcast_from_rank0, check_same_everywhere
 from lmsys.parallel.hooks import on_gradient
 
 LAYOUTS = ("grouped", "flat")
+TRANSPORTS = ("nccl", "copy_engine")
 _ALIGNMENT = 32  # bytes, of a gradient in a buffer: vector loads of 16 bytes, and the sectors of a GPU's memory
 
 
@@ -233,7 +237,7 @@ class _Bucket:
         self.missing = len(parameters)  # gradients that this step's backward has not delivered yet
         self.sent: list[Tensor] = []  # what the collective works on, kept until it has ended
         self.views: list[Tensor] = []  # the gradients therein; after them, in the last bucket, the parameters used
-        self.work: dist.Work | None = None
+        self.work: Any = None  # its wait() orders the current stream after the collective
 
 
 class _Progress:
@@ -261,6 +265,7 @@ class FlashDDP(DataParallel):
     Args:
         bucket_size_mb: in 10^6 bytes of gradients as they travel: a bucket is full once it holds that many; 0: a bucket a parameter.
         layout: "grouped" or "flat", see the module.
+        transport: "nccl" (on a CPU, Gloo), or "copy_engine", for GPUs of one machine.
         communication_dtype: gradients travel in it (bf16: half the bytes, rounded to 8 bits before the sum); None: their own.
         min_ctas, max_ctas: bounds on the blocks of a NCCL kernel, each of which takes an SM from backward; None: NCCL's choice.
         high_priority: NCCL's kernels go before backward's when both wait for an SM.
@@ -273,6 +278,7 @@ class FlashDDP(DataParallel):
         *,
         bucket_size_mb: float = 25.0,
         layout: str = "grouped",
+        transport: str = "nccl",
         communication_dtype: torch.dtype | None = None,
         min_ctas: int | None = None,
         max_ctas: int | None = None,
@@ -282,14 +288,16 @@ class FlashDDP(DataParallel):
     ):
         if not bucket_size_mb >= 0:
             raise ValueError(f"bucket_size_mb is {bucket_size_mb}; it must be 0 (a bucket a parameter) or more")
-        if layout not in LAYOUTS:
-            raise ValueError(f"layout is '{layout}'; it must be {' or '.join(LAYOUTS)}")
+        for name, value, known in (("layout", layout, LAYOUTS), ("transport", transport, TRANSPORTS)):
+            if value not in known:
+                raise ValueError(f"{name} is '{value}'; it must be {' or '.join(known)}")
         if communication_dtype is not None and not communication_dtype.is_floating_point:
             raise ValueError(
                 f"communication_dtype is {communication_dtype}; it must be a floating-point dtype, or None"
             )
         super().__init__(module, group=group, check_batches=check_batches)
         self.group = _tuned_group(self.group, min_ctas, max_ctas, high_priority)
+        self._copy_engine = CopyEngine(self.group, self._device) if transport == "copy_engine" else None
         self._bucket_bytes = bucket_size_mb * 1e6
         self._in_place = layout == "grouped"
         self._communication_dtype = communication_dtype
@@ -299,6 +307,11 @@ class FlashDDP(DataParallel):
         self._buckets: list[_Bucket] = []  # in the order in which they leave
         for index, parameter in enumerate(self.trained):
             on_gradient(parameter, self._on_gradient, index)
+
+    @property
+    def extra_bytes(self) -> int:
+        """GPU memory that torch's allocator does not count: what copy engines share."""
+        return 0 if self._copy_engine is None else self._copy_engine.memory_bytes
 
     @property
     def buckets(self) -> list[list[nn.Parameter]]:
@@ -347,7 +360,10 @@ class FlashDDP(DataParallel):
             if dtype == own_dtype:
                 for parameter, view in zip(bucket.parameters, bucket.views, strict=used is None):
                     parameter.grad = view
-        bucket.work = self._average(bucket.sent, async_op=True)
+        if self._copy_engine is None:
+            bucket.work = self._average(bucket.sent, async_op=True)
+        else:
+            bucket.work = self._copy_engine.average(bucket.sent)
 
     def _synchronize(self) -> None:
         if not self._buckets:
