@@ -1,6 +1,6 @@
-"""What lmsys.parallel.copy_engine asks of GPUs, by processes that map one file: queues are the program's own order, a wait polls."""
+"""What lmsys.parallel.copy_engine asks of GPUs, by processes that map one file each: queues are the program's order, a wait polls."""
 
-import contextlib
+import ctypes
 import time
 from pathlib import Path
 
@@ -13,38 +13,41 @@ _PATIENCE_S = 30.0
 
 
 class SharedFabric:
-    """A Fabric of processes on one machine. Each makes its own part of the file's memory; folder: one that all of them see."""
+    """A Fabric of processes on one machine. Each makes the file of its own memory; folder: one that all of them see."""
 
-    def __init__(self, folder, memory_bytes, flags_at):
-        self._rank = dist.get_rank()
-        self._regions, path = [], Path(folder)
+    def __init__(self, folder, memory_bytes):
+        self._own, self._regions = dist.get_rank(), []
         for rank in range(dist.get_world_size()):
-            name = path / f"rank-{rank}"
-            if rank == self._rank:
+            name = Path(folder) / f"rank-{rank}"
+            if rank == self._own:
                 name.write_bytes(bytes(memory_bytes))
             dist.barrier()
             self._regions.append(torch.from_file(str(name), shared=True, size=memory_bytes, dtype=torch.uint8))
-        self._flags = [region[flags_at:].view(torch.int32) for region in self._regions]
-        self.delay = lambda queue: None  # called before each piece of a queue: how tests make ranks run apart
+        self.delay = lambda: None  # called before each wait: how tests make ranks run apart
 
-    def regions(self):
-        return self._regions
+    def addresses(self):
+        return [region.data_ptr() for region in self._regions]
+
+    def inside(self, start, elements, dtype):
+        return self._regions[self._own][start : start + elements * dtype.itemsize].view(dtype)
 
     def start(self, *queues):
         pass
 
-    def on(self, queue):
-        self.delay(queue)
-        return contextlib.nullcontext()
+    on = off = start
 
-    def tell(self, queue, rank, flag, value):
-        self._flags[rank][flag] = value
+    def copy(self, queue, destination, source, size):
+        ctypes.memmove(destination, source, size)
 
-    def wait(self, queue, flag, value):
-        end = time.monotonic() + _PATIENCE_S
-        while self._flags[self._rank][flag] < value:
+    def tell(self, queue, address, value):
+        ctypes.c_int32.from_address(address).value = value
+
+    def wait(self, queue, address, value):
+        self.delay()
+        flag, end = ctypes.c_int32.from_address(address), time.monotonic() + _PATIENCE_S
+        while flag.value < value:
             if time.monotonic() > end:
-                raise TimeoutError(f"rank {self._rank}: flag {flag} is not {value} yet")
+                raise TimeoutError(f"rank {self._own}, queue {queue}: still {flag.value}, not {value}")
             time.sleep(0)
 
     def end(self, *queues):
@@ -57,7 +60,6 @@ class _Done:
 
 
 def engine(folder, **options) -> CopyEngine:
-    """A CopyEngine of the group's processes by a file in folder."""
-    return CopyEngine(
-        dist.group.WORLD, torch.device("cpu"), fabric=lambda *sizes: SharedFabric(folder, *sizes), **options
-    )
+    """A CopyEngine of the group's processes by files in folder."""
+    make = lambda memory_bytes: SharedFabric(folder, memory_bytes)  # noqa: E731
+    return CopyEngine(dist.group.WORLD, torch.device("cpu"), fabric=make, **options)

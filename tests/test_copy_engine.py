@@ -51,7 +51,7 @@ def averages(process, folder):
     """For some rounds over SHAPES and dtypes: the largest error against float64, and a checksum of the bits."""
     engine_ = engine(folder, piece_mb=PIECE_MB, slots=3)
     rng = random.Random(process.rank)
-    engine_._fabric.delay = lambda queue: time.sleep(rng.choice((0.0, 0.0, 0.0005)))
+    engine_._fabric.delay = lambda: time.sleep(rng.choice((0.0, 0.0, 0.0005)))
     errors, bits = {}, []
     for turn in range(6):
         for index, shapes in enumerate(SHAPES):

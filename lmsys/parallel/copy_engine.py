@@ -1,7 +1,7 @@
 """Averaging over the GPUs of one machine by their copy engines, which leaves the SMs to the backward pass.
 
 A collective of NCCL is a kernel: its blocks hold SMs for as long as bytes travel, and a matrix product that wants all SMs waits for
-them or runs in two waves. Here the bytes travel by cudaMemcpyAsync between the GPUs' memories, and a GPU waits for another by a
+them or runs in two waves. Here the bytes travel by copies between the GPUs' memories, and a GPU waits for another by a
 stream operation (cuStreamWaitValue32), not by a kernel that spins. What is left for the SMs is the addition and a local copy.
 
 A list of tensors, taken as one vector, is cut into pieces, and a piece into one chunk a rank. Each piece passes three queues, which
@@ -25,11 +25,11 @@ Limits: GPUs that reach each other's memory, on one machine; dense tensors.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -40,8 +40,6 @@ from torch import Tensor
 from lmsys.parallel.group import check_same_everywhere
 
 QUEUES = SEND, ADD, RECEIVE = 0, 1, 2
-# What a rank tells another when the queue of that number has dealt with a piece: sent, added, received.
-_FLAGS = len(QUEUES)
 _ALIGNMENT = 256  # bytes, of chunks
 
 
@@ -58,25 +56,47 @@ Piece = tuple[tuple[Range, ...], ...]  # a chunk a rank
 
 
 class Fabric(Protocol):
-    """Memory that ranks share, and queues of work on it. Queues run beside each other, each in order."""
+    """Memory that ranks share, by address, and queues of work on it. Queues run beside each other, each in order."""
 
-    def regions(self) -> list[Tensor]:
-        """Every rank's memory, bytes, zeros at the start."""
+    def addresses(self) -> list[int]:
+        """Where every rank's memory is for this rank; zeros at the start."""
+
+    def inside(self, start: int, elements: int, dtype: torch.dtype) -> Tensor:
+        """Elements of this rank's memory, from a byte on."""
 
     def start(self, *queues: int) -> None:
         """The queues go on after what the caller has enqueued so far."""
 
-    def on(self, queue: int) -> contextlib.AbstractContextManager[Any]:
-        """Operations in here go to the queue."""
+    def on(self, queue: int) -> None:
+        """torch's operations go to the queue, until off()."""
 
-    def tell(self, queue: int, rank: int, flag: int, value: int) -> None:
-        """After the queue's work so far, write value to a flag of a rank."""
+    def off(self) -> None:
+        """They go where they went before."""
 
-    def wait(self, queue: int, flag: int, value: int) -> None:
-        """The queue's later work waits until a flag of this rank is at least value."""
+    def copy(self, queue: int, destination: int, source: int, size: int) -> None:
+        """Copy so many bytes from address to address, on no SM."""
+
+    def tell(self, queue: int, address: int, value: int) -> None:
+        """After the queue's work so far, write value, 32 bits, to an address."""
+
+    def wait(self, queue: int, address: int, value: int) -> None:
+        """The queue's later work waits until the 32 bits at an address of this rank are at least value."""
 
     def end(self, *queues: int) -> Any:
         """An object whose wait() makes the caller's later work wait for the queues' work so far."""
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What a piece does in a slot, worked out once. Parts are (address in a box, tensor, byte therein, bytes)."""
+
+    sends: list[tuple[int, int, list[tuple[int, int, int, int]]]]  # a peer: its flag here, ours there, and the parts
+    sums: list[
+        tuple[int, int, int, list[Tensor]]
+    ]  # tensor, start, stop of the own chunk, and what each peer sent for it
+    arrived: list[int]  # flags here
+    means: list[tuple[int, int, list[tuple[int, int, int, int]]]]  # as sends
+    takes: list[tuple[int, int, list[tuple[int, int, int, int]]]]  # a peer: its flag here, ours there, and the parts
 
 
 class CopyEngine:
@@ -95,9 +115,9 @@ class CopyEngine:
         group: dist.ProcessGroup,
         device: torch.device,
         *,
-        piece_mb: float = 32.0,
-        slots: int = 4,
-        fabric: Any = None,
+        piece_mb: float = 64.0,
+        slots: int = 3,
+        fabric: Callable[[int], Fabric] | None = None,
     ):
         if not piece_mb > 0 or slots < 1:
             raise ValueError(f"piece_mb is {piece_mb} and slots {slots}; they must be above 0, and 1 or more")
@@ -105,95 +125,104 @@ class CopyEngine:
         self._slots, self._sequence = slots, 0
         self._chunk_bytes = _round_up(-(-int(piece_mb * 1e6) // self.world_size), _ALIGNMENT)
         self._peers = [(self.rank + step) % self.world_size for step in range(1, self.world_size)]
-        box = slots * len(self._peers) * self._chunk_bytes
-        self.memory_bytes = 2 * box + _round_up(4 * _FLAGS * self.world_size, _ALIGNMENT)
-        make = functools.partial(Links, group, device) if fabric is None else fabric
-        self._fabric: Fabric = make(self.memory_bytes, 2 * box)
-        self._boxes = [region[: 2 * box].view(2, slots, len(self._peers), -1) for region in self._fabric.regions()]
-        self._views: dict[tuple[torch.dtype, int, int, int, int], Tensor] = {}
+        self._box_bytes = slots * len(self._peers) * self._chunk_bytes
+        self.memory_bytes = 2 * self._box_bytes + _round_up(4 * len(QUEUES) * self.world_size, _ALIGNMENT)
+        self._fabric = Links(group, device, self.memory_bytes) if fabric is None else fabric(self.memory_bytes)
+        self._addresses = self._fabric.addresses()
         self._plans: dict[tuple, tuple[Piece, ...]] = {}
+        self._passes: dict[tuple, _Pass] = {}
 
     def average(self, tensors: Sequence[Tensor]) -> Any:
         """Start to average tensors of one dtype, contiguous, in place; the object's wait() orders the caller's later work after it.
 
         The caller keeps the tensors, and leaves them alone, until then.
         """
-        dtype = tensors[0].dtype
-        key = (dtype, *(tensor.numel() for tensor in tensors))
+        key = (tensors[0].dtype, *(tensor.numel() for tensor in tensors))
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._plans[key] = pieces(key[1:], self.world_size, self._chunk_bytes // dtype.itemsize)
-        flat = [tensor.view(-1) for tensor in tensors]
+            chunk = self._chunk_bytes // tensors[0].dtype.itemsize
+            plan = self._plans[key] = pieces(key[1:], self.world_size, chunk)
+        addresses = [tensor.data_ptr() for tensor in tensors]
         self._fabric.start(SEND, ADD)
-        for piece in plan:
-            self._pass(piece, flat, dtype)
+        for index, piece in enumerate(plan):
+            slot = self._sequence % self._slots
+            found = self._passes.get((key, index, slot))
+            if found is None:
+                found = self._passes[key, index, slot] = self._pass(piece, slot, tensors[0].dtype)
+            self._sequence += 1
+            self._enqueue(found, tensors, addresses)
         return self._fabric.end(ADD, RECEIVE)
 
-    def _pass(self, piece: Piece, flat: list[Tensor], dtype: torch.dtype) -> None:
-        """Enqueue a piece."""
-        fabric, number = self._fabric, self._sequence
-        self._sequence += 1
-        slot, done, emptied = number % self._slots, number + 1, number + 1 - self._slots
-        parts = [[(flat[r.tensor][r.start : r.stop], r.offset) for r in chunk] for chunk in piece]
-        own = [part for part, _ in parts[self.rank]]
-        with fabric.on(SEND):
-            for peer in self._peers:
-                if emptied > 0:
-                    fabric.wait(SEND, self._flag(ADD, peer), emptied)
-                self._push(parts[peer], peer, 0, slot, dtype)
-                fabric.tell(SEND, peer, self._flag(SEND, self.rank), done)
-        with fabric.on(ADD):
-            for peer in self._peers:
-                fabric.wait(ADD, self._flag(SEND, peer), done)
-            if own:
-                sent = [self._slices(parts[self.rank], 0, slot, peer, dtype) for peer in self._peers]
-                if len(sent) == 1:
-                    torch._foreach_lerp_(own, sent[0], 0.5)  # the mean of two in one pass
-                else:
-                    for tensors in sent:
-                        torch._foreach_add_(own, tensors)
-                    torch._foreach_div_(own, self.world_size)
-            for peer in self._peers:
-                if emptied > 0:
-                    fabric.wait(ADD, self._flag(RECEIVE, peer), emptied)
-                self._push(parts[self.rank], peer, 1, slot, dtype)
-                fabric.tell(ADD, peer, self._flag(ADD, self.rank), done)
-        with fabric.on(RECEIVE):
-            for peer in self._peers:
-                fabric.wait(RECEIVE, self._flag(ADD, peer), done)
-            theirs = [
-                (part, view) for peer in self._peers for part, view in self._received(parts[peer], slot, peer, dtype)
-            ]
-            if theirs:
-                torch._foreach_copy_(*map(list, zip(*theirs, strict=True)))
-            for peer in self._peers:
-                fabric.tell(RECEIVE, peer, self._flag(RECEIVE, self.rank), done)
+    def _enqueue(self, piece: _Pass, tensors: Sequence[Tensor], addresses: list[int]) -> None:
+        fabric = self._fabric
+        copy, tell, wait = fabric.copy, fabric.tell, fabric.wait
+        done, emptied = self._sequence, self._sequence - self._slots
+        for theirs, ours, parts in piece.sends:
+            wait(SEND, theirs, emptied)
+            for place, tensor, start, size in parts:
+                copy(SEND, place, addresses[tensor] + start, size)
+            tell(SEND, ours, done)
+        for flag in piece.arrived:
+            wait(ADD, flag, done)
+        if piece.sums:
+            fabric.on(ADD)
+            own = [tensors[tensor].view(-1)[start:stop] for tensor, start, stop, _ in piece.sums]
+            if self.world_size == 2:
+                torch._foreach_lerp_(own, [sent[0] for *_, sent in piece.sums], 0.5)  # the mean of two in one pass
+            else:
+                for sent in zip(*(sent for *_, sent in piece.sums), strict=True):
+                    torch._foreach_add_(own, sent)
+                torch._foreach_div_(own, self.world_size)
+            fabric.off()
+        for theirs, ours, parts in piece.means:
+            wait(ADD, theirs, emptied)
+            for place, tensor, start, size in parts:
+                copy(ADD, place, addresses[tensor] + start, size)
+            tell(ADD, ours, done)
+        for theirs, ours, parts in piece.takes:
+            wait(RECEIVE, theirs, done)
+            for place, tensor, start, size in parts:
+                copy(RECEIVE, addresses[tensor] + start, place, size)
+            tell(RECEIVE, ours, done)
 
-    def _push(self, parts: list[tuple[Tensor, int]], peer: int, box: int, slot: int, dtype: torch.dtype) -> None:
-        """Copy parts into a peer's box, one copy each, as only copies of single tensors are left to the copy engines."""
-        place = self._box(peer, box, slot, self.rank, dtype)
-        for part, offset in parts:
-            place[offset : offset + part.numel()].copy_(part, non_blocking=True)
+    def _pass(self, piece: Piece, slot: int, dtype: torch.dtype) -> _Pass:
+        own, inbox, outbox = piece[self.rank], 0, 1
 
-    def _slices(
-        self, parts: list[tuple[Tensor, int]], box: int, slot: int, peer: int, dtype: torch.dtype
-    ) -> list[Tensor]:
-        """What a peer has put for these parts into a box of this rank."""
-        place = self._box(self.rank, box, slot, peer, dtype)
-        return [place[offset : offset + part.numel()] for part, offset in parts]
+        def parts(chunk: tuple[Range, ...], place: int) -> list[tuple[int, int, int, int]]:
+            size = dtype.itemsize
+            return [(place + r.offset * size, r.tensor, r.start * size, (r.stop - r.start) * size) for r in chunk]
 
-    def _received(self, parts: list[tuple[Tensor, int]], slot: int, peer: int, dtype: torch.dtype) -> Iterator:
-        return zip([part for part, _ in parts], self._slices(parts, 1, slot, peer, dtype), strict=True)
+        def sent(part: Range, peer: int) -> Tensor:
+            start = self._place(inbox, slot, self.rank, peer) + part.offset * dtype.itemsize
+            return self._fabric.inside(start, part.stop - part.start, dtype)
 
-    def _box(self, owner: int, box: int, slot: int, writer: int, dtype: torch.dtype) -> Tensor:
-        """A chunk of owner's inbox (0) or outbox (1) that writer fills, as elements."""
-        key = (dtype, owner, box, slot, writer)
-        if key not in self._views:
-            self._views[key] = self._boxes[owner][box, slot, (writer - owner - 1) % self.world_size].view(dtype)
-        return self._views[key]
+        def there(box: int, peer: int) -> int:
+            return self._addresses[peer] + self._place(box, slot, peer, self.rank)
 
-    def _flag(self, queue: int, writer: int) -> int:
-        return queue * self.world_size + writer
+        def flags(queue: int, own_queue: int, peer: int) -> tuple[int, int]:
+            return self._flag(self.rank, queue, peer), self._flag(peer, own_queue, self.rank)
+
+        here = self._addresses[self.rank]
+        return _Pass(
+            # A peer that has added a piece has emptied its slot of the inbox.
+            sends=[(*flags(ADD, SEND, peer), parts(piece[peer], there(inbox, peer))) for peer in self._peers],
+            sums=[(r.tensor, r.start, r.stop, [sent(r, peer) for peer in self._peers]) for r in own],
+            arrived=[self._flag(self.rank, SEND, peer) for peer in self._peers],
+            means=[(*flags(RECEIVE, ADD, peer), parts(own, there(outbox, peer))) for peer in self._peers],
+            takes=[
+                (*flags(ADD, RECEIVE, peer), parts(piece[peer], here + self._place(outbox, slot, self.rank, peer)))
+                for peer in self._peers
+            ],
+        )
+
+    def _place(self, box: int, slot: int, owner: int, writer: int) -> int:
+        """Where in owner's memory the chunk begins that writer fills, bytes. box: 0, the inbox, or 1, the outbox."""
+        position = (writer - owner - 1) % self.world_size
+        return box * self._box_bytes + (slot * len(self._peers) + position) * self._chunk_bytes
+
+    def _flag(self, owner: int, queue: int, writer: int) -> int:
+        """The address in owner's memory where writer tells how many pieces a queue of its has dealt with."""
+        return self._addresses[owner] + 2 * self._box_bytes + 4 * (queue * self.world_size + writer)
 
 
 def pieces(sizes: Sequence[int], world_size: int, chunk: int) -> tuple[Piece, ...]:
@@ -234,14 +263,18 @@ class _Ended:
         self._events = events
 
     def wait(self) -> None:
+        stream = torch.cuda.current_stream()
         for event in self._events:
-            torch.cuda.current_stream().wait_event(event)
+            stream.wait_event(event)
 
 
 class Links:
-    """A Fabric of GPUs of one machine: torch's symmetric memory, a stream a queue, and the driver's operations on streams."""
+    """A Fabric of GPUs of one machine: torch's symmetric memory, a stream a queue, and the driver's operations on streams.
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, memory_bytes: int, flags_at: int):
+    The driver is called directly: torch's copies of slices cost the host several times as much.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, memory_bytes: int):
         if device.type != "cuda":
             raise ValueError(f"copy engines are a GPU's, and the parameters are on {device}; give transport='nccl'")
         check_same_everywhere(
@@ -260,19 +293,21 @@ class Links:
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"these GPUs cannot share memory ({reason}); give transport='nccl'") from error
-        ranks = range(dist.get_world_size(group))
-        self._regions = [self._handle.get_buffer(rank, (memory_bytes,), torch.uint8) for rank in ranks]
-        self._flags = [region.data_ptr() + flags_at for region in self._regions]
-        self._rank = dist.get_rank(group)
         # Above backward's priority: the additions are short, and everything behind them waits.
         self._streams = [torch.cuda.Stream(device, priority=-1) for _ in QUEUES]
         self._pointers = [ctypes.c_void_p(stream.cuda_stream) for stream in self._streams]
+        self._before: torch.cuda.Stream | None = None
         driver = _driver()
         self._write, self._wait = driver.cuStreamWriteValue32_v2, driver.cuStreamWaitValue32_v2
+        self._copy = driver.cuMemcpyDtoDAsync_v2
         dist.barrier(group)  # nobody writes to memory that its owner has yet to clear
 
-    def regions(self) -> list[Tensor]:
-        return self._regions
+    def addresses(self) -> list[int]:
+        size, ranks = self._memory.numel(), range(self._handle.world_size)
+        return [self._handle.get_buffer(rank, (size,), torch.uint8).data_ptr() for rank in ranks]
+
+    def inside(self, start: int, elements: int, dtype: torch.dtype) -> Tensor:
+        return self._memory[start : start + elements * dtype.itemsize].view(dtype)
 
     def start(self, *queues: int) -> None:
         here = torch.cuda.Event()
@@ -280,14 +315,21 @@ class Links:
         for queue in queues:
             self._streams[queue].wait_event(here)
 
-    def on(self, queue: int) -> contextlib.AbstractContextManager[Any]:
-        return torch.cuda.stream(self._streams[queue])
+    def on(self, queue: int) -> None:
+        self._before = torch.cuda.current_stream()
+        torch.cuda.set_stream(self._streams[queue])
 
-    def tell(self, queue: int, rank: int, flag: int, value: int) -> None:
-        self._check(self._write(self._pointers[queue], self._flags[rank] + 4 * flag, value & 0xFFFFFFFF, 0))
+    def off(self) -> None:
+        torch.cuda.set_stream(self._before)
 
-    def wait(self, queue: int, flag: int, value: int) -> None:
-        self._check(self._wait(self._pointers[queue], self._flags[self._rank] + 4 * flag, value & 0xFFFFFFFF, 0))
+    def copy(self, queue: int, destination: int, source: int, size: int) -> None:
+        _check(self._copy(destination, source, size, self._pointers[queue]))
+
+    def tell(self, queue: int, address: int, value: int) -> None:
+        _check(self._write(self._pointers[queue], address, value, 0))
+
+    def wait(self, queue: int, address: int, value: int) -> None:
+        _check(self._wait(self._pointers[queue], address, value, 0))
 
     def end(self, *queues: int) -> _Ended:
         events = []
@@ -296,18 +338,20 @@ class Links:
             events[-1].record(self._streams[queue])
         return _Ended(events)
 
-    @staticmethod
-    def _check(status: int) -> None:
-        if status:
-            raise RuntimeError(f"the driver refused an operation on a stream with error {status}")
+
+def _check(status: int) -> None:
+    if status:
+        raise RuntimeError(f"the driver refused an operation on a stream with error {status}")
 
 
 @functools.cache
 def _driver() -> ctypes.CDLL:
-    """CUDA's driver, with the operations on streams that torch does not offer. Flags 0 of a wait: until the value is reached,
-    in a comparison that a counter may overflow; of a write: after all that the stream wrote before."""
+    """CUDA's driver. Flags 0 of a wait: until the value is reached, in a comparison that holds when the counter overflows; of a
+    write: after all that the stream wrote before."""
     driver = ctypes.CDLL("libcuda.so.1")
     for function in (driver.cuStreamWriteValue32_v2, driver.cuStreamWaitValue32_v2):
         function.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint]
         function.restype = ctypes.c_int
+    driver.cuMemcpyDtoDAsync_v2.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p]
+    driver.cuMemcpyDtoDAsync_v2.restype = ctypes.c_int
     return driver
