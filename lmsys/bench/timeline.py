@@ -1,8 +1,9 @@
 """What computes and what communicates during a training step, from PyTorch's profiler: intervals, and how much of them overlaps.
 
-On a GPU the intervals are those of kernels: NCCL's communicate, which includes waiting for a peer, all others compute. On a CPU, those of
-operators of the calling thread (compute) and of Gloo's collectives, which run in threads of their own; a Gloo interval begins when the
-collective is queued, so that several of them overlap each other. The profiler slows the host down: a traced step takes longer than a timed one.
+On a GPU the intervals are those of kernels: NCCL's communicate, which includes waiting for a peer, as do copies from GPU to GPU; all
+others compute. On a CPU, those of operators of the calling thread (compute) and of Gloo's collectives, which run in threads of their
+own; a Gloo interval begins when the collective is queued, so that several of them overlap each other. The profiler slows the host down:
+a traced step takes longer than a timed one.
 """
 
 from __future__ import annotations
@@ -50,7 +51,11 @@ def _intervals(events: Iterable[Any], device: torch.device) -> dict[tuple[str, s
         elif gpu:
             if event.is_user_annotation:
                 continue
-            key = ("communication", "NCCL") if "nccl" in name.lower() else ("compute", "kernels")
+            key = ("compute", "kernels")
+            if "nccl" in name.lower():
+                key = ("communication", "NCCL")
+            elif name.startswith("Memcpy PtoP"):
+                key = ("communication", "copies")
         elif name.startswith("gloo:"):
             key = ("communication", "Gloo")
         elif name.startswith("aten::"):
