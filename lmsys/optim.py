@@ -158,11 +158,23 @@ class FusedAdamW(AdamW):
                         state["step"] += 1
                         by_step[state["step"]].append(slot)
                 for step, slots in by_step.items():
-                    if self._path == "triton" or (self._path == "auto" and buffers.exp_avg.is_cuda):
+                    if self._fused(buffers):
                         buffers.update_fused(slots, step, group, gradient_scale)
                     else:
                         buffers.update(slots, step, group, gradient_scale)
         return loss
+
+    @torch.no_grad()
+    def gradient_norm(self) -> Tensor:
+        """The global 2-norm of the gradients, as clip_grad_norm measures it: a kernel a group and dtype, whatever the number of tensors."""
+        found = list(itertools.chain.from_iterable(self._buffers))
+        if not all(self._fused(buffers) for buffers in found):
+            return clip_grad_norm((parameter for buffers in found for parameter in buffers.parameters), 0)
+        sums = [part for buffers in found if (part := buffers.squares()) is not None]
+        return torch.cat(sums).sum().sqrt() if sums else torch.zeros(())
+
+    def _fused(self, buffers: _Buffers) -> bool:
+        return self._path == "triton" or (self._path == "auto" and buffers.exp_avg.is_cuda)
 
     def _state(self, buffers: _Buffers, slot: int) -> dict[str, Any]:
         parameter = buffers.parameters[slot]
@@ -237,6 +249,7 @@ class _Buffers:
         )
         self._addresses: list[list[int]] = []
         self._aligned = False
+        self._has_whole_vectors = all(parameter.numel() % 8 == 0 for parameter in parameters)
         self._tables: Tensor | None = None
 
     def view(self, flat: Tensor, slot: int) -> Tensor:
@@ -266,18 +279,7 @@ class _Buffers:
 
         if self.exp_avg.numel() == 0:
             return
-        # A copy of a gradient that is not contiguous lives until the kernel is launched; after that its memory is reused in stream order.
-        grads = {slot: self.parameters[slot].grad.contiguous() for slot in slots}
-        addresses = [
-            [grads[slot].data_ptr() if slot in grads else 0 for slot in range(len(self.parameters))],
-            [parameter.data_ptr() for parameter in self.parameters],
-        ]
-        if addresses != self._addresses:
-            tables = torch.tensor(addresses, dtype=torch.int64)
-            if self.exp_avg.is_cuda:
-                tables = tables.pin_memory().to(self.exp_avg.device, non_blocking=True)
-            self._addresses, self._tables = addresses, tables
-            self._aligned = all(address % 16 == 0 for part in addresses for address in part)
+        _alive = self._point_at_gradients(slots)
         lr, (beta1, beta2) = group["lr"], group["betas"]
         scalars = (
             *(1 - lr * group["weight_decay"], 1 - beta1, beta2, 1 - beta2),
@@ -294,6 +296,35 @@ class _Buffers:
             aligned=self._aligned,
             block=self.BLOCK,
         )
+
+    def squares(self) -> Tensor | None:
+        """Sums of the squares of the gradients, in fp32, each of some blocks, by one kernel; None without gradients."""
+        from lmsys.fused_kernels import squares
+
+        slots = [slot for slot, parameter in enumerate(self.parameters) if parameter.grad is not None]
+        if not slots or self.exp_avg.numel() == 0:
+            return None
+        _alive = self._point_at_gradients(slots)
+        return squares(self._tables[0], self._places, dtype=self.dtype, aligned=self._aligned, block=self.BLOCK)
+
+    def _point_at_gradients(self, slots: list[int]) -> dict[int, Tensor]:
+        """Let the tables hold the addresses of these gradients and of all parameters.
+
+        Returns what is to live until the kernel is launched: a copy of a gradient that is not contiguous. After that its memory is
+        reused in stream order.
+        """
+        grads = {slot: self.parameters[slot].grad.contiguous() for slot in slots}
+        addresses = [
+            [grads[slot].data_ptr() if slot in grads else 0 for slot in range(len(self.parameters))],
+            [parameter.data_ptr() for parameter in self.parameters],
+        ]
+        if addresses != self._addresses:
+            tables = torch.tensor(addresses, dtype=torch.int64)
+            if self.exp_avg.is_cuda:
+                tables = tables.pin_memory().to(self.exp_avg.device, non_blocking=True)
+            self._addresses, self._tables = addresses, tables
+            self._aligned = self._has_whole_vectors and all(address % 16 == 0 for part in addresses for address in part)
+        return grads
 
 
 @torch.no_grad()

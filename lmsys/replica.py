@@ -198,6 +198,8 @@ class Replica:
             norm = self.module.clip_grad_norm_(max_norm)
         elif self.config.train.sharded_optimizer:
             norm = self.optimizer.clip_grad_norm_(max_norm)
+        elif isinstance(self.optimizer, FusedAdamW):
+            norm = self.optimizer.gradient_norm()
         else:
             norm = clip_grad_norm(self.parameters, max_norm)
         return norm

@@ -29,23 +29,26 @@ scalars = dict.fromkeys(("decay", "lerp1", "beta2", "lerp2", "step_size", "corre
 types = flat | tables | scalars | dict.fromkeys(("q", "k", "v", "q_out", "k_out", "v_out", "logits"), "*bf16")
 types |= {"targets": "*i64", "losses": "*fp32", "cos": "*fp32", "sin": "*fp32"}
 types |= dict.fromkeys(("merged", "product", "dproduct", "dmerged", "dy", "x", "beside", "dx"), "*bf16")
-types |= dict.fromkeys(("rstd", "gain", "partials"), "*fp32")
+types |= dict.fromkeys(("rstd", "gain", "partials", "sums", "matrix"), "*fp32")
 cases = {
-    "cross_entropy": (32, {"GRADIENT": True, "LANES": 1024, "WIDTH": 8}),
+    "cross_entropy": (32, {"GRADIENT": True, "LANES": 1024, "WIDTH": 8, "STAGES": fused_kernels._LOSS_STAGES}),
     "adamw": (8, {"DTYPE": tl.bfloat16, "MASTER": True, "SCALED": True, "ALIGNED": True, "BLOCK": 2048}),
-    "rotate": (4, {"D": 64, "D_PAD": 64, "ROWS": 64, "COPY_V": True}),
+    "squares": (8, {"DTYPE": tl.bfloat16, "ALIGNED": True, "BLOCK": 2048, "BLOCKS": 4}),
+    "rotate": (4, {"D": 64, "D_PAD": 64, "ROWS": 16, "HEADS": 4, "COPY_V": True}),
     "gate": (8, {"F": 2048, "MASKED": False, "ROWS": 1, "COLUMNS": 2048}),
     "gate_back": (8, {"F": 2048, "MASKED": False, "ROWS": 1, "COLUMNS": 2048}),
-    "norm_back": (8, {"D": 768, "D_PAD": 1024, "ROWS": 2, "RSTD": True, "BESIDE": True, "STAGES": 2}),
-    "norm_back again": (8, {"D": 768, "D_PAD": 1024, "ROWS": 2, "RSTD": False, "BESIDE": True, "STAGES": 1}),
+    "column_sums": (16, {"D": 768, "ROWS": 1024, "COLUMNS": 16}),
+    "norm_back": (4, {"D": 768, "D_PAD": 1024, "ROWS": 1, "RSTD": True, "BESIDE": True, "STAGES": 2}),
+    "norm_back again": (4, {"D": 768, "D_PAD": 1024, "ROWS": 1, "RSTD": False, "BESIDE": True, "STAGES": 2}),
 }
 found = {}
 for name, (warps, constants) in cases.items():
     kernel = getattr(fused_kernels, f"_{name.split()[0]}_kernel")
     signature = {arg: "constexpr" if arg in constants else types.get(arg, "i32") for arg in kernel.arg_names}
-    divisible = [arg for arg in kernel.arg_names if signature[arg][0] == "*" or arg in (*strides, "row_stride", "vocabulary")]
+    divisible = [arg for arg in kernel.arg_names if signature[arg][0] == "*" or arg in (*strides, "row_stride")]
     aligned = {(kernel.arg_names.index(arg),): [["tt.divisibility", 16]] for arg in divisible}
-    options, log = fused_kernels.NORM_OPTIONS if name.startswith("norm_back") else {}, io.StringIO()
+    options = {"norm_back": fused_kernels.NORM_OPTIONS, "cross_entropy": fused_kernels._LOSS_OPTIONS}.get(name.split()[0], {})
+    log = io.StringIO()
     with contextlib.redirect_stdout(log):
         source = ASTSource(kernel, signature, constants, aligned)
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options | {"num_warps": warps})
@@ -65,9 +68,11 @@ def compiled():
 @pytest.mark.parametrize(
     ("kernel", "registers", "loads", "stores"),
     [
-        ("cross_entropy", 32, 4, 2),  # two programs of 1,024 threads on an SM; whole blocks and the last one, twice
-        ("adamw", 64, 7, 7),  # four programs of 256; fp32 arrays twice a thread, bf16 once
-        ("rotate", 80, 10, 6),
+        ("cross_entropy", 32, 2, 1),  # two programs of 1,024 threads on an SM, whatever the vocabulary
+        ("adamw", 48, 7, 7),  # five programs of 256; fp32 arrays twice a thread, bf16 once
+        ("squares", 32, 4, 0),  # eight programs of 256, each with four loads at once
+        ("rotate", 48, 14, 12),  # all of a head is under way at once
+        ("column_sums", 64, 8, 0),
         ("gate", 32, 2, 1),  # eight programs of 256
         ("gate_back", 40, 3, 3),
         ("norm_back again", 64, 3, 1),  # 1 / rms is made again

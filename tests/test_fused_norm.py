@@ -124,7 +124,10 @@ def test_under_autocast_no_gradient_is_cast_to_fp32(path):
         assert (stream.dtype, y.dtype) == (torch.float32, torch.bfloat16 if enabled else torch.float32)
         torch.autograd.backward((stream, y), (beside, dy.to(y.dtype)))
         made.append((y.bfloat16(), *(leaf.grad for leaf in leaves)))
-    assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
+    (y, *gradients), (other_y, *others) = made
+    assert torch.equal(y, other_y)
+    for a, b in zip(gradients, others, strict=True):  # kernels compiled for two dtypes of dy need not add in one order
+        near(a, b.double(), 1e-6)
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -229,6 +229,29 @@ def test_gradients_are_scaled_on_the_way(path):
 
 
 @interpreted
+@pytest.mark.parametrize("path", ["torch", "triton"])
+@pytest.mark.parametrize("layout", ["vectors", "odd", "strided"])
+def test_the_fused_norm_of_gradients_is_that_of_clipping(layout, path):
+    """Two groups and two dtypes, some without a gradient; of whole vectors, odd lengths, and strided or unaligned ones."""
+    pytest.importorskip("triton")
+    shapes = [(8,), (16, 24), (2048,), (40, 520), (3, 4096)] if layout == "vectors" else [t.shape for t in tensors()]
+    parameters = [nn.Parameter(torch.zeros(s, device=DEVICE)) for s in shapes]
+    parameters += [nn.Parameter(torch.zeros(s, device=DEVICE, dtype=torch.float16)) for s in shapes]
+    optimizer = FusedAdamW([{"params": parameters[:3]}, {"params": parameters[3:]}], **SETTINGS, path=path)
+    assert optimizer.gradient_norm().item() == 0
+    for without in ((), (1, 3)):
+        give_gradients(parameters, len(without), without)
+        if layout == "strided":
+            parameters[6].grad = torch.cat((parameters[6].grad[:1], parameters[6].grad))[1:]
+            parameters[9].grad = parameters[9].grad.t().contiguous().t()
+        norm = optimizer.gradient_norm()
+        wanted = torch.cat([p.grad.double().flatten() for p in parameters if p.grad is not None]).norm()
+        assert norm.dtype == torch.float32
+        torch.testing.assert_close(norm.double(), wanted, rtol=1e-6, atol=0)
+        optimizer.step()
+
+
+@interpreted
 def test_gradients_of_any_strides_and_addresses():
     pytest.importorskip("triton")
     ours, theirs = tensors(), tensors()
@@ -308,7 +331,7 @@ def test_a_step_with_clipping_waits_for_nothing():
             give_gradients(module, step)
             torch.cuda.set_sync_debug_mode("error" if step else "default")
             try:
-                norm = clip_grad_norm(module.parameters(), 0 if fused else 1.0)
+                norm = optimizer.gradient_norm() if fused else clip_grad_norm(module.parameters(), 1.0)
                 optimizer.step(**({"gradient_scale": clip_factor(norm, 1.0)} if fused else {}))
             finally:
                 torch.cuda.set_sync_debug_mode("default")
