@@ -30,7 +30,9 @@ PLAIN_BLOCK_OPTIONS = ("compile", "compile_rest", "autotune", "fused_rope", "mer
 WRAPPER_OPTIONS = {  # settings of train that only some wrappers take
     "bucket_size_mb": ("flashddp", "torch_ddp"),
     "communication_dtype": ("overlap", "flashddp", "torch_ddp"),
+    "transport": ("flashddp",),
 }
+TRANSPORTS = ("auto", "nccl", "copy_engine")  # of gradients, see lmsys.parallel.ddp
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -221,6 +223,7 @@ class TrainConfig:
     )
     bucket_size_mb: float | None = None  # gradients that travel together; 0: one a parameter; None: the wrapper's own
     communication_dtype: str | None = None  # of gradients between processes; None: the wrapper's own
+    transport: str | None = None  # of gradients: nccl, copy_engine, or auto; None: the wrapper's own
     eval_interval: int = 200  # steps between evaluations; 0 or less: only at the end
     eval_batches: int = 20  # of a step's size: over all processes and micro-batches
     sample_interval: int = 500  # steps between samples; 0 or less: only at the end
@@ -341,6 +344,8 @@ class TrainConfig:
         )
         if self.communication_dtype is not None and self.communication_dtype not in DTYPES:
             raise unknown_name("train.communication_dtype", self.communication_dtype, DTYPES)
+        if self.transport is not None and self.transport not in TRANSPORTS:
+            raise unknown_name("train.transport", self.transport, TRANSPORTS)
 
 
 @dataclass(frozen=True)

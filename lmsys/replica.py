@@ -267,9 +267,9 @@ class Replica:
 
 def _wrapper_options(settings: TrainConfig) -> dict[str, Any]:
     """The wrapper's own arguments, of those that the config sets."""
-    options: dict[str, Any] = {}
-    if settings.bucket_size_mb is not None:
-        options["bucket_size_mb"] = settings.bucket_size_mb
+    options: dict[str, Any] = {
+        name: getattr(settings, name) for name in ("bucket_size_mb", "transport") if getattr(settings, name) is not None
+    }
     if settings.communication_dtype == "bf16":
         options["communication_dtype"] = torch.bfloat16
     if settings.ddp_wrapper in FULLY_SHARDED and settings.dtype == "bf16":

@@ -131,6 +131,8 @@ def test_bad_settings_are_errors(override, message):
         ("fsdp", "dtype=fp16", "each process must see whole; with train.ddp_wrapper 'fsdp'"),
         ("flashddp", "dtype=fp8", "unknown train.dtype 'fp8'.*fp16"),
         ("flashddp", "bucket_size_mb=-1", "bucket_size_mb is -1.0; it must be positive, or 0"),
+        ("torch_ddp", "transport=nccl", "'torch_ddp' does not take it"),
+        ("flashddp", "transport=pigeon", "unknown train.transport 'pigeon'.*copy_engine"),
         ("flashddp", "communication_dtype=fp16", "unknown train.communication_dtype 'fp16'.*bf16"),
     ],
 )

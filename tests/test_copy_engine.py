@@ -86,7 +86,8 @@ def under_flashddp(process, folder):
     """The toy after 5 steps whose gradients a file carried, unused and frozen parameters among them, and the twin."""
     made = []
 
-    def make(group, device):
+    def make(group, device, piece_mb):
+        assert piece_mb == pytest.approx(sum(p.nbytes for p in module.parameters() if p.requires_grad) / 1e6)
         made.append(engine(folder, piece_mb=PIECE_MB, slots=2))
         return made[-1]
 
@@ -124,7 +125,7 @@ def test_bad_settings_are_refused_with_what_to_do():
     messages = spawn(refused, 2, device="cpu", timeout_s=TIME_LIMIT_S)[0]
     assert "the parameters are on cpu; give transport='nccl'" in messages[0]
     assert "piece_mb is 0" in messages[1]
-    assert "transport is 'pigeon'; it must be nccl or copy_engine" in messages[2]
+    assert "transport is 'pigeon'; it must be auto or nccl or copy_engine" in messages[2]
 
 
 # --- On GPUs --------------------------------------------------------------------------------------

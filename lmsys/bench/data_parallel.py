@@ -15,7 +15,6 @@ lmsys.bench.collectives measured on the same machine and the backward pass of on
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,8 @@ from lmsys.bench.measure import quantiles
 from lmsys.bench.replicas import Plan, TrainPoint, Workload
 from lmsys.config import model_size, require, unknown_name
 from lmsys.device import resolve_device
-from lmsys.parallel.ddp import FlashDDP
+from lmsys.parallel.copy_engine import reachable
+from lmsys.parallel.ddp import BUCKET_MB
 
 NAME, TIMELINE = "data_parallel_results", "data_parallel_timeline"
 STUDIES = ("wrappers", "buckets", "options", "scaling")
@@ -47,7 +47,6 @@ EXTRA_COLUMNS = (
     ),
 )
 _LIMIT_S = 240.0  # of one point, compilation included
-_BUCKET_MB = inspect.signature(FlashDDP).parameters["bucket_size_mb"].default
 
 Options = tuple[tuple[str, Any], ...]
 _EVERYWHERE: tuple[Options, ...] = (
@@ -55,6 +54,8 @@ _EVERYWHERE: tuple[Options, ...] = (
     (("layout", "flat"), ("communication_dtype", "bf16")),
 )
 _ON_GPUS: tuple[Options, ...] = (
+    (("transport", "nccl"),),
+    (("transport", "nccl"), ("layout", "flat"), ("communication_dtype", "bf16")),
     (("max_ctas", 4),),
     (("max_ctas", 8),),
     (("max_ctas", 16),),
@@ -213,8 +214,8 @@ def points(chosen: DataParallelSettings) -> dict[TrainPoint, list[str]]:
         for wrapper in chosen.wrappers:
             add("wrappers", dataclasses.replace(ours, wrapper=wrapper))
     if "buckets" in courses:
-        for size_mb in sorted({*chosen.bucket_sizes_mb, _BUCKET_MB}):
-            own = size_mb == _BUCKET_MB
+        for size_mb in sorted({*chosen.bucket_sizes_mb, bucket_mb(ours, chosen.device)}):
+            own = size_mb == bucket_mb(ours, chosen.device)
             add(
                 "buckets",
                 ours if own else dataclasses.replace(ours, options=(("bucket_size_mb", size_mb),), traced=False),
@@ -256,12 +257,12 @@ def run(
         for point, row, result in replicas.rows(list(studies), plan, device=chosen.device, limit_s=_LIMIT_S):
             row |= {"processes": point.processes, "options": option_text(point.options)}
             if point.wrapper == "flashddp":
-                row["bucket_mb"] = bucket_mb(point)
+                row["bucket_mb"] = bucket_mb(point, chosen.device)
             if row["status"] == "ok":
                 row |= {f"{part}_ms": quantiles(result[f"{part}_ms"])[0] for part in ("backward", "finish")}
                 if point.gpus == 1:
                     backward_s[point.workload] = row["backward_ms"] / 1e3
-                row["model_ms"] = model_ms(point, links, backward_s.get(point.workload))
+                row["model_ms"] = model_ms(point, links, backward_s.get(point.workload), chosen.device)
                 if result.get("timeline"):
                     overlap = timeline.overlap(result["timeline"])
                     row["traced_comm_ms"] = overlap["communication_ms"]
@@ -275,9 +276,16 @@ def run(
     return records.read_results(results.path), records.read_results(traces.path)
 
 
-def bucket_mb(point: TrainPoint) -> float:
-    """The bucket size of flashddp, 10^6 bytes."""
-    return float(dict(point.options).get("bucket_size_mb", _BUCKET_MB))
+def bucket_mb(point: TrainPoint, device: str) -> float:
+    """The bucket size of a wrapper with buckets, 10^6 bytes."""
+    options = dict(point.options)
+    of_nccl = (
+        point.wrapper != "flashddp"
+        or options.get("transport") == "nccl"
+        or {"max_ctas", "high_priority"} & set(options)
+    )
+    here = resolve_device(device).type == "cuda" and reachable()
+    return float(options.get("bucket_size_mb", BUCKET_MB["copy_engine" if here and not of_nccl else "nccl"]))
 
 
 def option_text(options: Options) -> str:
@@ -285,14 +293,16 @@ def option_text(options: Options) -> str:
     return " ".join(f"{name}={value}" for name, value in options)
 
 
-def model_ms(point: TrainPoint, links: dict[tuple[str, int], cost.Link], backward_s: float | None) -> float | None:
+def model_ms(
+    point: TrainPoint, links: dict[tuple[str, int], cost.Link], backward_s: float | None, device: str = "auto"
+) -> float | None:
     """Communication past the end of the backward pass by cost.exposed_communication; None where nothing to go by was measured."""
     link = links.get(("all_reduce", point.gpus))
     if point.gpus == 1 or link is None or backward_s is None:
         return 0.0 if point.gpus == 1 else None
     sizes, options = cost.parameter_sizes(point.workload.model), dict(point.options)
     element = 2 if options.get("communication_dtype") == "bf16" else 4
-    bucket_bytes = {"naive": 0.0, "overlap": 0.0, "flat": math.inf}.get(point.wrapper, 1e6 * bucket_mb(point))
+    bucket_bytes = {"naive": 0.0, "overlap": 0.0, "flat": math.inf}.get(point.wrapper, 1e6 * bucket_mb(point, device))
     messages = cost.buckets(sizes, element, bucket_bytes)
     hidden = 0.0 if point.wrapper in ("naive", "flat") else backward_s
     return 1e3 * cost.exposed_communication(messages, link, point.gpus, hidden)

@@ -40,6 +40,7 @@ from torch import Tensor
 from lmsys.parallel.group import check_same_everywhere
 
 QUEUES = SEND, ADD, RECEIVE = 0, 1, 2
+PIECE_MB = 128.0  # 10^6 bytes of tensors that travel as one piece: few pieces, as each costs the host some 0.1 ms
 _ALIGNMENT = 256  # bytes, of chunks
 
 
@@ -104,7 +105,7 @@ class CopyEngine:
 
     Args:
         group, device: the processes, each with its GPU.
-        piece_mb: 10^6 bytes of tensors that travel as one piece. slots: pieces under way at most.
+        piece_mb: of tensors that travel as one piece. slots: pieces under way at most. A rank shares about the product of both.
         fabric: what carries the bytes; None: the GPUs' own links. Called with the bytes that each rank shares.
     Raises:
         ValueError: numbers out of range, or GPUs that cannot reach each other's memory.
@@ -115,8 +116,8 @@ class CopyEngine:
         group: dist.ProcessGroup,
         device: torch.device,
         *,
-        piece_mb: float = 64.0,
-        slots: int = 3,
+        piece_mb: float = PIECE_MB,
+        slots: int = 2,
         fabric: Callable[[int], Fabric] | None = None,
     ):
         if not piece_mb > 0 or slots < 1:
@@ -249,6 +250,26 @@ def pieces(sizes: Sequence[int], world_size: int, chunk: int) -> tuple[Piece, ..
     return tuple(tuple(chunks[i : i + world_size]) for i in range(0, len(chunks), world_size))
 
 
+def reachable() -> bool:
+    """Whether the GPUs that this process sees are several and reach each other's memory."""
+    gpus = range(torch.cuda.device_count())
+    return len(gpus) > 1 and all(torch.cuda.can_device_access_peer(a, b) for a in gpus for b in gpus if a != b)
+
+
+def everywhere(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Whether the group's processes are on one machine and its GPUs reach each other's memory; the same answer in all of them."""
+    if device.type != "cuda" or dist.get_backend(group) != "nccl":
+        return False
+    answers: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(answers, (_machine(), reachable()), group=group)
+    return all(reached and machine == answers[0][0] for machine, reached in answers)
+
+
+def _machine() -> str:
+    """What only processes of one machine have in common."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text()
+
+
 def _round_up(number: int, unit: int) -> int:
     return -(-number // unit) * unit
 
@@ -278,10 +299,7 @@ class Links:
         if device.type != "cuda":
             raise ValueError(f"copy engines are a GPU's, and the parameters are on {device}; give transport='nccl'")
         check_same_everywhere(
-            Path("/proc/sys/kernel/random/boot_id").read_text(),
-            "the machine",
-            group,
-            "copies reach GPUs of one machine: give transport='nccl'",
+            _machine(), "the machine", group, "copies reach GPUs of one machine: give transport='nccl'"
         )
         from torch.distributed import _symmetric_memory
 

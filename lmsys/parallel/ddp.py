@@ -11,8 +11,8 @@ Sources: Li et al., "PyTorch Distributed", arXiv 2006.15704 (buckets, overlap, u
 - The memory of gradients is autograd's own. A bucket of layout "grouped" is one NCCL launch over tensors that stay where they
   are: nothing is copied, and no buffer outlives the step or is zeroed for the next. Layout "flat" copies a full bucket once,
   into one buffer that then holds its gradients.
-- Instead of NCCL's kernels, the GPUs' copy engines can carry the bytes (transport "copy_engine", lmsys.parallel.copy_engine), which
-  leaves all SMs to backward.
+- Among GPUs of one machine their copy engines carry the bytes (lmsys.parallel.copy_engine), not kernels of NCCL, which would take
+  SMs from backward.
 - Whether a parameter was used by any rank travels with the last bucket, and only a rank that left one unused waits to read it.
 
 What all of them do. Parameters and buffers are broadcast from rank 0 at the start, after checking that all ranks have the same
@@ -39,12 +39,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lmsys.config import TRANSPORTS
+from lmsys.parallel import copy_engine
 from lmsys.parallel.copy_engine import CopyEngine
 from lmsys.parallel.group import broadcast_from_rank0, check_same_everywhere
 from lmsys.parallel.hooks import on_gradient
 
 LAYOUTS = ("grouped", "flat")
-TRANSPORTS = ("nccl", "copy_engine")
+BUCKET_MB = {
+    "nccl": 25.0,
+    "copy_engine": 100.0,
+}  # of flashddp where none is given; a copy engine's message costs the host more
 _ALIGNMENT = 32  # bytes, of a gradient in a buffer: vector loads of 16 bytes, and the sectors of a GPU's memory
 
 
@@ -263,9 +268,11 @@ class FlashDDP(DataParallel):
     the allocator cannot hand their memory to anyone; after it, the stream orders reuse.
 
     Args:
-        bucket_size_mb: in 10^6 bytes of gradients as they travel: a bucket is full once it holds that many; 0: a bucket a parameter.
+        bucket_size_mb: in 10^6 bytes of gradients as they travel: a bucket is full once it holds that many; 0: a bucket a parameter;
+            None: BUCKET_MB of the transport.
         layout: "grouped" or "flat", see the module.
-        transport: "nccl" (on a CPU, Gloo), or "copy_engine", for GPUs of one machine.
+        transport: "nccl" (on a CPU, Gloo); "copy_engine", for GPUs of one machine; or "auto": copy engines where they can be had
+            and no option of NCCL is given.
         communication_dtype: gradients travel in it (bf16: half the bytes, rounded to 8 bits before the sum); None: their own.
         min_ctas, max_ctas: bounds on the blocks of a NCCL kernel, each of which takes an SM from backward; None: NCCL's choice.
         high_priority: NCCL's kernels go before backward's when both wait for an SM.
@@ -276,9 +283,9 @@ class FlashDDP(DataParallel):
         self,
         module: nn.Module,
         *,
-        bucket_size_mb: float = 25.0,
+        bucket_size_mb: float | None = None,
         layout: str = "grouped",
-        transport: str = "nccl",
+        transport: str = "auto",
         communication_dtype: torch.dtype | None = None,
         min_ctas: int | None = None,
         max_ctas: int | None = None,
@@ -286,7 +293,7 @@ class FlashDDP(DataParallel):
         group: dist.ProcessGroup | None = None,
         check_batches: bool = True,
     ):
-        if not bucket_size_mb >= 0:
+        if bucket_size_mb is not None and not bucket_size_mb >= 0:
             raise ValueError(f"bucket_size_mb is {bucket_size_mb}; it must be 0 (a bucket a parameter) or more")
         for name, value, known in (("layout", layout, LAYOUTS), ("transport", transport, TRANSPORTS)):
             if value not in known:
@@ -296,9 +303,24 @@ class FlashDDP(DataParallel):
                 f"communication_dtype is {communication_dtype}; it must be a floating-point dtype, or None"
             )
         super().__init__(module, group=group, check_batches=check_batches)
-        self.group = _tuned_group(self.group, min_ctas, max_ctas, high_priority)
-        self._copy_engine = CopyEngine(self.group, self._device) if transport == "copy_engine" else None
-        self._bucket_bytes = bucket_size_mb * 1e6
+        tuned = min_ctas is not None or max_ctas is not None or high_priority
+        if tuned and transport == "copy_engine":
+            raise ValueError(
+                "min_ctas, max_ctas and high_priority are NCCL's; leave them out, or give transport='nccl'"
+            )
+        if tuned:
+            self.group = _tuned_group(self.group, min_ctas, max_ctas, high_priority)
+        if transport == "auto":
+            reached = not tuned and copy_engine.everywhere(self.group, self._device)
+            transport = "copy_engine" if reached else "nccl"
+        self.transport = transport
+        self.bucket_size_mb = BUCKET_MB[transport] if bucket_size_mb is None else bucket_size_mb
+        self._bucket_bytes = self.bucket_size_mb * 1e6
+        self._copy_engine = None
+        if transport == "copy_engine":
+            # A small model needs no pieces larger than itself.
+            whole_mb = sum(parameter.nbytes for parameter in self.trained) / 1e6
+            self._copy_engine = CopyEngine(self.group, self._device, piece_mb=min(copy_engine.PIECE_MB, whole_mb))
         self._in_place = layout == "grouped"
         self._communication_dtype = communication_dtype
         self._arrivals: list[int] = []  # of the first backward pass
@@ -416,7 +438,7 @@ class Overlap(FlashDDP):
     """One asynchronous all-reduce a parameter, from hooks: FlashDDP with a bucket a parameter."""
 
     def __init__(self, module: nn.Module, **options: Any):
-        super().__init__(module, bucket_size_mb=0, **options)
+        super().__init__(module, bucket_size_mb=0, transport="nccl", **options)
 
 
 # How torch's wrapper is told not to broadcast buffers at each forward pass: renamed in torch 2.13, where the old name warns.
@@ -504,9 +526,7 @@ def _pack(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[T
 def _tuned_group(
     group: dist.ProcessGroup, min_ctas: int | None, max_ctas: int | None, high_priority: bool
 ) -> dist.ProcessGroup:
-    """The group, or one of the same processes with NCCL options of its own. All processes must call this alike."""
-    if min_ctas is None and max_ctas is None and not high_priority:
-        return group
+    """A group of the same processes with NCCL options of its own. All processes must call this alike."""
     if dist.get_backend(group) != "nccl":
         raise ValueError("min_ctas, max_ctas and high_priority are NCCL's; leave them out on a CPU")
     given = [count for count in (min_ctas, max_ctas) if count is not None]
