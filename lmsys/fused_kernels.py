@@ -33,7 +33,7 @@ _TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.
 # two programs on an SM: one waits for memory while the other computes, and the rows in flight (264 of 100 KB at 50,304 logits in bf16)
 # fit an H200's L2 of 60 MB, so that the second read need not go to memory. A row is whole vectors, and less than one more.
 
-_LOSS_STAGES = 2  # of the loops over a row: its next vectors are under way to shared memory while some are computed
+_LOSS_STAGES = 1  # of the loops over a row: two, so that a row's next vectors are under way to shared memory, made it half as slow again
 _LOSS_OPTIONS = {} if torch.version.hip else {"maxnreg": 32}
 
 
