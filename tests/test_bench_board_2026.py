@@ -194,6 +194,14 @@ def test_the_full_scale_is_the_courses(monkeypatch):
     assert "| attention | 260 |" in text and "34 of 34" in text and "With inputs alone: peak 66" in text
 
 
+def test_a_machine_with_one_gpu_shows_the_small_model_on_its_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(replicas, "resolve_device", lambda name: torch.device("cpu" if name == "cpu" else "cuda"))
+    assert board.settings("smoke").device == "cpu"
+    with pytest.raises(ValueError, match="gpus 2 is more than this machine has: 1"):
+        board.settings("smoke", device="cuda")
+
+
 def test_settings_say_what_is_wrong():
     for message, given in {
         "unknown implementation of the 2026 board 'lmsy'": {"implementations": ["lmsy"]},

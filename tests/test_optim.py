@@ -162,7 +162,7 @@ def tensors(dtype=torch.float32):
 def give_gradients(parameters, seed, without=()):
     generator = torch.Generator().manual_seed(seed)
     for index, parameter in enumerate(parameters):
-        grad = torch.randn(parameter.shape, generator=generator).to(DEVICE, parameter.dtype)
+        grad = torch.randn(parameter.shape, generator=generator).to(parameter.device, parameter.dtype)
         parameter.grad = None if index in without else grad
 
 

@@ -407,6 +407,7 @@ def test_wandb_logs_every_row(tmp_path):
 
 
 def test_wandb_is_offline_without_a_login_and_obeys_its_variable(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
     for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -146,6 +146,8 @@ def settings(
             f"the 2026 board at scale full takes {GPUS} GPUs, and this run has {0 if device == 'cpu' else here}; scale cpu shows a small "
             "model on two processes, and --plan what would be kept on two H200s",
         )
+    elif device == "auto":
+        device = "cpu"
     replicas.process_counts(device, [GPUS])
     made = values | {
         "scale": scale,
@@ -153,7 +155,7 @@ def settings(
         "margin_gib": float(margin_gib),
         "warmup_steps": warmup_steps,
         "timed_steps": steps,
-        "device": "cpu" if scale != "full" and device == "auto" else device,
+        "device": device,
         "seed": seed,
     }
     return StepBoard(**made)
