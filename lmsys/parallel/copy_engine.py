@@ -17,6 +17,7 @@ Inbox and outbox are memory that all ranks have mapped (torch's symmetric memory
 slot waits until the peer has emptied it. The tensors themselves stay where they are, and every rank gets the same bits.
 
 A rank's wait depends only on work that all ranks enqueue earlier, so queues that share a hardware channel cannot block each other.
+Pieces are counted from 1 in each round, such as a training step; close() ends one. The same round can then be replayed as a CUDA graph.
 
 Sources: reduce-scatter and all-gather as halves of an all-reduce, Thakur, Rabenseifner, Gropp, "Optimization of Collective
 Communication Operations in MPICH" (2005); copies in place of kernels, as in torch's asynchronous tensor parallelism.
@@ -40,6 +41,7 @@ from torch import Tensor
 from lmsys.parallel.group import check_same_everywhere
 
 QUEUES = SEND, ADD, RECEIVE = 0, 1, 2
+_READY = len(QUEUES)  # the flag that says that a rank has closed its round
 PIECE_MB = 128.0  # 10^6 bytes of tensors that travel as one piece: few pieces, as each costs the host some 0.1 ms
 _ALIGNMENT = 256  # bytes, of chunks
 
@@ -101,7 +103,7 @@ class _Pass:
 
 
 class CopyEngine:
-    """average(tensors) of the ranks of a group. All ranks call it in one order, with tensors of the same shapes.
+    """average(tensors) of the ranks of a group, in rounds. All ranks call it in one order, with tensors of the same shapes.
 
     Args:
         group, device: the processes, each with its GPU.
@@ -123,11 +125,11 @@ class CopyEngine:
         if not piece_mb > 0 or slots < 1:
             raise ValueError(f"piece_mb is {piece_mb} and slots {slots}; they must be above 0, and 1 or more")
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
-        self._slots, self._sequence = slots, 0
+        self._slots, self._sequence, self._first_round = slots, 0, True
         self._chunk_bytes = _round_up(-(-int(piece_mb * 1e6) // self.world_size), _ALIGNMENT)
         self._peers = [(self.rank + step) % self.world_size for step in range(1, self.world_size)]
         self._box_bytes = slots * len(self._peers) * self._chunk_bytes
-        self.memory_bytes = 2 * self._box_bytes + _round_up(4 * len(QUEUES) * self.world_size, _ALIGNMENT)
+        self.memory_bytes = 2 * self._box_bytes + _round_up(4 * (_READY + 1) * self.world_size, _ALIGNMENT)
         self._fabric = Links(group, device, self.memory_bytes) if fabric is None else fabric(self.memory_bytes)
         self._addresses = self._fabric.addresses()
         self._plans: dict[tuple, tuple[Piece, ...]] = {}
@@ -145,6 +147,11 @@ class CopyEngine:
             plan = self._plans[key] = pieces(key[1:], self.world_size, chunk)
         addresses = [tensor.data_ptr() for tensor in tensors]
         self._fabric.start(SEND, ADD)
+        if self._sequence == 0 and not self._first_round:
+            for peer in self._peers:  # it waits for numbers from 1 again
+                ready = self._flag(self.rank, _READY, peer)
+                self._fabric.wait(SEND, ready, 1)
+                self._fabric.tell(SEND, ready, 0)
         for index, piece in enumerate(plan):
             slot = self._sequence % self._slots
             found = self._passes.get((key, index, slot))
@@ -153,6 +160,24 @@ class CopyEngine:
             self._sequence += 1
             self._enqueue(found, tensors, addresses)
         return self._fabric.end(ADD, RECEIVE)
+
+    def close(self) -> Any:
+        """End a round. What it returns is as average's; the next round begins after it.
+
+        A flag is set back only when all that peers write to it has come.
+        """
+        fabric, last = self._fabric, self._sequence
+        if last == 0:
+            return fabric.end(RECEIVE)
+        flags = [self._flag(self.rank, queue, peer) for queue in QUEUES for peer in self._peers]
+        for flag in flags:
+            fabric.wait(RECEIVE, flag, last)
+        for flag in flags:
+            fabric.tell(RECEIVE, flag, 0)
+        for peer in self._peers:
+            fabric.tell(RECEIVE, self._flag(peer, _READY, self.rank), 1)
+        self._sequence, self._first_round = 0, False
+        return fabric.end(RECEIVE)
 
     def _enqueue(self, piece: _Pass, tensors: Sequence[Tensor], addresses: list[int]) -> None:
         fabric = self._fabric
@@ -222,7 +247,7 @@ class CopyEngine:
         return box * self._box_bytes + (slot * len(self._peers) + position) * self._chunk_bytes
 
     def _flag(self, owner: int, queue: int, writer: int) -> int:
-        """The address in owner's memory where writer tells how many pieces a queue of its has dealt with."""
+        """The address in owner's memory where writer tells how many pieces a queue of its has dealt with, or that it is ready."""
         return self._addresses[owner] + 2 * self._box_bytes + 4 * (queue * self.world_size + writer)
 
 
@@ -364,8 +389,7 @@ def _check(status: int) -> None:
 
 @functools.cache
 def _driver() -> ctypes.CDLL:
-    """CUDA's driver. Flags 0 of a wait: until the value is reached, in a comparison that holds when the counter overflows; of a
-    write: after all that the stream wrote before."""
+    """CUDA's driver. Flags 0 of a wait: until the value is reached; of a write: after all that the stream wrote before."""
     driver = ctypes.CDLL("libcuda.so.1")
     for function in (driver.cuStreamWriteValue32_v2, driver.cuStreamWaitValue32_v2):
         function.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint]

@@ -395,11 +395,15 @@ class FlashDDP(DataParallel):
             used, unused = self._use()
             for bucket in self._buckets[self._progress.next :]:
                 self._send(bucket, used if bucket is self._buckets[-1] else None)
+        if self._copy_engine is not None:
+            closed = self._copy_engine.close()
         for bucket in self._buckets:
             bucket.work.wait()
             if bucket.views[0].dtype != bucket.parameters[0].dtype:
                 gradients = [parameter.grad for parameter in bucket.parameters]
                 torch._foreach_copy_(gradients, bucket.views[: len(gradients)])
+        if self._copy_engine is not None:
+            closed.wait()
         self._drop_unused(self._buckets[-1].views[-1], unused)
         for bucket in self._buckets:
             bucket.missing, bucket.work = len(bucket.parameters), None
