@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from lmsys import cost, plots
+from lmsys import cost, plots, records
 from lmsys.bench import collectives
 
 
@@ -18,7 +18,12 @@ def test_every_collective_is_checked_timed_and_fitted(tmp_path):
     for (op, gpus), link in collectives.links(frame).items():
         largest = frame[(frame.op == op) & (frame.gpus == gpus)].iloc[-1]
         assert link.seconds(op, largest.size_mib * 2**20, 2) == pytest.approx(largest.median_ms / 1e3, rel=0.5)
-    assert len(collectives.conclusions(frame)) == 3 and collectives.table(frame).count("GB/s") == 0
+    assert len(collectives.conclusions(frame)) == 3
+    heading, _, smallest, largest = collectives.table(frame).splitlines()
+    assert heading.count(", 2 processes: GB/s (ms) |") == 3 and smallest.startswith("| 0.0625 MiB |")
+    assert largest.split("|")[2].strip() == (
+        f"{records.significant(frame.busbw_gb_s[1])} ({records.significant(frame.median_ms[1])})"
+    )
     plots.save(plots.collectives(frame), tmp_path / "collectives.png")
     assert collectives.recorded(chosen, tmp_path).equals(frame)  # this device's, of these numbers: not measured again
     stamp = json.loads((tmp_path / "collectives_results.json").read_text())
@@ -38,6 +43,22 @@ def test_a_failed_point_is_said(tmp_path):
     assert collectives.links(frame) == {}  # times that shrink with the size show no bandwidth
     said = collectives.conclusions(frame)
     assert said[-1] == "all_gather of 2 at 1 MiB: oom, full" and "| oom |" in collectives.table(frame)
+
+
+def test_a_table_of_many_columns_is_one_for_each_number_of_processes():
+    import pandas as pd
+
+    base = {"status": "ok", "median_ms": 1.0}
+    frame = pd.DataFrame(
+        base | {"op": op, "gpus": gpus, "size_mib": size, "busbw_gb_s": float(gpus)}
+        for gpus in (2, 4, 8)
+        for op in cost.COLLECTIVES
+        for size in (1, 1024)
+    )
+    tables = [part.splitlines() for part in collectives.table(frame).split("\n\n")]
+    assert [rows[-1] for rows in tables] == [f"| 1,024 MiB{f' | {n}.00 (1.00)' * 3} |" for n in (2, 4, 8)]
+    (alone,) = collectives.table(frame[frame.op == "all_reduce"]).split("\n\n")  # three columns
+    assert alone.splitlines()[2] == "| 1 MiB | 2.00 (1.00) | 4.00 (1.00) | 8.00 (1.00) |"
 
 
 def test_settings_say_what_is_wrong():

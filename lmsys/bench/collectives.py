@@ -36,6 +36,7 @@ EXTRA_COLUMNS = ("device", "note")
 _BATCH_S = 2e-3  # calls in a sample: as many as take about this long, 1 to _MOST_CALLS
 _MOST_CALLS = 50
 _LIMIT_S = 60.0  # of one point
+_MOST_COLUMNS = 4  # of a table on a page, beside its sizes
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {"sizes_mib": (0.0625, 1), "samples": 3, "budget_s": 0.05},
@@ -237,15 +238,21 @@ def row_line(row: dict[str, Any]) -> str:
 
 
 def table(frame) -> str:
-    """Bus bandwidth of each collective, sizes across, as Markdown."""
-    lines = []
-    for (op, gpus), group in frame.groupby(["op", "gpus"], sort=False):
-        line = {"collective": op, "processes": gpus}
-        for row in group.itertuples():
-            shown = f"{records.significant(row.busbw_gb_s)} ({records.significant(row.median_ms)} ms)"
-            line[f"{row.size_mib:g} MiB"] = shown if row.status == "ok" else row.status
-        lines.append(line)
-    return records.markdown_table(lines)
+    """Bus bandwidth and time of each collective over sizes, as Markdown: one table, or one for each number of processes where columns are many."""
+    whole = len(set(zip(frame.op, frame.gpus, strict=True))) <= _MOST_COLUMNS
+    return "\n".join(_table(part) for part in ([frame] if whole else [part for _, part in frame.groupby("gpus")]))
+
+
+def _table(frame) -> str:
+    lines: dict[float, dict[str, str]] = {}
+    columns = {"size": "size"}
+    for row in frame.itertuples():
+        name = f"{row.op}, {row.gpus} processes: GB/s (ms)"
+        columns[name] = name
+        line = lines.setdefault(row.size_mib, {"size": f"{row.size_mib:,g} MiB"})
+        shown = f"{records.significant(row.busbw_gb_s)} ({records.significant(row.median_ms)})"
+        line[name] = shown if row.status == "ok" else row.status
+    return records.markdown_table([lines[size] for size in sorted(lines)], columns)
 
 
 def conclusions(frame) -> list[str]:
