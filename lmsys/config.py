@@ -208,6 +208,7 @@ class TrainConfig:
     bf16_parameters: bool = (
         False  # with fused_optimizer and bf16: matrices and gradients in bf16, fp32 masters in the optimizer
     )
+    cuda_graph: bool = False  # forward and backward as one CUDA graph, for a GPU that waits for its host
     residual_dtype: str | None = (
         None  # of the stream from block to block; None: the embedding's, fp32 unless bf16_parameters
     )
@@ -328,6 +329,11 @@ class TrainConfig:
             self.dtype != "fp16" or not (self.sharded_optimizer or self.ddp_wrapper in FULLY_SHARDED),
             f"train.dtype 'fp16' skips steps whose gradients overflow, which each process must see whole; with {wrapper} and "
             f"train.sharded_optimizer={str(self.sharded_optimizer).lower()} it sees its part: use train.dtype=bf16, or flashddp",
+        )
+        require(
+            not self.cuda_graph or not (self.sharded_optimizer or self.ddp_wrapper in FULLY_SHARDED),
+            f"train.cuda_graph captures passes that leave gradients where they were, not those of {wrapper} with "
+            f"train.sharded_optimizer={str(self.sharded_optimizer).lower()}; set one of them to false, or take flashddp",
         )
         require(
             self.sharded_optimizer or not self.reduce_scatter_gradients,

@@ -6,9 +6,10 @@ optimizer communicates, and what is asked of a replica is whole on rank 0.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lmsys import checkpoint, parallel, selective
+from lmsys import checkpoint, graphs, parallel, selective
 from lmsys.config import FULLY_SHARDED, PipelineConfig, TrainConfig
 from lmsys.data import BatchSampler, sequential_batches
 from lmsys.generate import generate_text
@@ -45,6 +46,11 @@ class Replica:
         # Whether what whole_state() gives on the CPU is a copy: gathered from several processes, or from GPUs.
         self.gathers = self.fully_sharded and self.world_size > 1
         self.gathers |= settings.sharded_optimizer and device.type == "cuda"
+        self._passes: dict[tuple[bool, bool], graphs.GraphedPass] = {}  # by whether it is a step's first and its last
+        self._steps = 0  # that this replica has taken
+        if settings.cuda_graph:
+            graphs.on_own_stream(device)
+            self._pool = torch.cuda.graph_pool_handle()
         torch.manual_seed(settings.seed)
         with device:  # initialized where it will be: a large model takes minutes on the CPU
             self.model = TransformerLM(config.model, attention_kernel=settings.attention_kernel)
@@ -148,17 +154,31 @@ class Replica:
         count = self.config.train.gradient_accumulation_steps
         step_loss = torch.zeros((), device=self.device)
         for index in range(count):
-            inputs, targets = (to_device(array, self.device) for array in sampler.next())
-            with self._communicating(is_last=index == count - 1):
-                with autocast(self.device, self.autocast_dtype):
-                    loss = self._loss(inputs, targets) / count
-                self.scaler.scale(loss).backward()
-            step_loss += loss.detach()
-        if self.config.train.reduce_scatter_gradients:
-            self.optimizer.finish_gradient_synchronization()
-        elif self.world_size > 1:
-            self.module.finish_gradient_synchronization()
+            batch = [to_device(array, self.device) for array in sampler.next()]
+            step_loss += self._pass_of(index == 0, index == count - 1)(*batch)
+        self._steps += 1
         return step_loss
+
+    def _pass_of(self, is_first: bool, is_last: bool) -> Callable[[Tensor, Tensor], Tensor]:
+        """A step's pass over a batch, captured where the config says so and the first steps are over."""
+        run = functools.partial(self._pass, is_last=is_last)
+        if not self.config.train.cuda_graph or self._steps < graphs.WARMUP:
+            return run
+        if (is_first, is_last) not in self._passes:
+            self._passes[is_first, is_last] = graphs.GraphedPass(run, self.parameters, pool=self._pool)
+        return self._passes[is_first, is_last]
+
+    def _pass(self, inputs: Tensor, targets: Tensor, is_last: bool) -> Tensor:
+        """Forward and backward over a batch; after a step's last one, gradients synchronized. Returns its share of the loss."""
+        with self._communicating(is_last):
+            with autocast(self.device, self.autocast_dtype):
+                loss = self._loss(inputs, targets) / self.config.train.gradient_accumulation_steps
+            self.scaler.scale(loss).backward()
+        if is_last and self.config.train.reduce_scatter_gradients:
+            self.optimizer.finish_gradient_synchronization()
+        elif is_last and self.world_size > 1:
+            self.module.finish_gradient_synchronization()
+        return loss.detach()
 
     def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         if self.config.train.fused_loss:

@@ -393,6 +393,8 @@ def check_setup(config: PipelineConfig, world_size: int | None = None) -> torch.
         raise unknown_name(
             "attention kernel for train.written_backward", settings.attention_kernel, selective.ATTENTION
         )
+    if settings.cuda_graph and device.type != "cuda":
+        raise ValueError(f"train.cuda_graph is for a GPU, and this run is on {device}; set train.cuda_graph=false")
     if settings.compile and device.type == "cpu" and "triton" in settings.attention_kernel:
         raise ValueError(
             f"train.compile cannot compile '{settings.attention_kernel}' on the CPU, where Triton's interpreter runs it; "

@@ -136,6 +136,27 @@ def test_a_kernel_that_cannot_train_here_is_unsupported():
     assert row["status"] == "unsupported" and "torch_sdpa_cudnn" in row["note"] and result == {}
 
 
+def test_a_graph_is_captured_on_gpus_and_of_replicas():
+    for wrapper, device in (("none", "cpu"), ("none", "cuda")):
+        point = replicas.TrainPoint(WORKLOAD, wrapper, 1, 1, captured=True)
+        reason = replicas.unsupported(point, torch.device(device))
+        assert (reason is None) == (device == "cuda")
+    point = replicas.TrainPoint(WORKLOAD, "fsdp", 2, 2, captured=True)
+    assert "captured on a GPU, of replicas; this is fsdp" in replicas.unsupported(point, torch.device("cuda"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_captured_point_trains_as_the_others_and_frees_its_memory():
+    plan = replicas.Plan(loss_steps=4, timed_steps=5, quiet_steps=2)
+    points = [replicas.TrainPoint(WORKLOAD, "none", 1, 1, captured=captured) for captured in (False, True)]
+    plain, captured = (
+        result for _, result in replicas.stream(replicas.train, points, plan, device="cuda", limit_s=100)
+    )
+    assert plain["status"] == captured["status"] == "ok" and len(captured["times_ms"]) == 5
+    assert captured["losses"] == pytest.approx(plain["losses"], rel=1e-5)
+    assert captured["peak_bytes"] < 2 * plain["peak_bytes"] and "backward_ms" not in captured
+
+
 def test_pattern_tokens_can_be_learned():
     tokens = replicas.pattern_tokens(50, 20_000, seed=3)
     assert np.array_equal(tokens, replicas.pattern_tokens(50, 20_000, seed=3)) and tokens.max() < 50

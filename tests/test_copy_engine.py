@@ -104,7 +104,11 @@ def under_flashddp(process, folder):
         toy_loss(wrapped, *(share(tensor, process.rank, process.world_size) for tensor in toy_batch(step))).backward()
         wrapped.finish_gradient_synchronization()
         optimizer.step()
-    return difference(module, twin(process.world_size)), len(made[0]._passes), wrapped.extra_bytes == made[0].memory_bytes
+    return (
+        difference(module, twin(process.world_size)),
+        len(made[0]._passes),
+        wrapped.extra_bytes == made[0].memory_bytes,
+    )
 
 
 def test_flashddp_trains_as_the_twin(tmp_path):

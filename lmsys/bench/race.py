@@ -36,7 +36,7 @@ from torch import Tensor
 from lmsys import cost, pipeline, records, stories
 from lmsys import train as training
 from lmsys.bench.measure import is_out_of_memory, one_thread, release
-from lmsys.bench.train_step import OPTIONS, possible_options
+from lmsys.bench.train_step import OPTIONS, WHERE_NAMED, possible_options
 from lmsys.config import PipelineConfig, build, model_size, require, resolve_scale, unknown_name
 from lmsys.data import load_tokens
 from lmsys.device import device_name, resolve_device
@@ -121,7 +121,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "dtype": "bf16",
         "compiled": True,
         "kernel": "flash_attention_triton",
-        "options": tuple(name for name in OPTIONS if name != "autotune"),  # which compiles for minutes
+        "options": tuple(name for name in OPTIONS if name not in WHERE_NAMED),
         "learning_rate": 1e-3,
         "min_learning_rate": 1e-5,
         "warmup_steps": 150,

@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lmsys import cost, parallel
+from lmsys import cost, graphs, parallel
 from lmsys.attention import check_support
 from lmsys.bench.attention import DTYPES as TORCH_DTYPES
 from lmsys.bench.measure import is_out_of_memory, peak_bytes_cpu, quantiles
@@ -242,6 +242,7 @@ class TrainPoint:
         gpus: that take part, of the group's processes: all, or one with the wrapper none.
         sharded_optimizer: ZeRO-1. options: of the wrapper. optimizer_options: of the sharded optimizer.
         traced: one more step, under the profiler.
+        captured: timed steps replay forward, backward and communication as one CUDA graph (lmsys.graphs); their parts are not timed.
     A loss step sees processes x local_batch sequences, whether all GPUs take part or one takes them in turn.
     """
 
@@ -253,6 +254,7 @@ class TrainPoint:
     options: tuple[tuple[str, Any], ...] = ()
     optimizer_options: tuple[tuple[str, Any], ...] = ()
     traced: bool = False
+    captured: bool = False
 
     @property
     def name(self) -> str:
@@ -317,6 +319,10 @@ class Replica:
         gc.collect()
         gc.freeze()  # what was imported and compiled, which the collector and live_bytes() need not look through
         self.alone = point.gpus == 1
+        self._passes: dict[bool, graphs.GraphedPass] = {}  # by whether they communicate
+        self._may_capture = False  # once the loss steps are over
+        if point.captured:
+            graphs.on_own_stream(self.device)
         self.batches = self._batches()
         self.memory: dict[str, float] = {}
         self._nothing = live_bytes(self.device)
@@ -381,11 +387,15 @@ class Replica:
         if not finite:
             return result | {"status": "error", "note": f"the losses are {result['losses']}"}
 
+        self._may_capture = self.point.captured
         result["peak_bytes"] = self._peak(timed)
-        marks = Clock(self.device)
-        result["times_ms"] = self._timed(timed, plan.timed_steps, marks=marks)
-        parts = largest(self.process, marks.times_ms())  # backward, finish, and the rest up to the next backward
-        result |= {"backward_ms": parts[0::3], "finish_ms": parts[1::3]}
+        if self.point.captured:
+            result["times_ms"] = self._timed(timed, plan.timed_steps)
+        else:
+            marks = Clock(self.device)
+            result["times_ms"] = self._timed(timed, plan.timed_steps, marks=marks)
+            parts = largest(self.process, marks.times_ms())  # backward, finish, and the rest up to the next backward
+            result |= {"backward_ms": parts[0::3], "finish_ms": parts[1::3]}
         if self.point.traced:
             from lmsys.bench import timeline
 
@@ -406,12 +416,29 @@ class Replica:
         """One step of the optimizer; the loss, a scalar on the device. first: note the memory; marks: time its parts."""
         from lmsys.bench.timeline import phase
 
-        dtype = self.point.workload.dtype
-        tick = (lambda: None) if marks is None else marks.tick
+        if self._may_capture:
+            total = self._captured(communicate)(*batches[0])
+        else:
+            total = self._pass(batches, communicate, (lambda: None) if marks is None else marks.tick)
+        if first:
+            self._remember("before optimizer step")
+        with phase("optimizer"):
+            self.optimizer.step()
+        if first:
+            self._remember("after optimizer step")
+        self.optimizer.zero_grad(set_to_none=True)
+        return total
+
+    def _pass(
+        self, batches: Sequence[tuple[Tensor, Tensor]], communicate: bool, tick: Callable[[], None] = lambda: None
+    ) -> Tensor:
+        """Forward and backward over the batches and the wait for their gradients; the mean loss. tick is called where a part begins."""
+        from lmsys.bench.timeline import phase
+
         total = torch.zeros((), device=self.device)
         for index, (inputs, targets) in enumerate(batches):
             with self._quiet(communicate and index == len(batches) - 1):
-                with phase("forward"), autocast(self.device, dtype):
+                with phase("forward"), autocast(self.device, self.point.workload.dtype):
                     loss = self.loss_function(self.trained(inputs), targets) / len(batches)
                 tick()
                 with phase("backward"):
@@ -422,14 +449,15 @@ class Replica:
         if communicate and not self.alone:
             (self.optimizer if self.point.scatters else self.trained).finish_gradient_synchronization()
         tick()
-        if first:
-            self._remember("before optimizer step")
-        with phase("optimizer"):
-            self.optimizer.step()
-        if first:
-            self._remember("after optimizer step")
-        self.optimizer.zero_grad(set_to_none=True)
         return total
+
+    def _captured(self, communicate: bool) -> graphs.GraphedPass:
+        """The pass over one batch as a CUDA graph."""
+        if communicate not in self._passes:
+            self._passes[communicate] = graphs.GraphedPass(
+                lambda inputs, targets: self._pass([(inputs, targets)], communicate), list(self.trained.parameters())
+            )
+        return self._passes[communicate]
 
     @contextlib.contextmanager
     def _quiet(self, sends: bool) -> Iterator[None]:
@@ -538,6 +566,8 @@ def unsupported(point: TrainPoint, device: torch.device) -> str | None:
         )
     except ValueError as error:
         return str(error)
+    if point.captured and (device.type != "cuda" or point.sharded):
+        return f"a CUDA graph is captured on a GPU, of replicas; this is {point.name} on {device.type}"
     return None
 
 

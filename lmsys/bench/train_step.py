@@ -65,12 +65,13 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "bf16_residual": ({"residual_dtype": "bf16"}, {"residual_dtype": "fp32"}),
     "compile_rest": ({"compile_rest": True}, {"compile_rest": False}),
     "autotune": ({"autotune": True}, {"autotune": False}),
+    "cuda_graph": ({"cuda_graph": True}, {"cuda_graph": False}),
 }
-_OF_BF16, _OF_COMPILE = ("bf16_parameters", "bf16_residual"), ("compile_rest", "autotune")
+_OF_BF16, _OF_COMPILE, _OF_GPUS = ("bf16_parameters", "bf16_residual"), ("compile_rest", "autotune"), ("cuda_graph",)
 # Blocks with a backward pass of their own, in place of the compiled ones and of what only those have. Last, as it takes that back.
 _WRITTEN = "written_backward"
 OPTIONS[_WRITTEN] = {_WRITTEN: True} | dict.fromkeys(PLAIN_BLOCK_OPTIONS, False), {_WRITTEN: False}
-_WHERE_NAMED = ("autotune",)  # takes minutes
+WHERE_NAMED = ("autotune", "cuda_graph")  # takes minutes; is for a GPU that waits for its host, as these do not
 
 
 # --- Settings -------------------------------------------------------------------------------------
@@ -133,9 +134,10 @@ _PRESETS: dict[str, dict[str, Any]] = {
 _BATCH = {"gpt2": 32, "gpt2-medium": 16}  # of 1,024 tokens, as nanoGPT's results have it; 8 of other sizes
 
 
-def possible_options(dtype: str, compiled: bool, kernel: str) -> list[str]:
-    """The options that a precision, compilation or the lack of it, and an attention kernel leave."""
+def possible_options(dtype: str, compiled: bool, kernel: str, device: str = "auto") -> list[str]:
+    """The options that a precision, compilation or the lack of it, an attention kernel and a device leave."""
     excluded = (_OF_BF16 if dtype != "bf16" else ()) + (_OF_COMPILE if not compiled else ())
+    excluded += _OF_GPUS if resolve_device(device).type != "cuda" else ()
     excluded += (_WRITTEN,) if kernel not in selective.ATTENTION else ()
     return [name for name in OPTIONS if name not in excluded]
 
@@ -177,9 +179,9 @@ def settings(
         )
     if values["dtype"] not in DTYPES:
         raise unknown_name("dtype", values["dtype"], DTYPES)
-    possible = possible_options(values["dtype"], values["compiled"], values["kernel"])
+    possible = possible_options(values["dtype"], values["compiled"], values["kernel"], device)
     values["options"] = tuple(
-        options if options is not None else (name for name in possible if name not in _WHERE_NAMED)
+        options if options is not None else (name for name in possible if name not in WHERE_NAMED)
     )
     for name in values["options"]:
         if name not in OPTIONS:

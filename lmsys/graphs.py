@@ -1,0 +1,95 @@
+"""A forward and backward pass as one CUDA graph: the host launches once what it would otherwise launch kernel by kernel.
+
+A model of many small layers at a small batch keeps the GPU waiting for the host: xl of the course's sizes at 4 x 512 tokens takes some 2,000
+launches a step. A captured pass replays them, communication of gradients included, from one call.
+
+What is captured is what the function does on the GPU, with the addresses that it had: inputs are copied to where the captured ones lie, gradients
+are left where the captured ones were, and their tensors put back into .grad. Python inside the function does not run again; hooks do not.
+Everything must run on one stream that is not the default one (on_own_stream()), or autograd would wait for a stream that is not captured.
+
+Source: PyTorch's notes on CUDA graphs, whole-network capture.
+Limits: no value that the host reads during the pass; inputs of one shape; memory of the pass stays reserved between its calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WARMUP = 3  # steps to run before capturing: for compilation, the order of gradients, communicators
+
+Replay = Callable[[], None]
+
+
+def on_own_stream(device: torch.device) -> None:
+    """Have this thread's later work go to a stream of its own, as capturing needs it. Before parameters get hooks."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    torch.cuda.set_stream(stream)
+
+
+class GraphedPass:
+    """Call it as the function that it is given: the first call captures it, each one replays it.
+
+    Args:
+        function: of tensors on the GPU to one tensor, the loss; leaves gradients in .grad of the parameters, or adds to those that
+            are there, which a pass captured before has left. It has run a few times (WARMUP), on the same stream.
+        parameters: that it may give gradients.
+        pool: memory of passes that are replayed in the order in which they were captured; None: its own.
+        capture: runs a function under capture and returns its result and the replay; None: CUDA's.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        parameters: Sequence[Tensor],
+        *,
+        pool: Any = None,
+        capture: Callable[[Callable[[], Tensor], Any], tuple[Tensor, Replay]] | None = None,
+    ):
+        self._function, self._parameters, self._pool = function, list(parameters), pool
+        self._capture = capture or _capture
+        self._inputs: list[Tensor] = []
+        self._gradients: list[Tensor | None] = []
+        self._loss: Tensor | None = None
+        self._replay: Replay | None = None
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """The loss. Of a replay it is overwritten by the next one.
+
+        Raises:
+            ValueError: inputs of another shape than the captured ones.
+            RuntimeError: the pass cannot be captured.
+        """
+        if self._replay is None:
+            self._inputs = [tensor.clone() for tensor in inputs]
+            self._loss, self._replay = self._capture(lambda: self._function(*self._inputs), self._pool)
+            self._gradients = [parameter.grad for parameter in self._parameters]
+        for mine, given in zip(self._inputs, inputs, strict=True):
+            if mine.shape != given.shape:
+                raise ValueError(
+                    f"a captured pass takes inputs of shape {tuple(mine.shape)}, not {tuple(given.shape)}; give batches of one shape"
+                )
+            mine.copy_(given, non_blocking=True)
+        self._replay()
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = gradient
+        return self._loss
+
+
+def _capture(function: Callable[[], Tensor], pool: Any) -> tuple[Tensor, Replay]:
+    """Capture on the current stream. Other threads, such as NCCL's watchdog, may go on calling CUDA."""
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.current_stream()
+    if stream == torch.cuda.default_stream():
+        raise RuntimeError("a pass is captured on the default stream; call on_own_stream() before the model is made")
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            loss = function().detach()
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RuntimeError(f"the forward and backward pass cannot be captured as a CUDA graph ({reason})") from error
+    return loss, graph.replay

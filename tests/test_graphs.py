@@ -1,0 +1,174 @@
+"""Captured passes: what is replayed, on the CPU with a capture that runs the function again in place, and on a GPU with CUDA's."""
+
+import pytest
+import torch
+from torch import nn
+
+from lmsys import graphs
+from lmsys.config import TrainConfig, pipeline_config
+from lmsys.graphs import GraphedPass
+from lmsys.train import check_setup
+
+
+class Tape:
+    """A capture that keeps what a function left behind and fills it again at each replay, as a CUDA graph would."""
+
+    def __init__(self, parameters):
+        self.parameters, self.captures, self.replays, self.pools = list(parameters), 0, 0, []
+
+    def __call__(self, function, pool):
+        self.captures += 1
+        self.pools.append(pool)
+        before = [None if p.grad is None else p.grad.clone() for p in self.parameters]
+        loss = function()
+        kept = [p.grad for p in self.parameters]
+        for gradient, old in zip(kept, before, strict=True):  # capturing computes nothing
+            if gradient is not None:
+                gradient.copy_(torch.zeros_like(gradient) if old is None else old)
+        adds = [old is not None for old in before]
+
+        def replay():
+            self.replays += 1
+            for parameter in self.parameters:
+                parameter.grad = None
+            loss.copy_(function())
+            for parameter, gradient, add in zip(self.parameters, kept, adds, strict=True):
+                gradient.add_(parameter.grad) if add else gradient.copy_(parameter.grad)
+
+        return loss, replay
+
+
+def step_on(layer):
+    def run(inputs, targets):
+        loss = (layer(inputs) - targets).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    return run
+
+
+def batches(count, rows=4):
+    generator = torch.Generator().manual_seed(0)
+    return [[torch.randn(rows, size, generator=generator) for size in (3, 2)] for _ in range(count)]
+
+
+def test_a_replay_gives_new_inputs_losses_and_gradients_in_the_tensors_of_the_capture():
+    layer, twin = nn.Linear(3, 2), nn.Linear(3, 2)
+    twin.load_state_dict(layer.state_dict())
+    tape = Tape(layer.parameters())
+    captured = GraphedPass(step_on(layer), layer.parameters(), capture=tape)
+    places = set()
+    for batch in batches(4):
+        loss, wanted = captured(*batch), step_on(twin)(*batch)
+        assert torch.equal(loss, wanted)
+        for mine, theirs in zip(layer.parameters(), twin.parameters(), strict=True):
+            assert torch.equal(mine.grad, theirs.grad)
+        places.add(layer.weight.grad.data_ptr())
+        layer.zero_grad(set_to_none=True)
+        twin.zero_grad(set_to_none=True)
+    assert (tape.captures, tape.replays) == (1, 4) and len(places) == 1
+
+
+def test_a_second_pass_adds_to_the_gradients_of_the_first():
+    layer, twin = nn.Linear(3, 2), nn.Linear(3, 2)
+    twin.load_state_dict(layer.state_dict())
+    tape = Tape(layer.parameters())
+    first, second = (GraphedPass(step_on(layer), layer.parameters(), pool="shared", capture=tape) for _ in range(2))
+    for _ in range(3):
+        one, two, three = batches(3)
+        first(*one), second(*two), second(*three)
+        for batch in (one, two, three):
+            step_on(twin)(*batch)
+        torch.testing.assert_close(layer.weight.grad, twin.weight.grad)
+        layer.zero_grad(set_to_none=True)
+        twin.zero_grad(set_to_none=True)
+    assert tape.captures == 2 and tape.pools == ["shared", "shared"]
+
+
+def test_a_batch_of_another_shape_is_refused_before_anything_changes():
+    layer = nn.Linear(3, 2)
+    tape = Tape(layer.parameters())
+    captured = GraphedPass(step_on(layer), layer.parameters(), capture=tape)
+    captured(*batches(1)[0])
+    with pytest.raises(ValueError, match=r"inputs of shape \(4, 3\), not \(5, 3\)"):
+        captured(*batches(1, rows=5)[0])
+    assert tape.replays == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ddp_wrapper": "fsdp"}, "not those of train.ddp_wrapper 'fsdp'"),
+        ({"ddp_wrapper": "flashddp", "sharded_optimizer": True}, "train.sharded_optimizer=true"),
+    ],
+)
+def test_what_cannot_be_captured_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(cuda_graph=True, **options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_without_a_gpu_the_setting_is_an_error():
+    with pytest.raises(ValueError, match="train.cuda_graph is for a GPU"):
+        check_setup(pipeline_config("smoke", overrides=["train.cuda_graph=true"]))
+
+
+# --- On a GPU -------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_captured_training_is_the_same_training(tmp_path, micro_batches):
+    """Ten steps of the trainer's replica with and without captured passes: losses equal to rounding, the captured ones replayed."""
+    from lmsys.bench.replicas import pattern_tokens
+    from lmsys.data import BatchSampler
+    from lmsys.replica import Replica
+
+    losses = {}
+    before = torch.cuda.current_stream()
+    try:
+        for captured in (False, True):
+            config = pipeline_config(
+                "smoke",
+                overrides=[
+                    f"train.cuda_graph={str(captured).lower()}",
+                    f"train.gradient_accumulation_steps={micro_batches}",
+                    "train.device=cuda",
+                ],
+            )
+            replica = Replica(config, torch.device("cuda", 0), None)
+            tokens = pattern_tokens(config.model.vocab_size, 4096, 0)
+            sampler = BatchSampler(
+                tokens,
+                config.train.batch_size,
+                config.model.context_length,
+                micro_batches=micro_batches,
+                seed=0,
+            )
+            seen = []
+            for _ in range(10):
+                seen.append(replica.accumulate(sampler))
+                replica.update(1e-3)
+            losses[captured] = torch.stack(seen)
+            assert len(replica._passes) == (0 if not captured else min(micro_batches, 3))
+    finally:
+        torch.cuda.set_stream(before)
+    torch.testing.assert_close(losses[True], losses[False], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_pass_that_reads_a_value_says_that_it_cannot_be_captured():
+    before = torch.cuda.current_stream()
+    try:
+        graphs.on_own_stream(torch.device("cuda", 0))
+        weight = torch.ones(3, device="cuda", requires_grad=True)
+
+        def reads(inputs):
+            loss = (weight * inputs).sum()
+            loss.backward()
+            return loss / loss.item()
+
+        with pytest.raises(RuntimeError, match="cannot be captured as a CUDA graph"):
+            GraphedPass(reads, [weight])(torch.ones(3, device="cuda"))
+    finally:
+        torch.cuda.set_stream(before)
