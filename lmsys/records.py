@@ -348,12 +348,22 @@ def cell(value: Any) -> Any:
     return value
 
 
+def option_text(options: Iterable[tuple[str, Any]]) -> str:
+    """Options, pairs of a name and a value, as a cell: transport=nccl layout=flat."""
+    return " ".join(f"{name}={value}" for name, value in options)
+
+
 def significant(value: float, digits: int = 3) -> str:
     """A number with so many significant digits, never in exponent form: 0.00812, 3.50, 1,080."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     decimals = digits - 1 - math.floor(math.log10(abs(value)))
     return f"{round(value, decimals):,.{max(decimals, 0)}f}"
+
+
+def within_spread(difference: float, *rows: Any) -> bool:
+    """Whether a difference of times does not show: it is below half of the widest range of these rows, p20_ms to p80_ms."""
+    return abs(difference) < max(row.p80_ms - row.p20_ms for row in rows) / 2
 
 
 def spread(median: float, p20: float, p80: float) -> str:

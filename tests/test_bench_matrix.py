@@ -94,6 +94,11 @@ def test_failed_points_are_said():
     assert "1.100 times the speed of torch_ddp; its peak memory is +10.0% of one alone" in said[2]
     assert said[-1] == "xl, k, naive x2: oom, full"
     assert "| oom |" in matrix.table(pd.DataFrame(rows))
+    rows[1]["p80_ms"] = 3.1  # 1 ms is below half of 2.1
+    assert "flashddp is as fast as torch_ddp within the spread; its peak" in matrix.conclusions(pd.DataFrame(rows))[2]
+    rows[3] |= {"status": "ok", "step_ms": 12.0, "scaling_efficiency": 0.7}
+    (beside,) = [text for text in matrix.conclusions(pd.DataFrame(rows)) if "flashddp" in text and "naive" in text]
+    assert "flashddp has 1.200 times the speed of naive and is as fast as torch_ddp within the spread;" in beside
 
 
 def test_settings():

@@ -372,12 +372,18 @@ def conclusions(frame) -> list[str]:
 
 
 def _beside(several, where: str, ours: str, others: Sequence[str], one) -> list[str]:
-    """One of ours beside its peers, and its memory beside that of one GPU."""
+    """One of ours beside its peers, as fast where the difference is within the spread, and its memory beside that of one GPU."""
     there = [name for name in others if name in several.index]
     if ours not in several.index or not there:
         return []
-    ratios = [f"{several.step_ms[name] / several.step_ms[ours]:.3f} times the speed of {name}" for name in there]
-    text = f"{where}: {ours} has {', '.join(ratios)}"
+    own, parts = several.loc[ours], []
+    alike = [n for n in there if records.within_spread(several.step_ms[n] - own.step_ms, own, several.loc[n])]
+    ratios = [f"{several.step_ms[n] / own.step_ms:.3f} times the speed of {n}" for n in there if n not in alike]
+    if ratios:
+        parts.append(f"has {', '.join(ratios)}")
+    if alike:
+        parts.append(f"is as fast as {' and '.join(alike)} within the spread")
+    text = f"{where}: {ours} {' and '.join(parts)}"
     if len(one):
         text += f"; its peak memory is {100 * (several.peak_mib[ours] / one.peak_mib.iloc[0] - 1):+.1f}% of one alone"
     return [text + "."]
