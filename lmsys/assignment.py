@@ -238,12 +238,11 @@ def _communication() -> list[str]:
 
 def _wrapper(name: str) -> Callable[[], list[str]]:
     def answer() -> list[str]:
+        from lmsys.bench import data_parallel
+
         rows = measured(many("data_parallel_results"), study="wrappers", wrapper=name)
         row = rows[rows.gpus > 1].iloc[0]
-        return [
-            f"`{name}`, {row['size']} on {row.gpus} GPUs: {records.significant(row.step_ms)} ms a step, of which communication adds "
-            f"{row.exposed_comm_ms:.2f} ms ({100 * row.exposed_comm_ms / row.step_ms:.1f}%)."
-        ]
+        return [f"`{name}`, {row['size']} on {row.gpus} GPUs: {data_parallel.step_text(row)}."]
 
     return answer
 

@@ -670,6 +670,10 @@ def _steps_table_of(study: str, heading: str, label: Callable[[Any], str]) -> Pi
     return piece
 
 
+def _wrapper_and_options(row: Any) -> str:
+    return f"`{row.wrapper}`" + (f" {row.options}" if isinstance(row.options, str) else "")
+
+
 def _wrapper_said(*names: str) -> Callable[[], list[str]]:
     """What is said of these wrappers."""
 
@@ -1069,7 +1073,7 @@ FILLS: dict[str, Piece] = {
     "scaling": _block(
         "data_parallel",
         _figure("data_parallel_scaling", "Tokens a second against the number of GPUs", SEVERAL),
-        _steps_table_of("scaling", "wrapper", lambda row: f"`{row.wrapper}`"),
+        _steps_table_of("scaling", "wrapper", _wrapper_and_options),
         _said(_study_said("scaling")),
         several=True,
     ),

@@ -777,15 +777,17 @@ def scaling(frame) -> Figure:
     if len(one):
         rate = one.tokens_per_s.iloc[0]
         axis.plot(counts, [rate * n / 1e3 for n in counts], color="#999999", linestyle=":", label="linear")
-    for wrapper, rows in frame[frame.gpus > 1].groupby("wrapper", sort=False):
+    several = frame[frame.gpus > 1]
+    for (wrapper, options), rows in several.groupby(["wrapper", several.options.fillna("")], sort=False):
         points = [*one.itertuples(), *rows.sort_values("gpus").itertuples()]
         axis.plot(
             [row.gpus for row in points],
             [row.tokens_per_s / 1e3 for row in points],
             color=_wrapper_colour(wrapper),
-            linestyle="--" if wrapper in PEER_WRAPPERS else "-",
-            marker="o",
-            label=wrapper,
+            linestyle="--" if wrapper in PEER_WRAPPERS else "-." if options else "-",
+            marker="s" if options else "o",
+            markerfacecolor="none" if options else None,
+            label=f"{wrapper} {options}".strip(),
         )
     axis.set_xticks(counts)
     axis.set_ylim(bottom=0)

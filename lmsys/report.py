@@ -145,7 +145,9 @@ def show(settings: Any) -> Any:
         if dataclasses.is_dataclass(value):
             pairs = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
             return ", ".join(f"{name} {text(item)}" for name, item in pairs if item is not None)
-        return ", ".join(f"`{item}`" for item in value) if isinstance(value, tuple) else f"`{value}`"
+        if isinstance(value, tuple):  # of values, or of options, each of them pairs
+            return ", ".join(f"`{records.option_text(item) if isinstance(item, tuple) else item}`" for item in value)
+        return f"`{value}`"
 
     values = [(field.name, getattr(settings, field.name)) for field in dataclasses.fields(settings)]
     lines = [{"setting": name, "value": text(value)} for name, value in values if value is not None]

@@ -97,13 +97,15 @@ def test_measured_numbers_reach_the_table(artifacts, tmp_path):
         "data_parallel_results",
         [step | {"wrapper": "naive", "gpus": 4, "step_ms": 1.0, "exposed_comm_ms": 0.5}],
     )
-    artifacts(
-        "h200-x2", "data_parallel_results", [step | {"wrapper": "naive", "step_ms": 200.0, "exposed_comm_ms": 50.0}]
-    )
+    rows_of_naive = [step | {"wrapper": "naive", "step_ms": 200.0, "exposed_comm_ms": 50.0}]
+    artifacts("h200-x2", "data_parallel_results", rows_of_naive)
     assert "`naive`, xl on 2 GPUs: 200 ms a step, of which communication adds 50.00 ms (25.0%)." in answer(
         "naive_ddp_benchmarking"
     )
     assert "Not measured yet" in answer("minimal_ddp_flat_benchmarking")  # the file is there, the wrapper is not
+    within = step | {"wrapper": "flat", "step_ms": 200.0, "p20_ms": 190.0, "p80_ms": 220.0, "exposed_comm_ms": 14.0}
+    artifacts("h200-x2", "data_parallel_results", [*rows_of_naive, within])
+    assert "200 ms a step; what communication adds does not show" in answer("minimal_ddp_flat_benchmarking")
 
     boards = [
         {"board": "2025", "implementation": n, "status": "ok", "median_ms": ms, "path": path}

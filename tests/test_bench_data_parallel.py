@@ -1,8 +1,11 @@
 import json
+import math
 
+import pandas as pd
 import pytest
+import torch
 
-from lmsys import cost
+from lmsys import cost, plots, records
 from lmsys.bench import data_parallel
 from lmsys.bench.replicas import TrainPoint
 
@@ -91,6 +94,90 @@ def test_points_of_the_full_scale():
     sizes = [dict(p.options).get("bucket_size_mb") for p, s in points.items() if "buckets" in s and p.gpus == 2]
     assert sorted(size for size in sizes if size) == [1, 10, 100, 1000]
     assert next(iter(points)).wrapper == "none"
+
+
+def test_scaling_shows_what_copy_engines_buy(monkeypatch):
+    monkeypatch.setattr(data_parallel, "resolve_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(data_parallel, "reachable", lambda: True)
+    chosen = data_parallel.settings("full", studies=["scaling"], gpus=[1, 2], device="cpu")
+    points = list(data_parallel.points(chosen))
+    assert [(p.wrapper, records.option_text(p.options)) for p in points] == [
+        ("none", ""),
+        ("flashddp", ""),
+        ("flashddp", "transport=nccl"),
+        ("torch_ddp", ""),
+    ]
+    assert [data_parallel.bucket_mb(p, "cuda") for p in points[1:3]] == [100, 25]
+    peer = data_parallel.settings("full", studies=["scaling"], wrappers=["torch_ddp"], gpus=[1, 2], device="cpu")
+    assert [p.wrapper for p in data_parallel.points(peer)] == ["none", "torch_ddp"]
+    monkeypatch.setattr(data_parallel, "reachable", lambda: False)
+    assert not any(p.options for p in data_parallel.points(chosen))
+
+
+def rows(study, *given):
+    """Results of a study: the measured columns as given, for tables, sentences and plots."""
+    same = {"study": study, "size": "xl", "dtype": "bf16", "compiled": "true", "status": "ok", "device": "GPU X"}
+    numbers = dict.fromkeys(("exposed_comm_ms", "traced_comm_ms", "model_ms", "finish_ms", "peak_mib"), math.nan)
+    base = same | numbers | {"options": math.nan, "gpus": 2, "tokens_per_s": 1e4, "scaling_efficiency": math.nan}
+    return pd.DataFrame([base | row for row in given])
+
+
+def timed(wrapper, step_ms, p20_ms, p80_ms, **more):
+    return {"wrapper": wrapper, "step_ms": step_ms, "p20_ms": p20_ms, "p80_ms": p80_ms} | more
+
+
+def test_rows_of_one_wrapper_are_told_apart_by_their_options(tmp_path):
+    frame = rows(
+        "scaling",
+        timed("none", 10.0, 10.0, 10.0, gpus=1, scaling_efficiency=1.0),
+        timed("flashddp", 10.0, 10.0, 10.0, scaling_efficiency=0.98),
+        timed("flashddp", 10.0, 10.0, 10.0, scaling_efficiency=0.93, options="transport=nccl"),
+        timed("flashddp", 10.0, 10.0, 10.0, options="transport=nccl", gpus=4, status="oom", note="full"),
+    )
+    assert data_parallel.conclusions(frame, "scaling") == [
+        "flashddp on 2 GPUs: 98.0% of linear scaling.",
+        "flashddp with transport=nccl on 2 GPUs: 93.0% of linear scaling.",
+        "flashddp with transport=nccl x4: oom, full",
+    ]
+    assert "| `flashddp` | transport=nccl |" in data_parallel.table(frame, "scaling")
+    assert "options" not in data_parallel.table(frame[:2], "scaling")
+    figure = plots.scaling(frame[frame.status == "ok"])
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert labels == ["linear", "flashddp", "flashddp transport=nccl"]
+    ours, nccl = figure.axes[0].get_lines()[1:]
+    assert (ours.get_linestyle(), ours.get_marker()) != (nccl.get_linestyle(), nccl.get_marker())
+
+
+def test_what_lies_within_the_spread_is_not_said_as_a_difference():
+    frame = rows(
+        "wrappers",
+        timed("naive", 134.0, 120.0, 150.0, exposed_comm_ms=-14.9),  # of a host slower than its GPU
+        timed("flat", 150.0, 149.0, 155.0, exposed_comm_ms=2.9),  # less than half of 6
+        timed("flashddp", 148.0, 146.0, 150.0, exposed_comm_ms=2.0),  # half of 4
+        timed("torch_ddp", 149.0, 147.0, 150.0, exposed_comm_ms=3.0),
+    )
+    naive, flat, ours, peer, *beside = data_parallel.conclusions(frame, "wrappers")
+    hidden = "what communication adds does not show beside the spread of the steps"
+    assert naive == f"naive: 134 ms a step; {hidden}, 120 to 150 ms (20th to 80th percentile)."
+    assert flat == f"flat: 150 ms a step; {hidden}, 149 to 155 ms (20th to 80th percentile)."
+    assert ours == "flashddp: 148 ms a step, of which communication adds 2.00 ms (1.4%)."
+    assert peer == "torch_ddp: 149 ms a step, of which communication adds 3.00 ms (2.0%)."
+    assert beside == [
+        "flashddp's step is as fast as naive's within the spread.",  # 14 of half of 30
+        "flashddp's step is as fast as torch DDP's within the spread.",
+    ]
+    frame.loc[0, "step_ms"] = 163.0
+    assert data_parallel.conclusions(frame, "wrappers")[-2] == "flashddp's step has 1.101 times the speed of naive's."
+    options = rows(
+        "options",
+        timed("flashddp", 100.0, 99.0, 101.0),
+        timed("flashddp", 102.0, 99.0, 104.0, options="max_ctas=4"),
+        timed("flashddp", 102.0, 101.0, 103.0, options="max_ctas=8"),
+    )
+    assert data_parallel.conclusions(options, "options") == [
+        "max_ctas=4: +2.00 ms a step (+2.0%), within the spread.",
+        "max_ctas=8: +2.00 ms a step (+2.0%).",
+    ]
 
 
 def test_settings_say_what_is_wrong():

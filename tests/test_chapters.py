@@ -332,6 +332,10 @@ def test_data_parallel_results_reach_their_page(artifacts):
         for mb, ms in ((1.0, 170.0), (25.0, 155.0))
     ]
     rows.append(_replica(study="scaling", wrapper="flashddp", scaling_efficiency=0.97))
+    rows.append(
+        _replica(study="scaling", wrapper="flashddp", scaling_efficiency=0.91)
+        | {"options": "transport=nccl", "exposed_comm_ms": 60.0}
+    )
     artifacts("h200-x2", data_parallel.NAME, rows, data_parallel.EXTRA_COLUMNS)
     link = cost.Link(2e-5, 3e11)
     times = [
@@ -355,7 +359,9 @@ def test_data_parallel_results_reach_their_page(artifacts):
     assert "75.0% of the time of communication lies beside computation" in report.fill("overlap_ddp")
     text = report.fill("bucketed_ddp")
     assert "fastest bucket size is 25 MB" in text and "1.290 times the speed of naive's" in text and "it broke" in text
-    assert "97.0% of linear scaling" in report.fill("scaling")
+    text = report.fill("scaling")
+    assert "flashddp on 2 GPUs: 97.0%" in text and "flashddp with transport=nccl on 2 GPUs: 91.0%" in text
+    assert "| `flashddp` | 2 |" in text and "| `flashddp` transport=nccl | 2 |" in text
     assert "300 GB/s of bus bandwidth" in report.fill("collectives")
     size = 4.0 * cost.model_parameters(model_size("xl"))
     best = cost.best_bucket_bytes(size, 3e11, 2e-5)  # of two ranks, bus and algorithm bandwidth are one

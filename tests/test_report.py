@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from lmsys import records, report
-from lmsys.bench import attention
+from lmsys.bench import attention, data_parallel
 from lmsys.records import REPOSITORY
 
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
@@ -38,6 +38,12 @@ def test_take_parameters_refuses_what_a_notebook_does_not_know():
     namespace["In"].append("# Parameters\nhedas = 3")
     with pytest.raises(ValueError, match="unknown notebook parameter 'hedas'. Did you mean 'heads'"):
         report.take_parameters(attention.settings, namespace)
+
+
+def test_options_are_shown_as_names_and_values():
+    shown = report.show(data_parallel.settings("smoke", device="cpu")).data
+    assert "| options | `layout=flat`, `layout=flat communication_dtype=bf16` |" in shown
+    assert "| wrappers | `naive`, `flat`" in shown
 
 
 def test_unknown_names_are_errors():

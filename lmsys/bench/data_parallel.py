@@ -4,7 +4,7 @@ Studies, each of points trained by lmsys.bench.replicas:
 - wrappers: naive, flat, overlap, flashddp and torch's DDP, each with a trace of one step;
 - buckets: flashddp at several bucket sizes;
 - options: what else flashddp can be told;
-- scaling: flashddp and torch's DDP on 1, 2, 4 and 8 GPUs, as many as there are.
+- scaling: flashddp, over NCCL too where its gradients travel by copy engines, and torch's DDP on 1, 2, 4 and 8 GPUs, as many as there are.
 
 The first three are the course's problems (CS336, assignment 2: naive_ddp_benchmarking, minimal_ddp_flat_benchmarking,
 ddp_overlap_individual_parameters_benchmarking, ddp_bucketed_benchmarking) at their setting, one node with two GPUs and the xl
@@ -53,9 +53,10 @@ _EVERYWHERE: tuple[Options, ...] = (
     (("layout", "flat"),),
     (("layout", "flat"), ("communication_dtype", "bf16")),
 )
+_NCCL: Options = (("transport", "nccl"),)
 _ON_GPUS: tuple[Options, ...] = (
-    (("transport", "nccl"),),
-    (("transport", "nccl"), ("layout", "flat"), ("communication_dtype", "bf16")),
+    _NCCL,
+    (*_NCCL, ("layout", "flat"), ("communication_dtype", "bf16")),
     (("max_ctas", 4),),
     (("max_ctas", 8),),
     (("max_ctas", 16),),
@@ -225,13 +226,22 @@ def points(chosen: DataParallelSettings) -> dict[TrainPoint, list[str]]:
         for options in chosen.options:
             add("options", dataclasses.replace(ours, options=options, traced=False))
     if "scaling" in chosen.studies:
+        variants: list[tuple[str, Options]] = [("flashddp", ()), ("torch_ddp", ())]
+        if _by_copy_engines(chosen.device):
+            variants.insert(1, ("flashddp", _NCCL))
         for count in chosen.gpus:
             if count == 1:
                 add("scaling", TrainPoint(chosen.scaling_workload, "none", 1, n))
-            else:
-                for wrapper in [name for name in ("flashddp", "torch_ddp") if name in chosen.wrappers]:
-                    add("scaling", TrainPoint(chosen.scaling_workload, wrapper, count, count))
+                continue
+            for wrapper, options in variants:
+                if wrapper in chosen.wrappers:
+                    add("scaling", TrainPoint(chosen.scaling_workload, wrapper, count, count, options=options))
     return found
+
+
+def _by_copy_engines(device: str) -> bool:
+    """Whether flashddp's gradients travel by copy engines where nothing else is asked for."""
+    return resolve_device(device).type == "cuda" and reachable()
 
 
 def run(
@@ -255,7 +265,7 @@ def run(
     studies = points(chosen)
     with results, traces:
         for point, row, result in replicas.rows(list(studies), plan, device=chosen.device, limit_s=_LIMIT_S):
-            row |= {"processes": point.processes, "options": option_text(point.options)}
+            row |= {"processes": point.processes, "options": records.option_text(point.options)}
             if point.wrapper == "flashddp":
                 row["bucket_mb"] = bucket_mb(point, chosen.device)
             if row["status"] == "ok":
@@ -284,13 +294,8 @@ def bucket_mb(point: TrainPoint, device: str) -> float:
         or options.get("transport") == "nccl"
         or {"max_ctas", "high_priority"} & set(options)
     )
-    here = resolve_device(device).type == "cuda" and reachable()
-    return float(options.get("bucket_size_mb", BUCKET_MB["copy_engine" if here and not of_nccl else "nccl"]))
-
-
-def option_text(options: Options) -> str:
-    """Options as a cell: bucket_size_mb=10."""
-    return " ".join(f"{name}={value}" for name, value in options)
+    carrier = "copy_engine" if not of_nccl and _by_copy_engines(device) else "nccl"
+    return float(options.get("bucket_size_mb", BUCKET_MB[carrier]))
 
 
 def model_ms(
@@ -334,10 +339,11 @@ def table(frame, study: str) -> str:
         "model": "exposed by the model, ms",
         "peak": "peak MiB",
     }
-    if study != "options":
-        columns = {key: heading for key, heading in columns.items() if key != "options" or study == "buckets"}
+    rows = frame[frame.study == study]
+    if not any(map(_text, rows.options)):
+        del columns["options"]
     lines = []
-    for row in frame[frame.study == study].itertuples():
+    for row in rows.itertuples():
         line = {"gpus": row.gpus, "wrapper": f"`{row.wrapper}`", "options": _text(row.options), "step": row.status}
         if row.status == "ok":
             line |= {
@@ -358,6 +364,12 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else ""
 
 
+def _label(row: Any) -> str:
+    """A row's wrapper, with its options if it has some."""
+    options = _text(row.options)
+    return f"{row.wrapper} with {options}" if options else row.wrapper
+
+
 def _fixed(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.2f}"
 
@@ -375,8 +387,18 @@ def conclusions(frame, study: str) -> list[str]:
         several
     )
     for row in rows[rows.status != "ok"].itertuples():
-        said.append(f"{row.wrapper} {_text(row.options)} x{row.gpus}: {row.status}, {row.note}")
+        said.append(f"{_label(row)} x{row.gpus}: {row.status}, {row.note}")
     return said
+
+
+def step_text(row: Any) -> str:
+    """A step's time and what communication adds to it, unless that is negative or within the spread of the step."""
+    text = f"{records.significant(row.step_ms)} ms a step"
+    if row.exposed_comm_ms < 0 or records.within_spread(row.exposed_comm_ms, row):
+        spread = f"{records.significant(row.p20_ms)} to {records.significant(row.p80_ms)} ms (20th to 80th percentile)"
+        return f"{text}; what communication adds does not show beside the spread of the steps, {spread}"
+    share = _percent(row.exposed_comm_ms / row.step_ms)
+    return f"{text}, of which communication adds {row.exposed_comm_ms:.2f} ms ({share})"
 
 
 def _of_wrappers(rows) -> list[str]:
@@ -384,20 +406,18 @@ def _of_wrappers(rows) -> list[str]:
     said = []
     for name in by.index:
         row = by.loc[name]
-        text = (
-            f"{name}: {records.significant(row.step_ms)} ms a step, of which communication adds {row.exposed_comm_ms:.2f} ms "
-            f"({_percent(row.exposed_comm_ms / row.step_ms)})"
-        )
+        text = f"{name}: {step_text(row)}"
         if not math.isnan(row.traced_comm_ms) and row.traced_comm_ms > 0:
             hidden = row.traced_hidden_ms / row.traced_comm_ms
             text += f"; in the traced step {_percent(hidden)} of the time of communication lies beside computation"
         said.append(text + ".")
-    if {"naive", "flashddp"} <= set(by.index):
-        gain = by.step_ms["naive"] / by.step_ms["flashddp"]
-        said.append(f"flashddp's step has {gain:.3f} times the speed of naive's.")
-    if {"torch_ddp", "flashddp"} <= set(by.index):
-        gain = by.step_ms["torch_ddp"] / by.step_ms["flashddp"]
-        said.append(f"flashddp's step has {gain:.3f} times the speed of torch DDP's.")
+    for name, shown in (("naive", "naive's"), ("torch_ddp", "torch DDP's")):
+        if {name, "flashddp"} <= set(by.index):
+            ours, other = by.loc["flashddp"], by.loc[name]
+            if records.within_spread(other.step_ms - ours.step_ms, ours, other):
+                said.append(f"flashddp's step is as fast as {shown} within the spread.")
+            else:
+                said.append(f"flashddp's step has {other.step_ms / ours.step_ms:.3f} times the speed of {shown}.")
     return said
 
 
@@ -416,17 +436,18 @@ def _of_options(rows) -> list[str]:
     plain = rows[~rows.options.map(lambda options: bool(_text(options)))]
     if plain.empty:
         return []
-    base = plain.step_ms.iloc[0]
-    return [
-        f"{row.options}: {row.step_ms - base:+.2f} ms a step ({100 * (row.step_ms / base - 1):+.1f}%)."
-        for row in rows.itertuples()
-        if _text(row.options)
-    ]
+    base, said = plain.iloc[0], []
+    for row in rows.itertuples():
+        if _text(row.options):
+            more = row.step_ms - base.step_ms
+            lost = ", within the spread" if records.within_spread(more, row, base) else ""
+            said.append(f"{row.options}: {more:+.2f} ms a step ({100 * more / base.step_ms:+.1f}%){lost}.")
+    return said
 
 
 def _of_scaling(rows) -> list[str]:
     return [
-        f"{row.wrapper} on {row.gpus} {records.units(rows)[1]}: {_percent(row.scaling_efficiency)} of linear scaling."
+        f"{_label(row)} on {row.gpus} {records.units(rows)[1]}: {_percent(row.scaling_efficiency)} of linear scaling."
         for row in rows.itertuples()
         if not math.isnan(row.scaling_efficiency)
     ]
