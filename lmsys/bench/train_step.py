@@ -6,7 +6,7 @@ batches; the losses of the first steps are kept, and what options of less precis
 
 Times are between events at the ends of steps, nothing synchronized in between; peak memory is that of the timed steps. A point that
 fails is a row. On a GPU host_ms is how long the host takes to draw a batch and to issue a step's work when it need not wait: below the
-step's time, neither data nor launches hold the GPU up. Where compilation takes long, all points are compiled ahead in several processes (bench/ahead.py).
+step's time, neither data nor launches hold the GPU up; its clock and power during the timed steps (bench/power.py) tell what else may. Where compilation takes long, all points are compiled ahead in several processes (bench/ahead.py).
 
 Limits: one device; points run one after the other in one process; no accumulation over micro-batches.
 """
@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,10 @@ import torch._dynamo  # now and not in the first step
 
 from lmsys import cost, records, selective
 from lmsys import train as training
-from lmsys.bench import ahead
+from lmsys.bench import ahead, power
 from lmsys.bench.measure import is_out_of_memory, one_thread, peak_bytes_cpu, quantiles, release
 from lmsys.bench.native import NativeStep
+from lmsys.bench.power import PowerWatch
 from lmsys.bench.replicas import Clock, live_bytes, pattern_tokens
 from lmsys.config import (
     DTYPES,
@@ -49,7 +51,7 @@ from lmsys.device import device_name, fp32_products, peak_flops, resolve_device
 from lmsys.replica import Replica
 
 NAME, LOSSES = "train_step_results", "train_step_losses"
-EXTRA_COLUMNS = ("host_ms", "device", "note")
+EXTRA_COLUMNS = ("host_ms", "sm_mhz", "max_sm_mhz", "power_w", "limit_w", "device", "note")
 OURS, PEER = "lmsys", "torch_native"
 ALL, NONE = "all", "none"
 _COMPILE_LIMIT_S = 100.0  # compiling ahead ends here; what is not done by then is compiled when it is measured
@@ -346,23 +348,28 @@ def _measured(
             replica.update(chosen.learning_rate)
             return loss
 
-        losses = [step() for _ in range(chosen.loss_steps)]
-        curve = torch.stack(losses).tolist()
-        clock = Clock(device)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        clock.tick()
-        for _ in range(chosen.timed_steps):
-            step()
+        with PowerWatch(device) as watch:
+            losses = [step() for _ in range(chosen.loss_steps)]
+            curve = torch.stack(losses).tolist()
+            clock = Clock(device)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            start = datetime.now()
             clock.tick()
-        times = clock.times_ms()
+            for _ in range(chosen.timed_steps):
+                step()
+                clock.tick()
+            times = clock.times_ms()
+            end = datetime.now()
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(device)
         else:
             peak = live_bytes(device, replica.model) + peak_bytes_cpu(step, lambda: ())
         host_ms = _host_ms(step, device)
     found = dict(zip(("step_ms", "p20_ms", "p80_ms"), quantiles(times), strict=True))
-    return found | {"samples": len(times), "peak_mib": (peak - held) / 2**20, "host_ms": host_ms}, curve
+    return found | {"samples": len(times), "peak_mib": (peak - held) / 2**20, "host_ms": host_ms} | watch.between(
+        start, end
+    ), curve
 
 
 def _host_ms(step: Callable[[], Any], device: torch.device, samples: int = 3) -> float | None:
@@ -529,6 +536,9 @@ def conclusions(frame, losses) -> list[str]:
             said.append(
                 f"{size}: the host draws a batch and issues a step in {ours.host_ms:.3g} ms, so the GPU {waits}."
             )
+        for what, row in ((size, ours), (f"{size}, PyTorch's step", peer)):
+            if row is not None and (drawn := power.sentence(what, row._asdict())):
+                said.append(drawn)
         compiled = found.get((OURS, _WRITTEN))
         gains = []
         for (implementation, option), row in found.items():

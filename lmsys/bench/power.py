@@ -1,0 +1,98 @@
+"""A GPU's clock and power while work runs on it, sampled by nvidia-smi in a process beside this one.
+
+A GPU at its power limit lowers its clock, and everything on it slows down, what moves memory too. A step's time then hangs on the energy that it
+needs and not on units that wait; launches and overlap no longer buy anything.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import torch
+
+INTERVAL_MS = 50
+_FIELDS = ("timestamp", "clocks.sm", "power.draw.instant", "clocks.max.sm", "power.limit")
+_TIME = "%Y/%m/%d %H:%M:%S.%f"
+_ENDS_S = 5.0  # nvidia-smi is gone after this
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Megahertz and watts at a moment, with what the GPU may have at most."""
+
+    at: datetime
+    sm_mhz: float
+    power_w: float
+    max_sm_mhz: float
+    limit_w: float
+
+
+class PowerWatch:
+    """Samples while the context is open; none where there is no GPU, or no nvidia-smi that knows these fields."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._process: subprocess.Popen | None = None
+        self._samples: list[Sample] = []
+
+    def __enter__(self) -> PowerWatch:
+        if self._device.type == "cuda":
+            self._start(f"GPU-{torch.cuda.get_device_properties(self._device).uuid}")
+        return self
+
+    def _start(self, gpu: str) -> None:
+        file = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 (open as long as the context is)
+        query = (f"--query-gpu={','.join(_FIELDS)}", "--format=csv,noheader,nounits", f"-lms={INTERVAL_MS}")
+        try:
+            self._process = subprocess.Popen(["nvidia-smi", "-i", gpu, *query], stdout=file, stderr=subprocess.DEVNULL)
+        except OSError:
+            file.close()
+        self._file = file
+
+    def __exit__(self, *error: object) -> None:
+        if self._process is None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(_ENDS_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._file.seek(0)
+        self._samples = [sample for line in self._file if (sample := parsed(line))]
+        self._file.close()
+
+    def between(self, start: datetime, end: datetime) -> dict[str, float | None]:
+        """Medians of what was sampled then, on this host's clock: sm_mhz, power_w; with max_sm_mhz, limit_w. None without samples."""
+        then = [sample for sample in self._samples if start <= sample.at <= end]
+        names = ("sm_mhz", "power_w", "max_sm_mhz", "limit_w")
+        return {name: statistics.median(getattr(s, name) for s in then) if then else None for name in names}
+
+
+def parsed(line: str) -> Sample | None:
+    """A line of nvidia-smi; None for one that is cut off or says that a field is not known."""
+    values = [value.strip() for value in line.split(",")]
+    try:
+        at, *numbers = values
+        return Sample(datetime.strptime(at, _TIME), *map(float, numbers))
+    except (ValueError, TypeError):
+        return None
+
+
+def sentence(name: str, found: dict[str, Any]) -> str | None:
+    """What clock and power say of a measurement; None where they are not known."""
+    if any(
+        found.get(key) is None or found[key] != found[key] for key in ("sm_mhz", "power_w", "max_sm_mhz", "limit_w")
+    ):
+        return None
+    said = (
+        f"{name}: the GPU draws {found['power_w']:.0f} W of {found['limit_w']:.0f} W at {found['sm_mhz']:,.0f} MHz of "
+        f"{found['max_sm_mhz']:,.0f} MHz"
+    )
+    limited = found["power_w"] > 0.95 * found["limit_w"] and found["sm_mhz"] < 0.97 * found["max_sm_mhz"]
+    return said + (": its power limit holds it back." if limited else ".")
