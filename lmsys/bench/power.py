@@ -47,7 +47,7 @@ class PowerWatch:
 
     def _start(self, gpu: str) -> None:
         file = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 (open as long as the context is)
-        query = (f"--query-gpu={','.join(_FIELDS)}", "--format=csv,noheader,nounits", f"-lms={INTERVAL_MS}")
+        query = (f"--query-gpu={','.join(_FIELDS)}", "--format=csv,noheader,nounits", "-lms", str(INTERVAL_MS))
         try:
             self._process = subprocess.Popen(["nvidia-smi", "-i", gpu, *query], stdout=file, stderr=subprocess.DEVNULL)
         except OSError:
