@@ -190,3 +190,18 @@ def test_settings_say_what_is_wrong():
     }.items():
         with pytest.raises(ValueError, match=message):
             data_parallel.settings("smoke", device="cpu", **given)
+
+
+def test_captured_steps_are_of_gpus(tmp_path):
+    """By default a CPU has none; where they are asked for, their rows say why they are not."""
+    assert "captured" not in data_parallel.settings("smoke", device="cpu").studies
+    chosen = data_parallel.settings("smoke", studies=["captured"], wrappers=["flashddp"], device="cpu")
+    frame, _ = data_parallel.run(chosen, tmp_path, {})
+    assert [(row.wrapper, row.status) for row in frame.itertuples()] == [
+        ("none", "unsupported"),
+        ("flashddp", "unsupported"),
+        ("none", "ok"),
+    ]
+    said = data_parallel.conclusions(frame, "captured")
+    assert len(said) == 2 and all("a CUDA graph is captured on a GPU" in sentence for sentence in said)
+    assert list(frame.options.fillna("")) == ["captured=True", "captured=True", ""]

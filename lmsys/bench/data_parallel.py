@@ -4,6 +4,8 @@ Studies, each of points trained by lmsys.bench.replicas:
 - wrappers: naive, flat, overlap, flashddp and torch's DDP, each with a trace of one step;
 - buckets: flashddp at several bucket sizes;
 - options: what else flashddp can be told;
+- captured: on GPUs, one GPU and the wrappers with the step's forward pass, backward pass and communication as one CUDA graph, where a
+  host that cannot keep up no longer sets the pace;
 - scaling: flashddp, over NCCL too where its gradients travel by copy engines, and torch's DDP on 1, 2, 4 and 8 GPUs, as many as there are.
 
 The first three are the course's problems (CS336, assignment 2: naive_ddp_benchmarking, minimal_ddp_flat_benchmarking,
@@ -31,7 +33,7 @@ from lmsys.parallel.copy_engine import reachable
 from lmsys.parallel.ddp import BUCKET_MB
 
 NAME, TIMELINE = "data_parallel_results", "data_parallel_timeline"
-STUDIES = ("wrappers", "buckets", "options", "scaling")
+STUDIES = ("wrappers", "buckets", "options", "captured", "scaling")
 WRAPPERS = ("naive", "flat", "overlap", "flashddp", "torch_ddp")
 EXTRA_COLUMNS = (
     *(
@@ -163,7 +165,10 @@ def settings(
         "timed_steps": timed_steps,
     }
     values = _PRESETS[scale] | {key: value for key, value in given.items() if value is not None}
-    studies = STUDIES if studies is None else tuple(studies)
+    on_gpus = resolve_device(device).type == "cuda"
+    if studies is None:
+        studies = [name for name in STUDIES if name != "captured" or on_gpus]
+    studies = tuple(studies)
     for name in studies:
         if name not in STUDIES:
             raise unknown_name("study", name, STUDIES)
@@ -191,7 +196,7 @@ def settings(
         scaling_workload=workload(values["scaling_size"], scaling_batch, scaling_length),
         wrappers=wrappers,
         bucket_sizes_mb=sizes_mb,
-        options=(*_EVERYWHERE, *(_ON_GPUS if resolve_device(device).type == "cuda" else ())),
+        options=(*_EVERYWHERE, *(_ON_GPUS if on_gpus else ())),
         gpus=counts,
         steps=values["steps"],
         timed_steps=values["timed_steps"],
@@ -225,6 +230,13 @@ def points(chosen: DataParallelSettings) -> dict[TrainPoint, list[str]]:
         add("options", ours)
         for options in chosen.options:
             add("options", dataclasses.replace(ours, options=options, traced=False))
+    if "captured" in chosen.studies:  # after the others, as rows are compared with the last one of one GPU
+        for captured in (False, True):
+            add("captured", TrainPoint(course, "none", 1, n, captured=captured))
+        for wrapper in chosen.wrappers:
+            add("captured", TrainPoint(course, wrapper, n, n, captured=True))
+            if wrapper == "flashddp" and _by_copy_engines(chosen.device):
+                add("captured", TrainPoint(course, wrapper, n, n, options=_NCCL, captured=True))
     if "scaling" in chosen.studies:
         variants: list[tuple[str, Options]] = [("flashddp", ()), ("torch_ddp", ())]
         if _by_copy_engines(chosen.device):
@@ -265,12 +277,16 @@ def run(
     studies = points(chosen)
     with results, traces:
         for point, row, result in replicas.rows(list(studies), plan, device=chosen.device, limit_s=_LIMIT_S):
-            row |= {"processes": point.processes, "options": records.option_text(point.options)}
+            row |= {
+                "processes": point.processes,
+                "options": records.option_text((("captured", True),) * point.captured + point.options),
+            }
             if point.wrapper == "flashddp":
                 row["bucket_mb"] = bucket_mb(point, chosen.device)
             if row["status"] == "ok":
-                row |= {f"{part}_ms": quantiles(result[f"{part}_ms"])[0] for part in ("backward", "finish")}
-                if point.gpus == 1:
+                parts = [part for part in ("backward", "finish") if f"{part}_ms" in result]
+                row |= {f"{part}_ms": quantiles(result[f"{part}_ms"])[0] for part in parts}
+                if point.gpus == 1 and not point.captured:
                     backward_s[point.workload] = row["backward_ms"] / 1e3
                 row["model_ms"] = model_ms(point, links, backward_s.get(point.workload), chosen.device)
                 if result.get("timeline"):
@@ -383,9 +399,13 @@ def conclusions(frame, study: str) -> list[str]:
     rows = frame[frame.study == study]
     ok = rows[rows.status == "ok"]
     several = ok[ok.gpus > 1]
-    said = {"wrappers": _of_wrappers, "buckets": _of_buckets, "options": _of_options, "scaling": _of_scaling}[study](
-        several
-    )
+    said = {
+        "wrappers": _of_wrappers,
+        "buckets": _of_buckets,
+        "options": _of_options,
+        "captured": _of_captured,
+        "scaling": _of_scaling,
+    }[study](several)
     for row in rows[rows.status != "ok"].itertuples():
         said.append(f"{_label(row)} x{row.gpus}: {row.status}, {row.note}")
     return said
@@ -443,6 +463,14 @@ def _of_options(rows) -> list[str]:
             lost = ", within the spread" if records.within_spread(more, row, base) else ""
             said.append(f"{row.options}: {more:+.2f} ms a step ({100 * more / base.step_ms:+.1f}%){lost}.")
     return said
+
+
+def _of_captured(rows) -> list[str]:
+    return [
+        f"{_label(row)}: {records.significant(row.step_ms)} ms a step, {_percent(row.scaling_efficiency)} of linear scaling."
+        for row in rows.itertuples()
+        if not math.isnan(row.scaling_efficiency)
+    ]
 
 
 def _of_scaling(rows) -> list[str]:
