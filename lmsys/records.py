@@ -349,7 +349,7 @@ def cell(value: Any) -> Any:
 
 
 def option_text(options: Iterable[tuple[str, Any]]) -> str:
-    """Options, pairs of a name and a value, as a cell: transport=nccl layout=flat."""
+    """Options, pairs of a name and a value, as a cell: layout=flat communication_dtype=bf16."""
     return " ".join(f"{name}={value}" for name, value in options)
 
 

@@ -104,13 +104,14 @@ def test_scaling_shows_what_copy_engines_buy(monkeypatch):
     assert [(p.wrapper, records.option_text(p.options)) for p in points] == [
         ("none", ""),
         ("flashddp", ""),
-        ("flashddp", "transport=nccl"),
+        ("flashddp", "transport=copy_engine"),
         ("torch_ddp", ""),
     ]
-    assert [data_parallel.bucket_mb(p, "cuda") for p in points[1:3]] == [100, 25]
+    assert [data_parallel.bucket_mb(p) for p in points[1:3]] == [25, 100]
     peer = data_parallel.settings("full", studies=["scaling"], wrappers=["torch_ddp"], gpus=[1, 2], device="cpu")
     assert [p.wrapper for p in data_parallel.points(peer)] == ["none", "torch_ddp"]
     monkeypatch.setattr(data_parallel, "reachable", lambda: False)
+    chosen = data_parallel.settings("full", studies=["scaling"], gpus=[1, 2], device="cpu")
     assert not any(p.options for p in data_parallel.points(chosen))
 
 
@@ -131,19 +132,19 @@ def test_rows_of_one_wrapper_are_told_apart_by_their_options(tmp_path):
         "scaling",
         timed("none", 10.0, 10.0, 10.0, gpus=1, scaling_efficiency=1.0),
         timed("flashddp", 10.0, 10.0, 10.0, scaling_efficiency=0.98),
-        timed("flashddp", 10.0, 10.0, 10.0, scaling_efficiency=0.93, options="transport=nccl"),
-        timed("flashddp", 10.0, 10.0, 10.0, options="transport=nccl", gpus=4, status="oom", note="full"),
+        timed("flashddp", 10.0, 10.0, 10.0, scaling_efficiency=0.93, options="transport=copy_engine"),
+        timed("flashddp", 10.0, 10.0, 10.0, options="transport=copy_engine", gpus=4, status="oom", note="full"),
     )
     assert data_parallel.conclusions(frame, "scaling") == [
         "flashddp on 2 GPUs: 98.0% of linear scaling.",
-        "flashddp with transport=nccl on 2 GPUs: 93.0% of linear scaling.",
-        "flashddp with transport=nccl x4: oom, full",
+        "flashddp with transport=copy_engine on 2 GPUs: 93.0% of linear scaling.",
+        "flashddp with transport=copy_engine x4: oom, full",
     ]
-    assert "| `flashddp` | transport=nccl |" in data_parallel.table(frame, "scaling")
+    assert "| `flashddp` | transport=copy_engine |" in data_parallel.table(frame, "scaling")
     assert "options" not in data_parallel.table(frame[:2], "scaling")
     figure = plots.scaling(frame[frame.status == "ok"])
     labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert labels == ["linear", "flashddp", "flashddp transport=nccl"]
+    assert labels == ["linear", "flashddp", "flashddp transport=copy_engine"]
     ours, nccl = figure.axes[0].get_lines()[1:]
     assert (ours.get_linestyle(), ours.get_marker()) != (nccl.get_linestyle(), nccl.get_marker())
 

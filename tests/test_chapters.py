@@ -334,7 +334,7 @@ def test_data_parallel_results_reach_their_page(artifacts):
     rows.append(_replica(study="scaling", wrapper="flashddp", scaling_efficiency=0.97))
     rows.append(
         _replica(study="scaling", wrapper="flashddp", scaling_efficiency=0.91)
-        | {"options": "transport=nccl", "exposed_comm_ms": 60.0}
+        | {"options": "transport=copy_engine", "exposed_comm_ms": 60.0}
     )
     artifacts("h200-x2", data_parallel.NAME, rows, data_parallel.EXTRA_COLUMNS)
     link = cost.Link(2e-5, 3e11)
@@ -360,8 +360,8 @@ def test_data_parallel_results_reach_their_page(artifacts):
     text = report.fill("bucketed_ddp")
     assert "fastest bucket size is 25 MB" in text and "1.290 times the speed of naive's" in text and "it broke" in text
     text = report.fill("scaling")
-    assert "flashddp on 2 GPUs: 97.0%" in text and "flashddp with transport=nccl on 2 GPUs: 91.0%" in text
-    assert "| `flashddp` | 2 |" in text and "| `flashddp` transport=nccl | 2 |" in text
+    assert "flashddp on 2 GPUs: 97.0%" in text and "flashddp with transport=copy_engine on 2 GPUs: 91.0%" in text
+    assert "| `flashddp` | 2 |" in text and "| `flashddp` transport=copy_engine | 2 |" in text
     assert "300 GB/s of bus bandwidth" in report.fill("collectives")
     size = 4.0 * cost.model_parameters(model_size("xl"))
     best = cost.best_bucket_bytes(size, 3e11, 2e-5)  # of two ranks, bus and algorithm bandwidth are one

@@ -6,7 +6,7 @@ Studies, each of points trained by lmsys.bench.replicas:
 - options: what else flashddp can be told;
 - captured: on GPUs, one GPU and the wrappers with the step's forward pass, backward pass and communication as one CUDA graph, where a
   host that cannot keep up no longer sets the pace;
-- scaling: flashddp, over NCCL too where its gradients travel by copy engines, and torch's DDP on 1, 2, 4 and 8 GPUs, as many as there are.
+- scaling: flashddp, by copy engines too where GPUs reach each other's memory, and torch's DDP on 1, 2, 4 and 8 GPUs, as many as there are.
 
 The first three are the course's problems (CS336, assignment 2: naive_ddp_benchmarking, minimal_ddp_flat_benchmarking,
 ddp_overlap_individual_parameters_benchmarking, ddp_bucketed_benchmarking) at their setting, one node with two GPUs and the xl
@@ -55,10 +55,8 @@ _EVERYWHERE: tuple[Options, ...] = (
     (("layout", "flat"),),
     (("layout", "flat"), ("communication_dtype", "bf16")),
 )
-_NCCL: Options = (("transport", "nccl"),)
+_COPIES: Options = (("transport", "copy_engine"),)
 _ON_GPUS: tuple[Options, ...] = (
-    _NCCL,
-    (*_NCCL, ("layout", "flat"), ("communication_dtype", "bf16")),
     (("max_ctas", 4),),
     (("max_ctas", 8),),
     (("max_ctas", 16),),
@@ -196,7 +194,7 @@ def settings(
         scaling_workload=workload(values["scaling_size"], scaling_batch, scaling_length),
         wrappers=wrappers,
         bucket_sizes_mb=sizes_mb,
-        options=(*_EVERYWHERE, *(_ON_GPUS if on_gpus else ())),
+        options=(*_EVERYWHERE, *(_ON_GPUS if on_gpus else ()), *((_COPIES,) if reachable() and on_gpus else ())),
         gpus=counts,
         steps=values["steps"],
         timed_steps=values["timed_steps"],
@@ -220,8 +218,8 @@ def points(chosen: DataParallelSettings) -> dict[TrainPoint, list[str]]:
         for wrapper in chosen.wrappers:
             add("wrappers", dataclasses.replace(ours, wrapper=wrapper))
     if "buckets" in courses:
-        for size_mb in sorted({*chosen.bucket_sizes_mb, bucket_mb(ours, chosen.device)}):
-            own = size_mb == bucket_mb(ours, chosen.device)
+        for size_mb in sorted({*chosen.bucket_sizes_mb, bucket_mb(ours)}):
+            own = size_mb == bucket_mb(ours)
             add(
                 "buckets",
                 ours if own else dataclasses.replace(ours, options=(("bucket_size_mb", size_mb),), traced=False),
@@ -235,12 +233,12 @@ def points(chosen: DataParallelSettings) -> dict[TrainPoint, list[str]]:
             add("captured", TrainPoint(course, "none", 1, n, captured=captured))
         for wrapper in chosen.wrappers:
             add("captured", TrainPoint(course, wrapper, n, n, captured=True))
-            if wrapper == "flashddp" and _by_copy_engines(chosen.device):
-                add("captured", TrainPoint(course, wrapper, n, n, options=_NCCL, captured=True))
+            if wrapper == "flashddp" and _COPIES in chosen.options:
+                add("captured", TrainPoint(course, wrapper, n, n, options=_COPIES, captured=True))
     if "scaling" in chosen.studies:
         variants: list[tuple[str, Options]] = [("flashddp", ()), ("torch_ddp", ())]
-        if _by_copy_engines(chosen.device):
-            variants.insert(1, ("flashddp", _NCCL))
+        if _COPIES in chosen.options:
+            variants.insert(1, ("flashddp", _COPIES))
         for count in chosen.gpus:
             if count == 1:
                 add("scaling", TrainPoint(chosen.scaling_workload, "none", 1, n))
@@ -249,11 +247,6 @@ def points(chosen: DataParallelSettings) -> dict[TrainPoint, list[str]]:
                 if wrapper in chosen.wrappers:
                     add("scaling", TrainPoint(chosen.scaling_workload, wrapper, count, count, options=options))
     return found
-
-
-def _by_copy_engines(device: str) -> bool:
-    """Whether flashddp's gradients travel by copy engines where nothing else is asked for."""
-    return resolve_device(device).type == "cuda" and reachable()
 
 
 def run(
@@ -282,13 +275,13 @@ def run(
                 "options": records.option_text((("captured", True),) * point.captured + point.options),
             }
             if point.wrapper == "flashddp":
-                row["bucket_mb"] = bucket_mb(point, chosen.device)
+                row["bucket_mb"] = bucket_mb(point)
             if row["status"] == "ok":
                 parts = [part for part in ("backward", "finish") if f"{part}_ms" in result]
                 row |= {f"{part}_ms": quantiles(result[f"{part}_ms"])[0] for part in parts}
                 if point.gpus == 1 and not point.captured:
                     backward_s[point.workload] = row["backward_ms"] / 1e3
-                row["model_ms"] = model_ms(point, links, backward_s.get(point.workload), chosen.device)
+                row["model_ms"] = model_ms(point, links, backward_s.get(point.workload))
                 if result.get("timeline"):
                     overlap = timeline.overlap(result["timeline"])
                     row["traced_comm_ms"] = overlap["communication_ms"]
@@ -302,28 +295,20 @@ def run(
     return records.read_results(results.path), records.read_results(traces.path)
 
 
-def bucket_mb(point: TrainPoint, device: str) -> float:
+def bucket_mb(point: TrainPoint) -> float:
     """The bucket size of a wrapper with buckets, 10^6 bytes."""
     options = dict(point.options)
-    of_nccl = (
-        point.wrapper != "flashddp"
-        or options.get("transport") == "nccl"
-        or {"max_ctas", "high_priority"} & set(options)
-    )
-    carrier = "copy_engine" if not of_nccl and _by_copy_engines(device) else "nccl"
-    return float(options.get("bucket_size_mb", BUCKET_MB[carrier]))
+    return float(options.get("bucket_size_mb", BUCKET_MB[options.get("transport", "nccl")]))
 
 
-def model_ms(
-    point: TrainPoint, links: dict[tuple[str, int], cost.Link], backward_s: float | None, device: str = "auto"
-) -> float | None:
+def model_ms(point: TrainPoint, links: dict[tuple[str, int], cost.Link], backward_s: float | None) -> float | None:
     """Communication past the end of the backward pass by cost.exposed_communication; None where nothing to go by was measured."""
     link = links.get(("all_reduce", point.gpus))
     if point.gpus == 1 or link is None or backward_s is None:
         return 0.0 if point.gpus == 1 else None
     sizes, options = cost.parameter_sizes(point.workload.model), dict(point.options)
     element = 2 if options.get("communication_dtype") == "bf16" else 4
-    bucket_bytes = {"naive": 0.0, "overlap": 0.0, "flat": math.inf}.get(point.wrapper, 1e6 * bucket_mb(point, device))
+    bucket_bytes = {"naive": 0.0, "overlap": 0.0, "flat": math.inf}.get(point.wrapper, 1e6 * bucket_mb(point))
     messages = cost.buckets(sizes, element, bucket_bytes)
     hidden = 0.0 if point.wrapper in ("naive", "flat") else backward_s
     return 1e3 * cost.exposed_communication(messages, link, point.gpus, hidden)

@@ -11,7 +11,7 @@ Sources: Li et al., "PyTorch Distributed", arXiv 2006.15704 (buckets, overlap, u
 - The memory of gradients is autograd's own. A bucket of layout "grouped" is one NCCL launch over tensors that stay where they
   are: nothing is copied, and no buffer outlives the step or is zeroed for the next. Layout "flat" copies a full bucket once,
   into one buffer that then holds its gradients.
-- Among GPUs of one machine their copy engines carry the bytes (lmsys.parallel.copy_engine), not kernels of NCCL, which would take
+- Among GPUs of one machine their copy engines can carry the bytes (lmsys.parallel.copy_engine), in place of kernels of NCCL, which take
   SMs from backward.
 - Whether a parameter was used by any rank travels with the last bucket, and only a rank that left one unused waits to read it.
 
@@ -285,7 +285,7 @@ class FlashDDP(DataParallel):
         *,
         bucket_size_mb: float | None = None,
         layout: str = "grouped",
-        transport: str = "auto",
+        transport: str = "nccl",
         communication_dtype: torch.dtype | None = None,
         min_ctas: int | None = None,
         max_ctas: int | None = None,
@@ -442,7 +442,7 @@ class Overlap(FlashDDP):
     """One asynchronous all-reduce a parameter, from hooks: FlashDDP with a bucket a parameter."""
 
     def __init__(self, module: nn.Module, **options: Any):
-        super().__init__(module, bucket_size_mb=0, transport="nccl", **options)
+        super().__init__(module, bucket_size_mb=0, **options)
 
 
 # How torch's wrapper is told not to broadcast buffers at each forward pass: renamed in torch 2.13, where the old name warns.
