@@ -333,14 +333,22 @@ def init_wandb(config: PipelineConfig, run_dir: str | Path) -> Any:
     """Start a Weights & Biases run whose files lie under run_dir.
 
     WANDB_MODE decides, then wandb.mode; `auto` is online where the user is logged in and the server answers, else offline.
-    wandb reads its key from its own places; none passes through here.
+    wandb reads its key from its own places; none passes through here. None where it is disabled, or not installed and not asked
+    to be online: the rows are in metrics.csv either way.
 
     Raises:
         ValueError: online was asked for and cannot be had.
     """
-    import wandb
-
     mode = os.environ.get("WANDB_MODE") or config.wandb.mode
+    if mode == "disabled":
+        return None
+    try:
+        import wandb
+    except ImportError:
+        if mode == "online":
+            raise ValueError("wandb is not installed; pip install wandb, or set wandb.mode=disabled") from None
+        print(f"wandb is not installed: rows are logged to {METRICS_FILE} alone")
+        return None
     if mode == "auto":
         try:
             mode = "online" if wandb.login(prompt=False) else "offline"

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -421,9 +422,18 @@ def test_wandb_is_offline_without_a_login_and_obeys_its_variable(tmp_path, monke
     off = init_wandb(
         dataclasses.replace(config(), wandb=build(type(config().wandb), {"mode": "offline"})), tmp_path / "off"
     )
-    assert off.disabled
-    off.finish()
-    assert not (tmp_path / "off" / "wandb").exists()
+    assert off is None and not (tmp_path / "off" / "wandb").exists()
+
+
+def test_a_run_goes_on_without_wandb_unless_it_is_to_be_online(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    for mode, told in (("disabled", ""), ("offline", "wandb is not installed"), ("auto", "wandb is not installed")):
+        monkeypatch.setenv("WANDB_MODE", mode)
+        assert init_wandb(config(), tmp_path) is None
+        assert told in capsys.readouterr().out
+    monkeypatch.setenv("WANDB_MODE", "online")
+    with pytest.raises(ValueError, match="wandb is not installed; pip install wandb"):
+        init_wandb(config(), tmp_path)
 
 
 # --- What it refuses ------------------------------------------------------------------------------
