@@ -8,7 +8,9 @@ are left where the captured ones were, and their tensors put back into .grad. Py
 Everything must run on one stream that is not the default one (on_own_stream()), or autograd would wait for a stream that is not captured.
 
 Source: PyTorch's notes on CUDA graphs, whole-network capture.
-Limits: no value that the host reads during the pass; inputs of one shape; memory of the pass stays reserved between its calls.
+Limits: no value that the host reads during the pass; inputs of one shape; memory of the pass stays reserved between its calls. A captured
+pass holds the communicators that it used, and NCCL waits for it when they are closed: let go of the pass first. A function bound to the
+object that keeps its pass is a circle, which only the collector would find.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-WARMUP = 3  # steps to run before capturing: for compilation, the order of gradients, communicators
+# Steps to run before capturing: for compilation, the order of gradients, communicators. torch's DistributedDataParallel times the first
+# ten with events, for which the host waits; PyTorch's notes ask for eleven.
+WARMUP = 11
 
 Replay = Callable[[], None]
 
@@ -90,6 +94,9 @@ def _capture(function: Callable[[], Tensor], pool: Any) -> tuple[Tensor, Replay]
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             loss = function().detach()
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
+        first: BaseException = error  # ending a capture that has failed fails as well, and says less
+        while isinstance(first.__context__, RuntimeError):
+            first = first.__context__
+        reason = str(first).strip().splitlines()[0]
         raise RuntimeError(f"the forward and backward pass cannot be captured as a CUDA graph ({reason})") from error
     return loss, graph.replay

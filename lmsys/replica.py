@@ -197,6 +197,10 @@ class Replica:
                 stack.enter_context(self.module.no_sync())
             yield
 
+    def close(self) -> None:
+        """Let go of captured passes, which the process group would wait for at its end, and which hold this replica."""
+        self._passes.clear()
+
     def update(self, learning_rate: float) -> Tensor:
         """Clip the gradients and take the optimizer's step. Returns the global gradient norm before clipping."""
         norm = self.clip()

@@ -37,7 +37,7 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -235,6 +235,7 @@ def train(
 
     skips = settings.on_bad_step == "skip"
     with (
+        closing(replica),
         devices.fp32_products("high" if device.type == "cuda" else None),  # TF32
         checkpoint.Saver(
             (run_dir or Path()) / CHECKPOINTS,

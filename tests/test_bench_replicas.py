@@ -1,6 +1,7 @@
 """How results come back from groups of processes, and what a trained point is made of."""
 
 import dataclasses
+import functools
 import gc
 import time
 import weakref
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from lmsys import graphs
 from lmsys.bench import replicas, timeline
 from lmsys.bench.measure import quantiles
 from lmsys.config import model_size
@@ -143,6 +145,36 @@ def test_a_graph_is_captured_on_gpus_and_of_replicas():
         assert (reason is None) == (device == "cuda")
     point = replicas.TrainPoint(WORKLOAD, "fsdp", 2, 2, captured=True)
     assert "captured on a GPU, of replicas; this is fsdp" in replicas.unsupported(point, torch.device("cuda"))
+
+
+def test_a_captured_point_is_free_when_it_is_measured(monkeypatch):
+    """Its passes hold it, it was frozen, and NCCL waits for what they captured."""
+    made, captures = [], []
+
+    class Known(replicas.Replica):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(weakref.ref(self))
+
+        def step(self, *args, **options):
+            captures.append(self._may_capture)
+            return super().step(*args, **options)
+
+    def capture(function, pool):
+        return function(), lambda: None
+
+    monkeypatch.setattr(replicas, "Replica", Known)
+    monkeypatch.setattr(replicas.graphs, "on_own_stream", lambda device: None)
+    monkeypatch.setattr(replicas.graphs, "GraphedPass", functools.partial(graphs.GraphedPass, capture=capture))
+    point = replicas.TrainPoint(WORKLOAD, "none", 1, 1, captured=True)
+    process = group.Process(0, 0, 1, 1, torch.device("cpu"), "")
+    try:
+        result = replicas.train(process, point, replicas.Plan(loss_steps=2, timed_steps=2, quiet_steps=0))
+        gc.collect()
+        assert result["status"] == "ok" and captures.index(True) == graphs.WARMUP
+        assert made[0]() is None
+    finally:
+        gc.unfreeze()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -1,11 +1,18 @@
 """Captured passes: what is replayed, on the CPU with a capture that runs the function again in place, and on a GPU with CUDA's."""
 
+import dataclasses
+import functools
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
 
-from lmsys import graphs
+from lmsys import graphs, replica
+from lmsys.bench.replicas import pattern_tokens
 from lmsys.config import TrainConfig, pipeline_config
+from lmsys.data import BatchSampler
 from lmsys.graphs import GraphedPass
 from lmsys.train import check_setup
 
@@ -95,6 +102,65 @@ def test_a_batch_of_another_shape_is_refused_before_anything_changes():
     assert tape.replays == 1
 
 
+def test_a_replica_captures_after_its_warm_up_and_is_free_once_it_is_closed(monkeypatch):
+    """Its passes hold it, and NCCL waits for what they captured: nothing may be left to the collector."""
+    replays = []
+
+    def capture(function, pool):
+        number = len(replays)
+        replays.append(0)
+
+        def replay():
+            replays[number] += 1
+
+        return function(), replay
+
+    monkeypatch.setattr(replica.graphs, "on_own_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(replica.graphs, "GraphedPass", functools.partial(GraphedPass, capture=capture))
+    config = pipeline_config("smoke", overrides=["train.cuda_graph=true", "train.gradient_accumulation_steps=2"])
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=64))
+    made = replica.Replica(config, torch.device("cpu"), None)
+    sampler = BatchSampler(
+        pattern_tokens(64, 4096, 0), config.train.batch_size, config.model.context_length, micro_batches=2
+    )
+    for _ in range(graphs.WARMUP + 2):
+        made.accumulate(sampler)
+        made.update(1e-3)
+    assert replays == [2, 2]
+    there = weakref.ref(made)
+    gc.disable()
+    try:
+        made.close()
+        del made
+        assert there() is None
+    finally:
+        gc.enable()
+
+
+def test_what_failed_is_told_and_not_that_the_capture_could_not_end(monkeypatch):
+    class Broken:
+        def __init__(self, *_, **__): ...
+
+        def __enter__(self): ...
+
+        def __exit__(self, *_):
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    def reads():
+        raise RuntimeError("a value is read")
+
+    for name, value in (
+        ("CUDAGraph", object),
+        ("current_stream", lambda: 1),
+        ("default_stream", lambda: 0),
+        ("graph", Broken),
+    ):
+        monkeypatch.setattr(torch.cuda, name, value)
+    with pytest.raises(RuntimeError, match=r"cannot be captured as a CUDA graph \(a value is read\)"):
+        GraphedPass(reads, [])()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -119,11 +185,7 @@ def test_without_a_gpu_the_setting_is_an_error():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("micro_batches", [1, 3])
 def test_captured_training_is_the_same_training(tmp_path, micro_batches):
-    """Ten steps of the trainer's replica with and without captured passes: losses equal to rounding, the captured ones replayed."""
-    from lmsys.bench.replicas import pattern_tokens
-    from lmsys.data import BatchSampler
-    from lmsys.replica import Replica
-
+    """Steps of the trainer's replica with and without captured passes: losses equal to rounding, the captured ones replayed."""
     losses = {}
     before = torch.cuda.current_stream()
     try:
@@ -136,7 +198,8 @@ def test_captured_training_is_the_same_training(tmp_path, micro_batches):
                     "train.device=cuda",
                 ],
             )
-            replica = Replica(config, torch.device("cuda", 0), None)
+            config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=64))
+            trained = replica.Replica(config, torch.device("cuda", 0), None)
             tokens = pattern_tokens(config.model.vocab_size, 4096, 0)
             sampler = BatchSampler(
                 tokens,
@@ -146,11 +209,11 @@ def test_captured_training_is_the_same_training(tmp_path, micro_batches):
                 seed=0,
             )
             seen = []
-            for _ in range(10):
-                seen.append(replica.accumulate(sampler))
-                replica.update(1e-3)
+            for _ in range(graphs.WARMUP + 7):
+                seen.append(trained.accumulate(sampler))
+                trained.update(1e-3)
             losses[captured] = torch.stack(seen)
-            assert len(replica._passes) == (0 if not captured else min(micro_batches, 3))
+            assert len(trained._passes) == (0 if not captured else min(micro_batches, 3))
     finally:
         torch.cuda.set_stream(before)
     torch.testing.assert_close(losses[True], losses[False], rtol=1e-5, atol=1e-6)

@@ -436,6 +436,19 @@ def test_a_run_goes_on_without_wandb_unless_it_is_to_be_online(tmp_path, monkeyp
         init_wandb(config(), tmp_path)
 
 
+def test_a_run_closes_its_replica_however_it_ends(monkeypatch):
+    closed, close = [], replica.Replica.close
+    monkeypatch.setattr(replica.Replica, "close", lambda self: (closed.append(True), close(self)))
+    train(config(), train_tokens=TOKENS, valid_tokens=TOKENS[:500], progress=False)
+
+    def fails(step, loss):
+        raise KeyError(step)
+
+    with pytest.raises(KeyError):
+        train(config(), train_tokens=TOKENS, valid_tokens=TOKENS[:500], progress=False, on_step=fails)
+    assert closed == [True, True]
+
+
 # --- What it refuses ------------------------------------------------------------------------------
 
 

@@ -295,10 +295,13 @@ def train(process: Process, point: TrainPoint, plan: Plan) -> dict[str, Any] | N
     if point.gpus == 1:
         process = Process(0, process.local_rank, 1, 1, process.device, "")
     replica = Replica(process, point, plan)
-    if not waits:
-        return replica.measure()
-    replica.step(replica.batches[0])
-    return None
+    try:
+        if not waits:
+            return replica.measure()
+        replica.step(replica.batches[0])
+        return None
+    finally:
+        replica.close()
 
 
 _compiled_for: Workload | None = None  # of this process
@@ -387,6 +390,9 @@ class Replica:
         if not finite:
             return result | {"status": "error", "note": f"the losses are {result['losses']}"}
 
+        if self.point.captured:
+            for _ in range(graphs.WARMUP - plan.loss_steps):
+                self.step(timed[0])
         self._may_capture = self.point.captured
         result["peak_bytes"] = self._peak(timed)
         if self.point.captured:
@@ -458,6 +464,10 @@ class Replica:
                 lambda inputs, targets: self._pass([(inputs, targets)], communicate), list(self.trained.parameters())
             )
         return self._passes[communicate]
+
+    def close(self) -> None:
+        """Let go of captured passes. They hold this object, which the collector does not look at (gc.freeze), and its communicators."""
+        self._passes.clear()
 
     @contextlib.contextmanager
     def _quiet(self, sends: bool) -> Iterator[None]:
