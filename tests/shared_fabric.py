@@ -24,6 +24,7 @@ class SharedFabric:
             dist.barrier()
             self._regions.append(torch.from_file(str(name), shared=True, size=memory_bytes, dtype=torch.uint8))
         self.delay = lambda: None  # called before each wait: how tests make ranks run apart
+        self.started, self.unjoined = set(), set()  # queues: in this round, and with work that no end() has covered
 
     def addresses(self):
         return [region.data_ptr() for region in self._regions]
@@ -32,17 +33,32 @@ class SharedFabric:
         return self._regions[self._own][start : start + elements * dtype.itemsize].view(dtype)
 
     def start(self, *queues):
+        self.started |= set(queues)
+
+    def on(self, queue):
+        self._uses(queue)
+
+    def off(self):
         pass
 
-    on = off = start
+    def order(self, first, then):
+        pass
+
+    def _uses(self, queue):
+        """A CUDA graph has only what was forked from the stream that is captured, and that must join it again."""
+        assert queue in self.started, f"queue {queue} goes on without the caller"
+        self.unjoined.add(queue)
 
     def copy(self, queue, destination, source, size):
+        self._uses(queue)
         ctypes.memmove(destination, source, size)
 
     def tell(self, queue, address, value):
+        self._uses(queue)
         ctypes.c_int32.from_address(address).value = value
 
     def wait(self, queue, address, value):
+        self._uses(queue)
         self.delay()
         flag, end = ctypes.c_int32.from_address(address), time.monotonic() + _PATIENCE_S
         while flag.value < value:
@@ -51,6 +67,7 @@ class SharedFabric:
             time.sleep(0)
 
     def end(self, *queues):
+        self.unjoined -= set(queues)
         return _Done()
 
 

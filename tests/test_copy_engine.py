@@ -73,6 +73,8 @@ def averages(process, folder):
                 errors[str(dtype)] = max(errors.get(str(dtype), 0.0), error)
                 if rng_of_all.random() < 0.4:
                     engine_.close().wait()
+                    assert not engine_._fabric.unjoined
+                    engine_._fabric.started.clear()
                     rounds += 1
                 bits.append(hash(tuple(float(x) for t in tensors for x in t.reshape(-1)[:50])))
     return errors, bits, rounds

@@ -17,7 +17,9 @@ Inbox and outbox are memory that all ranks have mapped (torch's symmetric memory
 slot waits until the peer has emptied it. The tensors themselves stay where they are, and every rank gets the same bits.
 
 A rank's wait depends only on work that all ranks enqueue earlier, so queues that share a hardware channel cannot block each other.
-Pieces are counted from 1 in each round, such as a training step; close() ends one. The same round can then be replayed as a CUDA graph.
+Pieces are counted from 1 in each round, such as a training step; close() ends one. The same round can then be replayed as a CUDA graph,
+whose branches CUDA enqueues as it likes: there a piece's queues also wait for each other on their own GPU, so that no wait comes before what
+it depends on.
 
 Sources: reduce-scatter and all-gather as halves of an all-reduce, Thakur, Rabenseifner, Gropp, "Optimization of Collective
 Communication Operations in MPICH" (2005); copies in place of kernels, as in torch's asynchronous tensor parallelism.
@@ -85,6 +87,9 @@ class Fabric(Protocol):
     def wait(self, queue: int, address: int, value: int) -> None:
         """The queue's later work waits until the 32 bits at an address of this rank are at least value."""
 
+    def order(self, first: int, then: int) -> None:
+        """What queue `then` does from here on is enqueued after what `first` has; for a program in which that is so, nothing to do."""
+
     def end(self, *queues: int) -> Any:
         """An object whose wait() makes the caller's later work wait for the queues' work so far."""
 
@@ -146,7 +151,7 @@ class CopyEngine:
             chunk = self._chunk_bytes // tensors[0].dtype.itemsize
             plan = self._plans[key] = pieces(key[1:], self.world_size, chunk)
         addresses = [tensor.data_ptr() for tensor in tensors]
-        self._fabric.start(SEND, ADD)
+        self._fabric.start(*QUEUES)  # receive too, which would else be no part of a graph that is captured
         if self._sequence == 0 and not self._first_round:
             for peer in self._peers:  # it waits for numbers from 1 again
                 ready = self._flag(self.rank, _READY, peer)
@@ -159,7 +164,7 @@ class CopyEngine:
                 found = self._passes[key, index, slot] = self._pass(piece, slot, tensors[0].dtype)
             self._sequence += 1
             self._enqueue(found, tensors, addresses)
-        return self._fabric.end(ADD, RECEIVE)
+        return self._fabric.end(*QUEUES)
 
     def close(self) -> Any:
         """End a round. What it returns is as average's; the next round begins after it.
@@ -188,6 +193,7 @@ class CopyEngine:
             for place, tensor, start, size in parts:
                 copy(SEND, place, addresses[tensor] + start, size)
             tell(SEND, ours, done)
+        fabric.order(SEND, ADD)
         for flag in piece.arrived:
             wait(ADD, flag, done)
         if piece.sums:
@@ -205,6 +211,7 @@ class CopyEngine:
             for place, tensor, start, size in parts:
                 copy(ADD, place, addresses[tensor] + start, size)
             tell(ADD, ours, done)
+        fabric.order(ADD, RECEIVE)
         for theirs, ours, parts in piece.takes:
             wait(RECEIVE, theirs, done)
             for place, tensor, start, size in parts:
@@ -373,6 +380,10 @@ class Links:
 
     def wait(self, queue: int, address: int, value: int) -> None:
         _check(self._wait(self._pointers[queue], address, value, 0))
+
+    def order(self, first: int, then: int) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            self._streams[then].wait_stream(self._streams[first])
 
     def end(self, *queues: int) -> _Ended:
         events = []
