@@ -18,6 +18,8 @@ def test_the_plan_fills_the_minutes():
     made = speedrun.plan(1.0, 20, rows((10, 20.0, 5.0), (15, 1000.0, 5.6), (20, 1000.0, 7.01)))
     assert (made.step_s, made.warmup_s) == (pytest.approx(0.1), 7.01)
     assert made.steps == 20 + 461
+    kept = speedrun.plan(1.0, 20, rows((10, 20.0, 5.0), (15, 1000.0, 5.6), (20, 1000.0, 7.01)), compiles_again=False)
+    assert kept.steps == 20 + 511  # the same process goes on, with what it compiled
     assert speedrun.plan(1.0, 20, rows((20, 1000.0, 2.0))).step_s == pytest.approx(0.1)  # one row must do
     assert speedrun.plan(0.05, 20, rows((20, 1000.0, 9.0))).steps == 21  # too late already
 

@@ -198,11 +198,11 @@ class Plan:
     steps: int
 
 
-def plan(minutes: float, warmup_steps: int, rows: Sequence[dict[str, Any]]) -> Plan:
+def plan(minutes: float, warmup_steps: int, rows: Sequence[dict[str, Any]], *, compiles_again: bool = True) -> Plan:
     """The plan from the rows of the warm-up's metrics.
 
     The first row, which has the compilation, does not count for a step's time where there are more. What the warm-up took beyond its
-    steps comes once more, when the run goes on.
+    steps comes once more when the run goes on in new processes, which compile again; this one keeps what it compiled.
     """
     seconds = []
     steps = [0, *(row["step"] for row in rows)]
@@ -212,7 +212,9 @@ def plan(minutes: float, warmup_steps: int, rows: Sequence[dict[str, Any]]) -> P
     counted = seconds[rows[0]["step"] :] or seconds
     step_s = sorted(counted)[len(counted) // 2]
     elapsed = rows[-1]["elapsed_s"]
-    left = _MARGIN * 60 * minutes - elapsed - max(0.0, elapsed - warmup_steps * step_s)
+    left = _MARGIN * 60 * minutes - elapsed
+    if compiles_again:
+        left -= max(0.0, elapsed - warmup_steps * step_s)
     return Plan(minutes, warmup_steps, elapsed, step_s, warmup_steps + max(1, int(left / step_s)))
 
 
@@ -225,7 +227,9 @@ def run(chosen: Speedrun, *, progress: bool = True) -> pipeline.PipelineResult:
     planned = json.loads(path.read_text(encoding="utf-8")) if path.exists() and config.train.resume else None
     if planned is None or planned["minutes"] != chosen.minutes:
         warm = pipeline.run(config, progress=progress)
-        planned = dataclasses.asdict(plan(chosen.minutes, config.optim.warmup_steps, warm.history.rows))
+        new_processes = (config.train.processes or 1) > 1
+        made = plan(chosen.minutes, config.optim.warmup_steps, warm.history.rows, compiles_again=new_processes)
+        planned = dataclasses.asdict(made)
         records.write_json(path, planned)
         print(
             f"[plan] a step takes {1e3 * planned['step_s']:.4g} ms: {planned['steps']:,} steps in {chosen.minutes:g} minutes, "
