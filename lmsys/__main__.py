@@ -410,6 +410,7 @@ def faults(arguments: argparse.Namespace) -> int:
         kinds=arguments.kinds,
         kills=arguments.kills,
         trials=arguments.trials,
+        rounds=arguments.rounds,
         trainers=arguments.trainers,
         device=arguments.device,
         seed=arguments.seed,
@@ -859,6 +860,7 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--kinds", nargs="+", metavar="F", help="faults by name (default: the scale's)")
     added.add_argument("--kills", type=int, help="times that each kind of SIGKILL is tried (default: the scale's)")
     added.add_argument("--trials", type=int, help="times that each other fault is tried (default: the scale's)")
+    added.add_argument("--rounds", type=int, help="of runs in which saving is timed (default: the scale's)")
     added.add_argument("--trainers", default="cpu", help="device of the runs that are disturbed (default: cpu)")
     added.add_argument("--seed", type=int, default=0, help="of moments and runs (default: 0)")
     added.add_argument("--device", default="auto", help="on which saving is timed: auto, cpu, cuda or cuda:N")

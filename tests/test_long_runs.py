@@ -170,6 +170,7 @@ def test_settings_of_faults():
         "unknown fault 'sigkil'. Did you mean 'sigkill'": {"kinds": ["sigkil"]},
         "kills is 0; it must be at least 1": {"kills": 0},
         "trials is -1": {"trials": -1},
+        "rounds is 0": {"rounds": 0},
         "kinds must not be empty": {"kinds": []},
     }
     for message, options in given.items():

@@ -70,17 +70,23 @@ class Saving:
 
 
 _PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": {"steps": 20, "kills": 1, "trials": 1, "saving": Saving("tiny", batch=2, steps=18, interval=6)},
-    "cpu": {"steps": 30, "kills": 2, "trials": 1, "saving": Saving("tiny", batch=2, steps=34, interval=8)},
+    "smoke": {
+        "steps": 20,
+        "kills": 1,
+        "trials": 1,
+        "rounds": 1,
+        "saving": Saving("tiny", batch=2, steps=18, interval=6),
+    },
+    "cpu": {"steps": 30, "kills": 2, "trials": 1, "rounds": 1, "saving": Saving("tiny", batch=2, steps=34, interval=8)},
     "full": {
         "steps": 60,
         "kills": 20,
         "trials": 5,
-        "saving": Saving("gpt2", batch=32, steps=250, interval=50),
+        "rounds": 2,
+        "saving": Saving("gpt2", batch=32, steps=162, interval=40),
     },
 }
 _SAVING_SHAPE = {"gpt2": {"context_length": 1024}}  # else 64 tokens and a vocabulary of 4096
-_ROUNDS = {"smoke": 1, "cpu": 1, "full": 3}  # of runs in each mode
 SAVING_MODES = ("none", "synchronous", "asynchronous")
 
 
@@ -93,6 +99,7 @@ class FaultSettings:
     steps: int  # of a run
     kills: int  # times that each kind of SIGKILL is tried
     trials: int  # times that every other fault is tried
+    rounds: int  # of runs in each mode of saving
     saving: Saving
     trainers: str  # the device of the runs that are disturbed
     device: str  # on which saving is timed
@@ -104,6 +111,7 @@ def settings(
     kinds: Sequence[str] | None = None,
     kills: int | None = None,
     trials: int | None = None,
+    rounds: int | None = None,
     trainers: str = "cpu",
     device: str = "auto",
     seed: int = 0,
@@ -112,7 +120,7 @@ def settings(
 
     Args:
         kinds: names of FAULTS; None: those of the scale; full has all.
-        kills: times that each kind of SIGKILL is tried. trials: times for each other fault.
+        kills: times that each kind of SIGKILL is tried. trials: times for each other fault. rounds: of runs in which saving is timed.
         trainers: the device of the runs that are disturbed; on a GPU each takes seconds more to start.
         device: on which saving is timed.
     Raises:
@@ -120,7 +128,7 @@ def settings(
     """
     scale = resolve_scale(scale)
     values = dict(_PRESETS[scale])
-    given = {"kills": kills, "trials": trials}
+    given = {"kills": kills, "trials": trials, "rounds": rounds}
     values |= {name: value for name, value in given.items() if value is not None}
     for name in given:
         require(values[name] >= 1, f"{name} is {values[name]}; it must be at least 1")
@@ -741,7 +749,7 @@ def measure_saving(
         parameters=to_dict(config) | {"saving": dataclasses.asdict(chosen.saving)},
     )
     with ProcessPoolExecutor(1, mp_context=_context(device)) as pool:  # a process that has nothing else on the device
-        times, holds, writes = pool.submit(_saving_times, config, interval, _ROUNDS[chosen.scale]).result()
+        times, holds, writes = pool.submit(_saving_times, config, interval, chosen.rounds).result()
     with writer:
         usual = statistics.median(times["none"])
         for mode in SAVING_MODES:
