@@ -10,7 +10,7 @@ import functools
 import itertools
 import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -327,7 +327,9 @@ def evaluate(
     batches = sequential_batches(tokens, batch_size, model.config.context_length, max_batches)
     while together := list(itertools.islice(batches, world_size)):
         inputs, targets = together[min(rank, len(together) - 1)]
-        with autocast(device, dtype):
+        # A last batch that is smaller would be compiled anew, for any size: that takes longer than it does.
+        eager = model.compiled and len(inputs) < batch_size
+        with autocast(device, dtype), torch.compiler.set_stance("force_eager") if eager else nullcontext():
             ids, wanted = to_device(inputs, device), to_device(targets, device)
             loss = forward(ids, wanted) if fused_loss else cross_entropy(forward(ids), wanted)
         if rank < len(together):

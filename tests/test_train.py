@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -434,6 +435,16 @@ def test_a_run_goes_on_without_wandb_unless_it_is_to_be_online(tmp_path, monkeyp
     monkeypatch.setenv("WANDB_MODE", "online")
     with pytest.raises(ValueError, match="wandb is not installed; pip install wandb"):
         init_wandb(config(), tmp_path)
+
+
+def test_a_smaller_last_batch_of_an_evaluation_is_not_compiled_anew(monkeypatch):
+    """65 tokens are 4 windows of 16 and the next token: a batch of 3, and one of 1."""
+    model = TransformerLM(config().model)
+    usual = evaluate(model, TOKENS[:65], batch_size=3, max_batches=9)
+    stances, model.compiled = [], True
+    monkeypatch.setattr(torch.compiler, "set_stance", lambda stance: (stances.append(stance), nullcontext())[1])
+    assert evaluate(model, TOKENS[:65], batch_size=3, max_batches=9) == usual
+    assert stances == ["force_eager"]
 
 
 def test_a_run_closes_its_replica_however_it_ends(monkeypatch):
