@@ -2,9 +2,10 @@
 
 Every arm is a run of lmsys.train under settings of its own: the same initial weights, batches in the same order, learning rates and validation
 batches. `naive` is eager, attention written out, no option of the trainer; `ours` has the fast kernel, blocks with a written backward pass
-(lmsys.selective; without them, compiled ones) and every option that pays (bench/train_step.py takes them apart); `ours_ddp` halves the local batch, so that a step reads the same sequences. All compute in the same
-precision. Time is that of training: from row to row of the trainer's metrics, which leaves evaluations out; the first row's steps, which
-compile, count at the pace of the second's. An arm ends with the schedule, or at its limit of such time, whichever is first.
+(lmsys.selective; without them, compiled ones) and every option that pays (bench/train_step.py takes them apart); `ours_ddp` halves the local
+batch, so that a step reads the same sequences. All compute in the same precision. Time is that of training: from row to row of the trainer's
+metrics, which leaves evaluations out; the first row's steps, which compile, count at the pace of the second's. An arm ends with the schedule, or
+at its limit of such time, whichever is first.
 
 At full scale: nanoGPT's 124M shape, 116 million parameters here, on stories of lmsys.stories, 3,000 steps of 32 x 1,024 tokens. These 98 million
 tokens are drawn from 400 MB, 103 million tokens, so that a text is seen once on average and none can be learned by heart; 600,000 tokens/s
