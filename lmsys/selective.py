@@ -384,6 +384,7 @@ class _Loss(torch.autograd.Function):
         loss, factor, grad_hidden, grad_weight = losses_op(
             hidden, weight, targets, hidden.dtype, 0, -100, path, True, True
         )
+        factor = factor.view(1)  # of one dimension, so that products are in its dtype, not in a gradient's bf16
         rounded = torch.empty_like(weight)
         torch.mul(grad_weight, factor, out=rounded)
         ctx.save_for_backward(grad_hidden.mul_(factor), rounded)
@@ -392,5 +393,5 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden.mul_(grad), grad_weight.mul_(grad), None
+        grad = grad.view(1)  # as the factor
+        return *(gradient.mul_(grad) for gradient in ctx.saved_tensors), None

@@ -151,6 +151,19 @@ def test_tensors_in_any_layout():
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
+def test_the_losss_gradients_have_no_common_factor():
+    """One over the number of tokens and a loss scale, neither a number in bf16, are not rounded to it: no gradient is off as a whole."""
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(n, 32, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for n in (792, 50))
+    targets, scale = torch.randint(50, (792,), device=DEVICE), 1.003
+    (scale * selective._Loss.apply(hidden, weight, targets)).backward()
+    wide = [one.detach().double().requires_grad_() for one in (hidden, weight)]
+    (scale * torch.nn.functional.cross_entropy(wide[0] @ wide[1].t(), targets)).backward()
+    for one, exact in zip((hidden, weight), wide, strict=True):
+        along = (one.grad.double() * exact.grad).sum() / exact.grad.square().sum()
+        assert along.item() == pytest.approx(1, abs=3e-4)  # a factor rounded to bf16 is off by up to 2e-3
+
+
 def test_a_second_backward_pass_is_refused():
     _, twin = models(("gate", "up"))
     loss = twin(*tokens())
