@@ -99,6 +99,8 @@ def _clean(notebook: Path) -> None:
         for key in ("papermill", "execution"):
             cell.metadata.pop(key, None)
         alternatives = []
+        if cell.get("outputs"):
+            cell.outputs = _merged(cell.outputs)
         for output in cell.get("outputs", ()):
             if output.output_type == "stream":
                 output.text = without_paths(output.text)
@@ -108,10 +110,26 @@ def _clean(notebook: Path) -> None:
     records.write_text(notebook, nbformat.writes(content) + "\n")
 
 
+def _merged(outputs: Sequence[Any]) -> list[Any]:
+    """Outputs with what one stream printed in a row as one, and of a progress bar what it showed last."""
+    found: list[Any] = []
+    for output in outputs:
+        if output.output_type == "stream" and found and found[-1].get("name") == output.name:
+            found[-1].text += output.text
+        else:
+            found.append(output)
+    for output in found:
+        if output.output_type == "stream":
+            output.text = re.sub(r"[^\n]*\r(?=[^\n])", "", output.text)
+    return found
+
+
 def without_paths(text: str) -> str:
-    """Printed text with paths as anyone has them: of packages from their names on, of this repository and the home folder from there."""
+    """Printed text with paths as anyone has them: of packages from their names on, of this repository, where results go, and the home folder
+    from there."""
     text = re.sub(r"(?<![^\s'\"(])/\S*?/(?:site|dist)-packages/", "", text)
-    text = text.replace(f"{records.REPOSITORY}/", "")
+    for folder in (records.REPOSITORY, records.output_root()):
+        text = text.replace(f"{folder}/", "")
     return re.sub(rf"{re.escape(str(Path.home()))}(?=/|\b)", "~", text) if Path.home() != Path("/") else text
 
 

@@ -91,6 +91,24 @@ def test_printed_paths_lose_what_is_of_one_machine():
     home, repository = Path.home(), REPOSITORY
     text = f"/opt/venv/lib/python3.12/site-packages/torch/x.py:1: W\n  {repository}/lmsys/a.py '{home}/.cache/b' {home}body /tmp/x"
     assert report.without_paths(text) == f"torch/x.py:1: W\n  lmsys/a.py '~/.cache/b' {home}body /tmp/x"
+    assert report.without_paths(f"resuming from {records.output_path('runs/a')}") == "resuming from runs/a"
+
+
+def test_of_a_progress_bar_the_end_is_kept(tmp_path):
+    def stream(name, text):
+        return nbformat.v4.new_output("stream", name=name, text=text)
+
+    outputs = [
+        stream("stderr", text)
+        for text in ("a warning\n", "\rtraining: 0%", "\rtraining: 50%", "\rtraining: 100%\n", "\r")
+    ]
+    outputs += [stream("stdout", "[plan] 3\n"), stream("stderr", "\r1 of 2"), stream("stderr", "\r2 of 2\r\n")]
+    path = tmp_path / "a.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1", outputs=outputs)]), path)
+    report._clean(path)
+    (cell,) = nbformat.read(path, as_version=4).cells
+    texts = [(output.name, output.text) for output in cell.outputs]
+    assert texts == [("stderr", "a warning\ntraining: 100%\n\r"), ("stdout", "[plan] 3\n"), ("stderr", "2 of 2\r\n")]
 
 
 def test_the_most_gpus_measured_are_on_the_front_page(tmp_path, monkeypatch):
