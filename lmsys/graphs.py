@@ -29,7 +29,12 @@ Replay = Callable[[], None]
 
 
 def on_own_stream(device: torch.device) -> None:
-    """Have this thread's later work go to a stream of its own, as capturing needs it. Before parameters get hooks."""
+    """Have this thread's later work go to a stream of its own, as capturing needs it. Before parameters get hooks.
+
+    A thread that has one keeps it: libraries hold a workspace for every stream that they have seen.
+    """
+    if torch.cuda.current_stream(device) != torch.cuda.default_stream(device):
+        return
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     torch.cuda.set_stream(stream)

@@ -138,6 +138,28 @@ def test_a_replica_captures_after_its_warm_up_and_is_free_once_it_is_closed(monk
         gc.enable()
 
 
+def test_a_thread_gets_one_stream_of_its_own(monkeypatch):
+    class Stream:
+        def __init__(self, device=None):
+            self.waited_for = None
+
+        def wait_stream(self, other):
+            self.waited_for = other
+
+    default = Stream()
+    current = [default]
+    for name, value in (
+        ("Stream", Stream),
+        ("current_stream", lambda device: current[-1]),
+        ("default_stream", lambda device: default),
+        ("set_stream", current.append),
+    ):
+        monkeypatch.setattr(torch.cuda, name, value)
+    graphs.on_own_stream(torch.device("cuda", 0))
+    graphs.on_own_stream(torch.device("cuda", 0))
+    assert len(current) == 2 and current[1] is not default and current[1].waited_for is default
+
+
 def test_what_failed_is_told_and_not_that_the_capture_could_not_end(monkeypatch):
     class Broken:
         def __init__(self, *_, **__): ...
