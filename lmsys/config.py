@@ -483,7 +483,7 @@ def pipeline_preset(scale: str) -> dict[str, Any]:
             "model": {"d_model": 128, "d_ff": 384, "num_layers": 4, "num_heads": 4, "context_length": 128},
             "optim": {"learning_rate": 3e-3, "min_learning_rate": 3e-4, "warmup_steps": 40},
             "train": {
-                "steps": 450,
+                "steps": 360,
                 "batch_size": 8,
                 "eval_interval": 150,
                 "eval_batches": 16,
