@@ -205,6 +205,9 @@ def test_live_bytes_counts_storages_once():
     view = kept[10:]
     assert replicas.live_bytes(torch.device("cpu")) - before == 4000
     del kept, view
+    traced = torch._to_functional_tensor(torch.zeros(0))  # whose storage has no address
+    with pytest.raises(RuntimeError):
+        traced.untyped_storage().data_ptr()
     assert replicas.live_bytes(torch.device("cpu")) == before
 
 
