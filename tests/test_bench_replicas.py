@@ -214,6 +214,9 @@ def test_live_bytes_leaves_out_tensors_without_memory(monkeypatch):
     traced, storage_of = torch.zeros(1000), torch.Tensor.untyped_storage
 
     class WithoutMemory:
+        def nbytes(self):
+            return 4000
+
         def data_ptr(self):
             raise RuntimeError("Attempted to access the data pointer on an invalid python storage.")
 
