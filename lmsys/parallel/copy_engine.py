@@ -188,11 +188,16 @@ class CopyEngine:
         fabric = self._fabric
         copy, tell, wait = fabric.copy, fabric.tell, fabric.wait
         done, emptied = self._sequence, self._sequence - self._slots
-        for theirs, ours, parts in piece.sends:
-            wait(SEND, theirs, emptied)
-            for place, tensor, start, size in parts:
-                copy(SEND, place, addresses[tensor] + start, size)
-            tell(SEND, ours, done)
+
+        def push(queue: int, messages: list[tuple[int, int, list[tuple[int, int, int, int]]]]) -> None:
+            """Copy parts to peers whose slots are empty."""
+            for theirs, ours, parts in messages:
+                wait(queue, theirs, emptied)
+                for place, tensor, start, size in parts:
+                    copy(queue, place, addresses[tensor] + start, size)
+                tell(queue, ours, done)
+
+        push(SEND, piece.sends)
         fabric.order(SEND, ADD)
         for flag in piece.arrived:
             wait(ADD, flag, done)
@@ -206,11 +211,7 @@ class CopyEngine:
                     torch._foreach_add_(own, sent)
                 torch._foreach_div_(own, self.world_size)
             fabric.off()
-        for theirs, ours, parts in piece.means:
-            wait(ADD, theirs, emptied)
-            for place, tensor, start, size in parts:
-                copy(ADD, place, addresses[tensor] + start, size)
-            tell(ADD, ours, done)
+        push(ADD, piece.means)
         fabric.order(ADD, RECEIVE)
         for theirs, ours, parts in piece.takes:
             wait(RECEIVE, theirs, done)
