@@ -206,3 +206,17 @@ def test_captured_steps_are_of_gpus(tmp_path):
     said = data_parallel.conclusions(frame, "captured")
     assert len(said) == 2 and all("a CUDA graph is captured on a GPU" in sentence for sentence in said)
     assert list(frame.options.fillna("")) == ["captured=True", "captured=True", ""]
+
+
+def test_captured_steps_are_compared_with_one_captured_gpu():
+    """Rows are compared with the last one of one GPU: that is captured for captured steps, and not for those of scaling."""
+    chosen = data_parallel.settings("full", studies=["captured", "scaling"], gpus=[1, 2], device="cpu")
+    last, seen = {}, set()
+    for point in data_parallel.points(chosen):
+        if point.gpus == 1:
+            last[point.workload] = point
+        assert last[point.workload].captured == point.captured
+        seen.add((point.workload.size, point.wrapper, point.captured))
+    for size in ("xl", "gpt2", "gpt2-medium"):
+        assert {(size, "none", True), (size, "flashddp", True), (size, "torch_ddp", True)} <= seen
+    assert {("gpt2", "none", False), ("gpt2", "flashddp", False)} <= seen

@@ -5,7 +5,7 @@ Studies, each of points trained by lmsys.bench.replicas:
 - buckets: flashddp at several bucket sizes;
 - options: what else flashddp can be told;
 - captured: on GPUs, one GPU and the wrappers with the step's forward pass, backward pass and communication as one CUDA graph, where a
-  host that cannot keep up no longer sets the pace;
+  host that cannot keep up no longer sets the pace; at larger batches flashddp and torch's DDP;
 - scaling: flashddp, by copy engines too where GPUs reach each other's memory, and torch's DDP on 1, 2, 4 and 8 GPUs, as many as there are.
 
 The first three are the course's problems (CS336, assignment 2: naive_ddp_benchmarking, minimal_ddp_flat_benchmarking,
@@ -67,6 +67,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "size": "tiny",
         "scaling_size": "tiny",
         "shape": (2, 32, 2, 32),
+        "captured": (),
         "vocab_size": 256,
         "dtype": "fp32",
         "compiled": False,
@@ -79,6 +80,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "size": "mini",
         "scaling_size": "tiny",
         "shape": (2, 64, 4, 64),
+        "captured": (),
         "vocab_size": 2048,
         "dtype": "fp32",
         "compiled": False,
@@ -91,6 +93,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "size": "xl",
         "scaling_size": "gpt2",
         "shape": (4, 512, 32, 1024),
+        "captured": (("gpt2", 32, 1024), ("gpt2-medium", 16, 1024)),
         "vocab_size": None,
         "dtype": "bf16",
         "compiled": True,
@@ -110,6 +113,7 @@ class DataParallelSettings:
     studies: tuple[str, ...]
     workload: Workload  # of the studies at the course's setting
     scaling_workload: Workload
+    captured_workloads: tuple[Workload, ...]  # beside the course's
     wrappers: tuple[str, ...]
     bucket_sizes_mb: tuple[float, ...]
     options: tuple[Options, ...]
@@ -192,6 +196,7 @@ def settings(
         studies=studies,
         workload=workload(values["size"], batch or own_batch, context_length or own_length),
         scaling_workload=workload(values["scaling_size"], scaling_batch, scaling_length),
+        captured_workloads=tuple(workload(*shape) for shape in values["captured"]),
         wrappers=wrappers,
         bucket_sizes_mb=sizes_mb,
         options=(*_EVERYWHERE, *(_ON_GPUS if on_gpus else ()), *((_COPIES,) if reachable() and on_gpus else ())),
@@ -210,6 +215,10 @@ def points(chosen: DataParallelSettings) -> dict[TrainPoint, list[str]]:
     def add(study: str, point: TrainPoint) -> None:
         found.setdefault(point, []).append(study)
 
+    variants: list[tuple[str, Options]] = [("flashddp", ()), ("torch_ddp", ())]
+    if _COPIES in chosen.options:
+        variants.insert(1, ("flashddp", _COPIES))
+    variants = [(wrapper, options) for wrapper, options in variants if wrapper in chosen.wrappers]
     courses = [study for study in STUDIES[:3] if study in chosen.studies]
     for study in courses:
         add(study, TrainPoint(course, "none", 1, n))
@@ -235,17 +244,17 @@ def points(chosen: DataParallelSettings) -> dict[TrainPoint, list[str]]:
             add("captured", TrainPoint(course, wrapper, n, n, captured=True))
             if wrapper == "flashddp" and _COPIES in chosen.options:
                 add("captured", TrainPoint(course, wrapper, n, n, options=_COPIES, captured=True))
+        for workload in chosen.captured_workloads:
+            add("captured", TrainPoint(workload, "none", 1, n, captured=True))
+            for wrapper, options in variants:
+                add("captured", TrainPoint(workload, wrapper, n, n, options=options, captured=True))
     if "scaling" in chosen.studies:
-        variants: list[tuple[str, Options]] = [("flashddp", ()), ("torch_ddp", ())]
-        if _COPIES in chosen.options:
-            variants.insert(1, ("flashddp", _COPIES))
         for count in chosen.gpus:
             if count == 1:
                 add("scaling", TrainPoint(chosen.scaling_workload, "none", 1, n))
                 continue
             for wrapper, options in variants:
-                if wrapper in chosen.wrappers:
-                    add("scaling", TrainPoint(chosen.scaling_workload, wrapper, count, count, options=options))
+                add("scaling", TrainPoint(chosen.scaling_workload, wrapper, count, count, options=options))
     return found
 
 
@@ -328,6 +337,7 @@ def row_line(row: dict[str, Any]) -> str:
 def table(frame, study: str) -> str:
     """A study's rows as Markdown."""
     columns = {
+        "size": "size",
         "gpus": records.units(frame)[1],
         "wrapper": "wrapper",
         "options": "options",
@@ -343,9 +353,17 @@ def table(frame, study: str) -> str:
     rows = frame[frame.study == study]
     if not any(map(_text, rows.options)):
         del columns["options"]
+    if rows["size"].nunique() == 1:
+        del columns["size"]
     lines = []
     for row in rows.itertuples():
-        line = {"gpus": row.gpus, "wrapper": f"`{row.wrapper}`", "options": _text(row.options), "step": row.status}
+        line = {
+            "size": row.size,
+            "gpus": row.gpus,
+            "wrapper": f"`{row.wrapper}`",
+            "options": _text(row.options),
+            "step": row.status,
+        }
         if row.status == "ok":
             line |= {
                 "step": records.spread(row.step_ms, row.p20_ms, row.p80_ms),
@@ -452,7 +470,7 @@ def _of_options(rows) -> list[str]:
 
 def _of_captured(rows) -> list[str]:
     return [
-        f"{_label(row)}: {records.significant(row.step_ms)} ms a step, {_percent(row.scaling_efficiency)} of linear scaling."
+        f"{row.size}, {_label(row)}: {records.significant(row.step_ms)} ms a step, {_percent(row.scaling_efficiency)} of linear scaling."
         for row in rows.itertuples()
         if not math.isnan(row.scaling_efficiency)
     ]
