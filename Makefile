@@ -8,6 +8,9 @@ PYTHON ?= python3
 SCALE ?= auto
 MACHINE ?= local
 
+# torch.compile on a CPU takes the C++ compiler to know the CPU's vector instructions: else it tries each, for 8 s in all.
+export TORCHINDUCTOR_VEC_ISA_OK ?= 1
+
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 SITE := book/_build/html/index.html
