@@ -368,7 +368,7 @@ def _call_in_worker(function: Callable, task: Any) -> Any:
 
 @contextmanager
 def _progress_bar(show: bool, total: int, what: str, **options: Any):
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     with tqdm(total=total, desc=what, disable=not show, **options) as bar:
         yield bar

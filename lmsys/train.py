@@ -840,7 +840,7 @@ def _bar(total: int, initial: int, shown: bool, world_size: int) -> Any:
     """tqdm's bar in one process; lines in several, whose output another program reads and passes on."""
     if shown and world_size > 1:
         return _Lines(total, initial)
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     return tqdm(total=total, initial=initial, desc="training", unit="step", disable=not shown)
 
