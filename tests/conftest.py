@@ -1,18 +1,21 @@
 """Shared by all tests: results and runs go to a temporary folder, wandb stays offline, and Triton runs in its interpreter."""
 
 import gc
-import multiprocessing
 import os
 import signal
 import threading
+from multiprocessing import forkserver
 
-import fork_server
 import pytest
+
+# What the one server of a worker of pytest imports beside what its first test asks for, so that each process of a later test need not.
+PRELOADED = ("torch._inductor.compile_fx", "torch.distributed.fsdp", "lmsys.bench.replicas", "lmsys.pipeline")
 
 os.environ.setdefault("WANDB_MODE", "offline")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a worker a core: more threads would wait for each other
-multiprocessing.get_context = fork_server.get_context
+_set_preload = forkserver.set_forkserver_preload
+forkserver.set_forkserver_preload = lambda modules: _set_preload([*modules, *PRELOADED])
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
     signal.signal(
         signal.SIGINT, signal.default_int_handler

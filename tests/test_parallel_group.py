@@ -9,7 +9,6 @@ import threading
 import time
 from pathlib import Path
 
-import fork_server
 import pytest
 import torch
 import torch.distributed as dist
@@ -31,8 +30,8 @@ TORCHRUN = {
 
 @pytest.fixture
 def new_interpreters(monkeypatch):
-    """spawn() starts what it starts outside of the tests."""
-    monkeypatch.setattr(multiprocessing, "get_context", fork_server.new_context)
+    """spawn() starts what it starts where processes use a GPU."""
+    monkeypatch.setattr(group, "context", lambda *_: multiprocessing.get_context("spawn"))
 
 
 @pytest.fixture
@@ -156,6 +155,24 @@ def test_spawn_returns_results_by_rank(new_interpreters):
             "'c'; start every process with the same settings",
         ]
     assert not dist.is_initialized()
+
+
+def of_its_own(process: Process) -> tuple[str | None, str | None, bool, int]:
+    """What a process has of its parent's environment, whether it is in a group, and which process started it."""
+    return os.environ.get("LMSYS_TEST"), os.environ.get("CUDA_VISIBLE_DEVICES"), dist.is_initialized(), os.getppid()
+
+
+def test_processes_on_a_cpu_are_forks_of_one_server(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    servers = set()
+    for value in ("first", "second"):
+        monkeypatch.setenv("LMSYS_TEST", value)
+        for given, gpus_seen, joined, server in spawn(of_its_own, 2, device="cpu", timeout_s=TIME_LIMIT_S):
+            assert (given, gpus_seen, joined) == (value, "", True)
+            servers.add(server)
+    assert len(servers) == 1 and os.getpid() not in servers
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "7"
+    assert group.context(torch.device("cuda", 0)).get_start_method() == "spawn"
 
 
 def fail(process: Process, how: str) -> None:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import multiprocessing
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,6 +38,7 @@ from lmsys.bench.attention import DTYPES, Runner, runners
 from lmsys.bench.measure import is_out_of_memory, release
 from lmsys.config import require, resolve_scale
 from lmsys.device import device_name, resolve_device
+from lmsys.parallel.group import context
 
 NAME = "attention_accuracy_results"
 EXTRA_COLUMNS = ("device", "note")
@@ -395,7 +395,7 @@ def rows(sweep: AccuracySettings) -> Iterator[dict[str, Any]]:
         return
     _build(sweep)
     device = device_name(resolve_device(sweep.device))
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context(resolve_device(sweep.device), __name__)) as pool:
         waiting = {pool.submit(_group_rows, sweep, group): group for group in groups}
         for done in as_completed(waiting):
             try:

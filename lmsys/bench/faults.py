@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import errno
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -34,7 +33,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -55,7 +54,7 @@ COMPUTED = ("train_loss", "valid_loss", "learning_rate", "grad_norm")
 TOLERANCE = 1e-5  # relative, where the same bits cannot be had
 ENDS_WITHIN_S = 10.0  # a run that is told to end
 _LIMIT_S = 120.0  # of a process that should end by itself
-_PRELOADED = ("torch._dynamo", "tqdm.auto")  # that a run imports when it starts, which takes a second
+_PRELOADED = ("torch._dynamo", "tqdm")  # that a run imports when it starts, which takes a second
 _SEQUENCES, _INTERVAL = 8, 5  # of a step; steps between checkpoints
 
 
@@ -262,7 +261,7 @@ def _train_here(
     folder: Path, config: PipelineConfig, injection: Injection | None, rank: int, processes: int, port: int
 ) -> None:
     """A trainer's process. Its output goes to log.txt."""
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
@@ -348,16 +347,9 @@ class Run:
         return None if path is None else checkpoint.load(path)
 
 
-def _context(device: torch.device) -> Any:
-    """What starts processes that train there: forks of a server that has imported torch; new ones where they use a GPU, as CUDA
-    does not survive a fork, and an import may have touched it."""
-    if device.type == "cuda":
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, *_PRELOADED])
-    with mock.patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": ""}):
-        forkserver.ensure_running()
-    return context
+def _context(device: torch.device) -> BaseContext:
+    """What starts processes that train there."""
+    return group.context(device, __name__, "tqdm")  # a run imports the latter when it starts
 
 
 def _nothing() -> None:

@@ -11,6 +11,7 @@ timeout_s alone.
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import multiprocessing
 import os
@@ -26,7 +27,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext, ForkServerContext, ForkServerProcess
 from typing import Any, TypeVar
 
 import torch
@@ -230,6 +233,48 @@ def _is_lost_peer(error: BaseException) -> bool:
 # --- On this machine, without torchrun ------------------------------------------------------------
 
 
+def context(device: torch.device, *modules: str) -> BaseContext:
+    """What starts processes that compute on the device: on a CPU forks of a server, for a GPU new interpreters.
+
+    The server is started once, and imports what the modules and torch's optimizers need, 3 s of work; a fork of it starts at once and has no
+    thread, memory or file of this process. CUDA does not survive a fork: neither the server nor its forks see a GPU.
+    """
+    if device.type == "cuda":
+        return multiprocessing.get_context("spawn")
+    forks = _Forks()
+    forks.set_forkserver_preload([*modules, "torch._dynamo"])
+    seen = os.environ.get(_VISIBLE)
+    os.environ[_VISIBLE] = ""
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ[_VISIBLE]
+        if seen is not None:
+            os.environ[_VISIBLE] = seen
+    return forks
+
+
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+class _Fork(ForkServerProcess):
+    """A fork of the server, with the environment that its parent has now."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._environment = dict(os.environ) | {_VISIBLE: ""}
+
+    def run(self) -> None:
+        os.environ.clear()
+        os.environ.update(self._environment)
+        gc.freeze()  # what the server imported, which the collector need not look through
+        super().run()
+
+
+class _Forks(ForkServerContext):
+    Process = _Fork
+
+
 def spawn(
     function: Callable[..., Any],
     world_size: int,
@@ -239,7 +284,7 @@ def spawn(
 ) -> list[Any]:
     """Run function(process, *args) in world_size new processes of one group; return the results by rank.
 
-    The processes are new interpreters, so function must be importable by name (not a lambda, not defined in a notebook), and
+    The processes have nothing of this one, so function must be importable by name (not a lambda, not defined in a notebook), and
     arguments and results must pickle. Processes on the CPU share its threads.
 
     Args:
@@ -252,7 +297,7 @@ def spawn(
     """
     if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
         raise ValueError(f"world_size is {world_size!r}; it must be a positive integer")
-    _device(device, 0, world_size)
+    first = _device(device, 0, world_size)
     try:
         payload = pickle.dumps((function, args))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -264,13 +309,13 @@ def spawn(
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     collective_s = TIMEOUT_S if timeout_s is None else min(timeout_s, TIMEOUT_S)
     threads = max(1, torch.get_num_threads() // world_size)
-    context = multiprocessing.get_context("spawn")
+    starts = context(first, function.__module__)
     processes, connections = [], {}
     try:
         for rank in range(world_size):
-            ours, theirs = context.Pipe(duplex=False)
+            ours, theirs = starts.Pipe(duplex=False)
             where = (rank, world_size, device, store.port, collective_s, threads)
-            processes.append(context.Process(target=_rank_main, args=(payload, theirs, *where), name=f"rank {rank}"))
+            processes.append(starts.Process(target=_rank_main, args=(payload, theirs, *where), name=f"rank {rank}"))
             processes[-1].start()
             theirs.close()
             connections[ours] = rank
