@@ -708,6 +708,12 @@ def _study_said(study: str) -> Callable[[], list[str]]:
     return sentences
 
 
+def _captured_table() -> str:
+    from lmsys.bench import data_parallel
+
+    return data_parallel.table(_data_parallel_rows("captured"), "captured")
+
+
 def _bucket_model() -> list[str]:
     """The formula with the latency and bandwidth that were measured on the same machine."""
     from lmsys.bench import collectives, data_parallel
@@ -1070,6 +1076,7 @@ FILLS: dict[str, Piece] = {
         several=True,
     ),
     "bucket_model": _block("data_parallel", _said(_bucket_model), several=True),
+    "captured": _block("data_parallel", _captured_table, _said(_study_said("captured")), several=True),
     "scaling": _block(
         "data_parallel",
         _figure("data_parallel_scaling", "Tokens a second against the number of GPUs", SEVERAL),

@@ -596,6 +596,21 @@ def scaling_headline() -> str:
     return f"{caption}\n\n{records.markdown_table(lines, columns)}".rstrip()
 
 
+def captured_headline() -> str:
+    """The same with the step as one CUDA graph, in sentences; empty where it was not measured."""
+    from lmsys.bench import data_parallel
+
+    machine = _scaling_machine()
+    path = records.REPOSITORY / "artifacts" / str(machine) / f"{data_parallel.NAME}.csv"
+    frame = records.read_results(path) if machine and path.exists() else None
+    if frame is None or "captured" not in set(frame.study):
+        return ""
+    said = "\n".join(f"- {sentence}" for sentence in data_parallel.conclusions(frame, "captured"))
+    return (
+        f"With forward pass, backward pass and communication as one CUDA graph, which no slow host holds up:\n\n{said}"
+    )
+
+
 def scaling_figure() -> str:
     """The speed-up over one GPU as a figure of the book, and links to the notebooks that were executed there."""
     machine = _scaling_machine()
@@ -625,7 +640,7 @@ def _scaling_rows(machine: str):
 _SECTIONS = {
     "A training step": ("step_headline",),
     "Time to the same loss": ("race_headline",),
-    "Several GPUs": ("scaling_headline", "scaling_figure"),
+    "Several GPUs": ("scaling_headline", "captured_headline", "scaling_figure"),
     "A training step of eight billion parameters": ("training_leaderboard",),
 }
 
@@ -654,6 +669,7 @@ def assignment_table() -> str:
 FILLS: dict[str, Callable[[], str]] = {
     "assignment_table": assignment_table,
     "scaling_headline": scaling_headline,
+    "captured_headline": captured_headline,
     "scaling_figure": scaling_figure,
     "attention_headline": attention_headline,
     "attention_standings": attention_standings,

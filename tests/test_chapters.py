@@ -336,6 +336,14 @@ def test_data_parallel_results_reach_their_page(artifacts):
         _replica(study="scaling", wrapper="flashddp", scaling_efficiency=0.91)
         | {"options": "transport=copy_engine", "exposed_comm_ms": 60.0}
     )
+    alone = {"wrapper": "none", "gpus": 1, "scaling_efficiency": 1.0}
+    rows += [
+        _replica(study="captured", **alone, step_ms=96.0),
+        _replica(study="captured", **alone, step_ms=74.0) | {"options": "captured=True"},
+        _replica(study="captured", wrapper="torch_ddp", step_ms=94.0, scaling_efficiency=0.78),
+        _replica(study="captured", wrapper="flashddp", step_ms=80.0, scaling_efficiency=0.92)
+        | {"options": "captured=True transport=copy_engine"},
+    ]
     artifacts("h200-x2", data_parallel.NAME, rows, data_parallel.EXTRA_COLUMNS)
     link = cost.Link(2e-5, 3e11)
     times = [
@@ -362,6 +370,15 @@ def test_data_parallel_results_reach_their_page(artifacts):
     text = report.fill("scaling")
     assert "flashddp on 2 GPUs: 97.0%" in text and "flashddp with transport=copy_engine on 2 GPUs: 91.0%" in text
     assert "| `flashddp` | 2 |" in text and "| `flashddp` transport=copy_engine | 2 |" in text
+    text = report.fill("captured")
+    assert "one GPU: 96.0 ms a step, 74.0 ms as one graph" in text
+    assert (
+        "2 GPUs: flashddp with transport=copy_engine is the fastest, 80.0 ms a step and 92.0% of linear scaling" in text
+    )
+    assert "torch_ddp 94.0 ms a step and 78.0% of linear scaling, 1.175 times as long" in text
+    assert report.fill("captured_headline") == ""  # of the machine whose LM matrix is on the front page
+    artifacts("h200-x2", "lm_matrix_results", [])
+    assert "torch_ddp 94.0 ms" in report.fill("captured_headline")
     assert "300 GB/s of bus bandwidth" in report.fill("collectives")
     size = 4.0 * cost.model_parameters(model_size("xl"))
     best = cost.best_bucket_bytes(size, 3e11, 2e-5)  # of two ranks, bus and algorithm bandwidth are one

@@ -385,7 +385,7 @@ def _text(value: Any) -> str:
 
 def _label(row: Any) -> str:
     """A row's wrapper, with its options if it has some."""
-    options = _text(row.options)
+    options = _text(row.options).replace("captured=True", "").strip()
     return f"{row.wrapper} with {options}" if options else row.wrapper
 
 
@@ -408,7 +408,7 @@ def conclusions(frame, study: str) -> list[str]:
         "options": _of_options,
         "captured": _of_captured,
         "scaling": _of_scaling,
-    }[study](several)
+    }[study](ok if study == "captured" else several)
     for row in rows[rows.status != "ok"].itertuples():
         said.append(f"{_label(row)} x{row.gpus}: {row.status}, {row.note}")
     return said
@@ -469,11 +469,28 @@ def _of_options(rows) -> list[str]:
 
 
 def _of_captured(rows) -> list[str]:
-    return [
-        f"{row.size}, {_label(row)}: {records.significant(row.step_ms)} ms a step, {_percent(row.scaling_efficiency)} of linear scaling."
-        for row in rows.itertuples()
-        if not math.isnan(row.scaling_efficiency)
-    ]
+    """By size: one GPU with and without a graph, the fastest wrapper beside torch's DDP."""
+    said = []
+    for size, of_size in rows.groupby("size", sort=False):
+        alone, several = of_size[of_size.gpus == 1], of_size[of_size.gpus > 1]
+        graph = alone.options.map(_text).map(bool)
+        if len(alone[graph]) and len(alone[~graph]):
+            times = [records.significant(alone[which].step_ms.iloc[0]) for which in (~graph, graph)]
+            said.append(f"{size}, one {records.units(rows)[0]}: {times[0]} ms a step, {times[1]} ms as one graph.")
+        several = several[several.scaling_efficiency.notna()]
+        if several.empty:
+            continue
+        best, torch_ddp = several.loc[several.step_ms.idxmin()], several[several.wrapper == "torch_ddp"]
+        text = f"{size}, {best.gpus} {records.units(rows)[1]}: {_label(best)} is the fastest, {_reached(best)}"
+        if len(torch_ddp) and best.wrapper != "torch_ddp":
+            other = torch_ddp.iloc[0]
+            text += f"; torch_ddp {_reached(other)}, {other.step_ms / best.step_ms:.3f} times as long"
+        said.append(f"{text}.")
+    return said
+
+
+def _reached(row: Any) -> str:
+    return f"{records.significant(row.step_ms)} ms a step and {_percent(row.scaling_efficiency)} of linear scaling"
 
 
 def _of_scaling(rows) -> list[str]:
