@@ -68,7 +68,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "full": {"heads": 16, "seq_len": 16384, "head_dim": 64, "dtype": "bf16"},
 }
 _INTERPRETED = "in Triton's CPU interpreter, whose times say nothing"
-_SAMPLES = {"smoke": 2, "cpu": 5, "full": 20}  # of bare_ms, and of all times on a CPU, where there is no do_bench
+_SAMPLES = {"smoke": 2, "cpu": 3, "full": 20}  # of bare_ms, and of all times on a CPU, where there is no do_bench
 
 
 def settings(
