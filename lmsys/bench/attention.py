@@ -102,7 +102,7 @@ class Grid:
 
 GRIDS = {
     "smoke": Grid(64, 32, (64,), (16,), (64,), (2,), (1, (16,), 128)),
-    "cpu": Grid(256, 128, (128, 256), (64,), (128,), (2,), (1, (16,), 256)),
+    "cpu": Grid(128, 128, (64, 128), (64,), (64,), (2,), (1, (16,), 256)),
     "full": Grid(
         tokens=16384,
         width=2048,
@@ -172,7 +172,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "cpu": {
         "groups": ("throughput", "grouped_query", "tiers"),
         "batch": 1,
-        "heads": 2,
+        "heads": 1,
         "head_dim": 64,
         "dtypes": ("fp32",),
         "causal": (True,),
