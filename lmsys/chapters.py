@@ -664,7 +664,8 @@ def _steps_table_of(study: str, heading: str, label: Callable[[Any], str]) -> Pi
                 }
             lines.append(line)
         columns = {key: key for line in lines for key in line}
-        caption = f"{first['size']}, {first.local_batch} x {first.context_length:,} tokens a GPU, {first['dtype']}, on {first.device}:"
+        graph = ", as one CUDA graph" if rows.options.fillna("").str.contains("captured=True").all() else ""
+        caption = f"{first['size']}, {first.local_batch} x {first.context_length:,} tokens a GPU, {first['dtype']}{graph}, on {first.device}:"
         return _captioned(caption, records.markdown_table(lines, columns))
 
     return piece

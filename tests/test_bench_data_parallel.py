@@ -171,9 +171,9 @@ def test_what_lies_within_the_spread_is_not_said_as_a_difference():
     assert data_parallel.conclusions(frame, "wrappers")[-2] == "flashddp's step has 1.101 times the speed of naive's."
     options = rows(
         "options",
-        timed("flashddp", 100.0, 99.0, 101.0),
-        timed("flashddp", 102.0, 99.0, 104.0, options="max_ctas=4"),
-        timed("flashddp", 102.0, 101.0, 103.0, options="max_ctas=8"),
+        timed("flashddp", 100.0, 99.0, 101.0, options="captured=True"),
+        timed("flashddp", 102.0, 99.0, 104.0, options="captured=True max_ctas=4"),
+        timed("flashddp", 102.0, 101.0, 103.0, options="captured=True max_ctas=8"),
     )
     assert data_parallel.conclusions(options, "options") == [
         "max_ctas=4: +2.00 ms a step (+2.0%), within the spread.",
@@ -208,9 +208,12 @@ def test_captured_steps_are_of_gpus(tmp_path):
     assert list(frame.options.fillna("")) == ["captured=True", "captured=True", ""]
 
 
-def test_captured_steps_are_compared_with_one_captured_gpu():
-    """Rows are compared with the last one of one GPU: that is captured for captured steps, and not for those of scaling."""
-    chosen = data_parallel.settings("full", studies=["captured", "scaling"], gpus=[1, 2], device="cpu")
+@pytest.mark.parametrize("studies", [None, ["captured", "buckets", "scaling"]])
+def test_captured_steps_are_compared_with_one_captured_gpu(monkeypatch, studies):
+    """Rows are compared with the last one of one GPU: that is captured for captured steps, and not for the others."""
+    monkeypatch.setattr(data_parallel, "resolve_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(data_parallel, "reachable", lambda: True)
+    chosen = data_parallel.settings("full", studies=studies, gpus=[1, 2], device="cpu")
     last, seen = {}, set()
     for point in data_parallel.points(chosen):
         if point.gpus == 1:
@@ -220,3 +223,9 @@ def test_captured_steps_are_compared_with_one_captured_gpu():
     for size in ("xl", "gpt2", "gpt2-medium"):
         assert {(size, "none", True), (size, "flashddp", True), (size, "torch_ddp", True)} <= seen
     assert {("gpt2", "none", False), ("gpt2", "flashddp", False)} <= seen
+    of = {study: [p for p, of in data_parallel.points(chosen).items() if study in of] for study in chosen.studies}
+    assert all(point.captured and not point.traced for point in of["buckets"]) and len(of["buckets"]) == 6
+    assert all(len(set(points)) == len(points) for points in of.values())
+    if studies is None:
+        assert [point.traced for point in of["wrappers"]] == [False] + 5 * [True]
+        assert all(point.captured for point in of["options"]) and len(of["options"]) == 9

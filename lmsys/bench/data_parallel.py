@@ -5,7 +5,7 @@ Studies, each of points trained by lmsys.bench.replicas:
 - buckets: flashddp at several bucket sizes;
 - options: what else flashddp can be told;
 - captured: on GPUs, one GPU and the wrappers with the step's forward pass, backward pass and communication as one CUDA graph, where a
-  host that cannot keep up no longer sets the pace; at larger batches flashddp and torch's DDP;
+  host that cannot keep up no longer sets the pace; at larger batches flashddp and torch's DDP. Buckets and options are of such steps, too;
 - scaling: flashddp, by copy engines too where GPUs reach each other's memory, and torch's DDP on 1, 2, 4 and 8 GPUs, as many as there are.
 
 The first three are the course's problems (CS336, assignment 2: naive_ddp_benchmarking, minimal_ddp_flat_benchmarking,
@@ -114,6 +114,7 @@ class DataParallelSettings:
     workload: Workload  # of the studies at the course's setting
     scaling_workload: Workload
     captured_workloads: tuple[Workload, ...]  # beside the course's
+    graphs: bool  # whether steps of the studies buckets and options are captured
     wrappers: tuple[str, ...]
     bucket_sizes_mb: tuple[float, ...]
     options: tuple[Options, ...]
@@ -197,6 +198,7 @@ def settings(
         workload=workload(values["size"], batch or own_batch, context_length or own_length),
         scaling_workload=workload(values["scaling_size"], scaling_batch, scaling_length),
         captured_workloads=tuple(workload(*shape) for shape in values["captured"]),
+        graphs=on_gpus,
         wrappers=wrappers,
         bucket_sizes_mb=sizes_mb,
         options=(*_EVERYWHERE, *(_ON_GPUS if on_gpus else ()), *((_COPIES,) if reachable() and on_gpus else ())),
@@ -219,27 +221,30 @@ def points(chosen: DataParallelSettings) -> dict[TrainPoint, list[str]]:
     if _COPIES in chosen.options:
         variants.insert(1, ("flashddp", _COPIES))
     variants = [(wrapper, options) for wrapper, options in variants if wrapper in chosen.wrappers]
-    courses = [study for study in STUDIES[:3] if study in chosen.studies]
-    for study in courses:
-        add(study, TrainPoint(course, "none", 1, n))
-    ours = TrainPoint(course, "flashddp", n, n, traced="wrappers" in courses)
-    if "wrappers" in courses:
+    alone, ours = TrainPoint(course, "none", 1, n), TrainPoint(course, "flashddp", n, n)
+    for study in ("wrappers", "captured"):
+        if study in chosen.studies:
+            add(study, alone)
+    if "wrappers" in chosen.studies:
         for wrapper in chosen.wrappers:
-            add("wrappers", dataclasses.replace(ours, wrapper=wrapper))
-    if "buckets" in courses:
-        for size_mb in sorted({*chosen.bucket_sizes_mb, bucket_mb(ours)}):
-            own = size_mb == bucket_mb(ours)
-            add(
-                "buckets",
-                ours if own else dataclasses.replace(ours, options=(("bucket_size_mb", size_mb),), traced=False),
-            )
-    if "options" in courses:
-        add("options", ours)
-        for options in chosen.options:
-            add("options", dataclasses.replace(ours, options=options, traced=False))
-    if "captured" in chosen.studies:  # after the others, as rows are compared with the last one of one GPU
-        for captured in (False, True):
-            add("captured", TrainPoint(course, "none", 1, n, captured=captured))
+            add("wrappers", dataclasses.replace(ours, wrapper=wrapper, traced=True))
+    # Captured ones after the others, as rows are compared with the last one of one GPU.
+    if chosen.graphs:
+        ours = dataclasses.replace(ours, captured=True)
+    elif "wrappers" in chosen.studies and "flashddp" in chosen.wrappers:
+        ours = dataclasses.replace(ours, traced=True)
+    sizes_mb, own_mb = chosen.bucket_sizes_mb, bucket_mb(ours)
+    varied: dict[str, list[Options]] = {
+        "buckets": [() if mb == own_mb else (("bucket_size_mb", mb),) for mb in sorted({*sizes_mb, own_mb})],
+        "options": [(), *chosen.options],
+    }
+    for study, variations in varied.items():
+        if study in chosen.studies:
+            add(study, dataclasses.replace(alone, captured=chosen.graphs))
+            for options in variations:
+                add(study, dataclasses.replace(ours, options=options, traced=ours.traced and not options))
+    if "captured" in chosen.studies:
+        add("captured", dataclasses.replace(alone, captured=True))
         for wrapper in chosen.wrappers:
             add("captured", TrainPoint(course, wrapper, n, n, captured=True))
             if wrapper == "flashddp" and _COPIES in chosen.options:
@@ -383,9 +388,14 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else ""
 
 
+def _own_options(options: Any) -> str:
+    """Those of the wrapper, without whether the step was captured."""
+    return _text(options).removeprefix("captured=True").strip()
+
+
 def _label(row: Any) -> str:
     """A row's wrapper, with its options if it has some."""
-    options = _text(row.options).replace("captured=True", "").strip()
+    options = _own_options(row.options)
     return f"{row.wrapper} with {options}" if options else row.wrapper
 
 
@@ -456,15 +466,15 @@ def _of_buckets(rows) -> list[str]:
 
 
 def _of_options(rows) -> list[str]:
-    plain = rows[~rows.options.map(lambda options: bool(_text(options)))]
+    plain = rows[~rows.options.map(_own_options).map(bool)]
     if plain.empty:
         return []
     base, said = plain.iloc[0], []
     for row in rows.itertuples():
-        if _text(row.options):
+        if options := _own_options(row.options):
             more = row.step_ms - base.step_ms
             lost = ", within the spread" if records.within_spread(more, row, base) else ""
-            said.append(f"{row.options}: {more:+.2f} ms a step ({100 * more / base.step_ms:+.1f}%){lost}.")
+            said.append(f"{options}: {more:+.2f} ms a step ({100 * more / base.step_ms:+.1f}%){lost}.")
     return said
 
 

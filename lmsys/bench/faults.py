@@ -82,7 +82,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "kills": 20,
         "trials": 5,
         "rounds": 2,
-        "saving": Saving("gpt2", batch=32, steps=162, interval=40),
+        "saving": Saving("gpt2", batch=32, steps=242, interval=60),  # longer than a checkpoint takes to be written
     },
 }
 _SAVING_SHAPE = {"gpt2": {"context_length": 1024}}  # else 64 tokens and a vocabulary of 4096
