@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import weakref
 
 import pandas as pd
@@ -302,11 +303,23 @@ def test_what_a_compiler_or_a_library_says_of_full_memory_counts_as_such():
     assert model._failure(RuntimeError("shapes differ"))["status"] == "error"
 
 
-def test_a_fresh_process_is_given_the_same_settings(capsys):
+def whose_process(bench, number):
+    """What the process was given, and its number."""
+    return bench, 2 / number, os.getpid()
+
+
+def test_each_cold_start_has_a_process_of_its_own():
     bench = model.settings("smoke", device="cpu")
-    task = {"settings": dataclasses.asdict(bench), "what": "times", "arguments": {"steps": 3}}
-    model._child(json.dumps(task))
-    assert len(json.loads(capsys.readouterr().out)) == 3
+    found = [model._in_fresh_process(whose_process, bench, number) for number in (1, 2)]
+    assert [given for *given, _ in found] == [[bench, 2], [bench, 1]]
+    assert len({os.getpid(), *(process for *_, process in found)}) == 3
+    with pytest.raises(ZeroDivisionError):  # its own error
+        model._in_fresh_process(whose_process, bench, 0)
+
+
+def test_what_a_cold_start_pays_for():
+    bench = model.settings("smoke", device="cpu")
+    assert len(model._cold_times(bench, steps=3)) == 3
     paid = model._cold_profile(bench, later=2)
     product = next(row for row in paid if row["name"] == "aten::mm")
     assert product["first_calls"] == product["later_calls"] > 0 and product["first_ms"] > 0

@@ -21,11 +21,10 @@ import contextlib
 import dataclasses
 import functools
 import gc
-import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +52,7 @@ from lmsys.config import ModelConfig, model_size, require, resolve_scale, unknow
 from lmsys.device import device_name, fp32_products, peak_flops, resolve_device
 from lmsys.model import TransformerLM, cross_entropy
 from lmsys.optim import AdamW, parameter_groups
+from lmsys.parallel import group
 
 NAME = "model_benchmark_results"
 REPEAT, WARMUP, FIRST_STEP = "model_benchmark_repeat", "model_benchmark_warmup", "model_benchmark_first_step"
@@ -712,31 +712,15 @@ def _compile_share(bench: BenchSettings, share: int, shares: int) -> None:
 # --- Fresh processes ------------------------------------------------------------------------------
 
 
-def _start(bench: BenchSettings, what: str, arguments: dict[str, Any]) -> subprocess.Popen:
-    """Run _child() in a fresh interpreter; its last line of output is JSON."""
-    code = "import sys; from lmsys.bench import model; model._child(sys.argv[1])"
-    task = {"settings": dataclasses.asdict(bench), "what": what, "arguments": arguments}
-    environment_ = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-c", code, json.dumps(task)]
-    return subprocess.Popen(command, env=environment_, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def _in_fresh_process(work: Callable[..., Any], bench: BenchSettings, number: int) -> Any:
+    """What work(bench, number) returns in a process that has computed nothing before, though it may have imported what that needs."""
+    with ProcessPoolExecutor(1, mp_context=group.context(resolve_device(bench.device), __name__)) as pool:
+        return pool.submit(_calm, work, bench, number).result()
 
 
-def _child(task: str) -> None:
-    found = json.loads(task)
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in found["settings"].items()}
-
-    def grid(given: dict[str, list]) -> Grid:
-        return Grid(**{name: tuple(value) for name, value in given.items()})
-
-    values |= {
-        "grids": tuple(map(grid, values["grids"])),
-        "repeat": grid(values["repeat"]),
-        "study": grid(values["study"]),
-    }
-    work = {"times": _cold_times, "profile": _cold_profile}[found["what"]]
-    bench = BenchSettings(**values)
+def _calm(work: Callable[..., Any], bench: BenchSettings, number: int) -> Any:
     with one_thread(bench.scale == "smoke"):
-        print(json.dumps(work(bench, **found["arguments"])))
+        return work(bench, number)
 
 
 def _cold_times(bench: BenchSettings, steps: int) -> list[float]:
@@ -784,12 +768,9 @@ def warmup_study(bench: BenchSettings, folder: str | Path) -> tuple[Any, Any]:
     (point,) = points(bench, [bench.study])
     steps = max(WARMUP_COUNTS) + bench.steps
     base = {name: getattr(point, name) for name in ("size", "context_length", "batch", "dtype", "mode")}
-    first = _start(bench, "times", {"steps": steps})
-    if bench.scale != "smoke":  # whose times nobody reads
-        first.wait()
-    second = _start(bench, "profile", {"later": max(WARMUP_COUNTS) + 1})
-    times = [base | {"step": step, "time_ms": value} for step, value in enumerate(_finished(first))]
-    paid = _finished(second)
+    cold = _in_fresh_process(_cold_times, bench, steps)
+    times = [base | {"step": step, "time_ms": value} for step, value in enumerate(cold)]
+    paid = _in_fresh_process(_cold_profile, bench, max(WARMUP_COUNTS) + 1)
     paid.sort(key=lambda row: row["later_ms"] - row["first_ms"])
     made = []
     for name, found in ((WARMUP, times), (FIRST_STEP, paid)):
@@ -804,10 +785,3 @@ def warmup_study(bench: BenchSettings, folder: str | Path) -> tuple[Any, Any]:
                 writer.write(row)
         made.append(records.read_results(writer.path))
     return made[0], made[1]
-
-
-def _finished(process: subprocess.Popen) -> Any:
-    output, errors = process.communicate()
-    if process.returncode != 0:
-        raise RuntimeError(f"a fresh process failed: {(errors.strip().splitlines() or ['no message'])[-1]}")
-    return json.loads(output.splitlines()[-1])
