@@ -740,7 +740,8 @@ def step_breakdown(frame) -> Figure:
     axis.set_xlabel(
         "time of a step, ms (the bar's coloured end: what communication adds; black: what the model says it adds)"
     )
-    axis.set_title(f"{frame['size'].iloc[0]}, {_setting(frame)}", loc="left", fontsize=10)
+    graph = ", as one CUDA graph" if (frame.options == "captured=True").all() else ""
+    axis.set_title(f"{frame['size'].iloc[0]}, {_setting(frame)}{graph}", loc="left", fontsize=10)
     return figure
 
 

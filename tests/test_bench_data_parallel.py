@@ -229,3 +229,34 @@ def test_captured_steps_are_compared_with_one_captured_gpu(monkeypatch, studies)
     if studies is None:
         assert [point.traced for point in of["wrappers"]] == [False] + 5 * [True]
         assert all(point.captured for point in of["options"]) and len(of["options"]) == 9
+
+
+def test_the_course_is_answered_from_captured_steps_where_there_are_some():
+    launched = rows(
+        "wrappers",
+        timed("none", 96.0, 90.0, 99.0, gpus=1),
+        timed("naive", 134.0, 133.0, 135.0, exposed_comm_ms=10.0, traced_comm_ms=4.0, traced_hidden_ms=1.0),
+    )
+    captured = rows(
+        "captured",
+        timed("none", 96.0, 90.0, 99.0, gpus=1),
+        timed("none", 74.0, 73.0, 75.0, gpus=1, options="captured=True"),
+        timed("naive", 107.0, 106.0, 108.0, exposed_comm_ms=33.0, options="captured=True"),
+        timed("naive", 40.0, 40.0, 40.0, size="gpt2", options="captured=True"),
+        timed("naive", 82.0, 81.0, 83.0, options="captured=True transport=copy_engine"),
+    )
+    frame = pd.concat([launched, captured], ignore_index=True)
+    assert data_parallel.course_rows(frame).step_ms.tolist() == [74.0, 107.0]
+    assert data_parallel.conclusions(frame, "wrappers") == [
+        "naive: 107 ms a step, of which communication adds 33.00 ms (30.8%); in the traced step 25.0% of the time of communication lies "
+        "beside computation."
+    ]
+    assert data_parallel.conclusions(launched, "wrappers")[0].startswith("naive: 134 ms a step")
+    assert data_parallel.course_rows(captured).empty
+    assert "134 [133, 135]" in data_parallel.table(frame, "wrappers")
+    assert (
+        plots.step_breakdown(data_parallel.course_rows(frame))
+        .axes[0]
+        .get_title(loc="left")
+        .endswith("as one CUDA graph")
+    )

@@ -388,6 +388,21 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else ""
 
 
+def course_rows(frame):
+    """The study wrappers, of captured steps where these were measured, as else a slow host is what times tell; empty without the study.
+
+    Traces are of steps that the host launched.
+    """
+    rows = frame[frame.study == "wrappers"]
+    graph = frame[(frame.study == "captured") & (frame.options == "captured=True") & frame["size"].isin(rows["size"])]
+    if rows.empty or graph.empty:
+        return rows
+    traced = [column for column in ("traced_comm_ms", "traced_hidden_ms") if column in rows]
+    seen = rows.set_index("wrapper")
+    graph = graph.sort_values("wrapper", key=lambda names: names.map({name: at for at, name in enumerate(seen.index)}))
+    return graph.assign(study="wrappers", **{column: graph.wrapper.map(seen[column]) for column in traced})
+
+
 def _own_options(options: Any) -> str:
     """Those of the wrapper, without whether the step was captured."""
     return _text(options).removeprefix("captured=True").strip()
@@ -409,7 +424,7 @@ def _percent(value: float) -> str:
 
 def conclusions(frame, study: str) -> list[str]:
     """What a study's rows show, in sentences made from their numbers."""
-    rows = frame[frame.study == study]
+    rows = course_rows(frame) if study == "wrappers" else frame[frame.study == study]
     ok = rows[rows.status == "ok"]
     several = ok[ok.gpus > 1]
     said = {
@@ -495,6 +510,9 @@ def _of_captured(rows) -> list[str]:
         if len(torch_ddp) and best.wrapper != "torch_ddp":
             other = torch_ddp.iloc[0]
             text += f"; torch_ddp {_reached(other)}, {other.step_ms / best.step_ms:.3f} times as long"
+        if best.exposed_comm_ms > 0:
+            quiet = best.step_ms - best.exposed_comm_ms
+            text += f". Without communication the same take {records.significant(quiet)} ms, {_percent(quiet / best.step_ms)} of it"
         said.append(f"{text}.")
     return said
 
@@ -546,7 +564,8 @@ def write_report(frame, traces, folder: str | Path) -> dict[str, Path]:
         ("buckets", plots.bucket_sizes),
         ("scaling", plots.scaling),
     ):
-        rows = frame[(frame.study == study) & (frame.status == "ok")]
+        rows = course_rows(frame) if study == "wrappers" else frame[frame.study == study]
+        rows = rows[rows.status == "ok"]
         if len(rows):
             figures[study] = plot(rows)
     return {name: plots.save(figure, folder / f"data_parallel_{name}.png") for name, figure in figures.items()}
