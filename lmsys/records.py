@@ -367,8 +367,9 @@ def within_spread(difference: float, *rows: Any) -> bool:
 
 
 def spread(median: float, p20: float, p80: float) -> str:
-    """A median with its 20th and 80th percentile."""
-    return f"{significant(median)} [{significant(p20)}, {significant(p80)}]"
+    """A median with its 20th and 80th percentile; whole where three digits are not."""
+    digits = 3 if median < 1000 else 1 + math.floor(math.log10(median))
+    return " ".join((significant(median, digits), f"[{significant(p20, digits)}, {significant(p80, digits)}]"))
 
 
 def read_results(path: str | Path):

@@ -576,24 +576,16 @@ def scaling_headline() -> str:
     if machine is None:
         return f"*Not measured yet: artifacts/{SCALING_MACHINES[-1]}/lm_matrix_results.csv is not there.*"
     frame = _scaling_rows(machine)
-    lines = []
-    for (size, wrapper), rows in frame[frame.gpus == frame.gpus.max()].groupby(["size", "wrapper"], sort=False):
-        row = rows.iloc[0]
-        lines.append(
-            {
-                "size": size,
-                "wrapper": f"`{wrapper}`",
-                "step": records.spread(row.step_ms, row.p20_ms, row.p80_ms),
-                "tokens": f"{row.tokens_per_s:,.0f}",
-                "linear": f"{100 * row.scaling_efficiency:.1f}%",
-                "peak": f"{row.peak_mib:,.0f}",
-            }
-        )
-    columns = {"size": "model", "wrapper": "wrapper", "step": "step, ms", "tokens": "tokens/s"}
-    columns |= {"linear": "of linear scaling", "peak": "peak MiB a GPU"}
+    several = frame[frame.gpus == frame.gpus.max()]
+    lines = {}
+    for row in several.itertuples():
+        line = lines.setdefault(row.wrapper, {"wrapper": f"`{row.wrapper}`"})
+        line[f"{row.size}, ms"] = records.spread(row.step_ms, row.p20_ms, row.p80_ms)
+        line[f"{row.size}, of linear"] = f"{100 * row.scaling_efficiency:.1f}%"
+    columns = {key: key for line in lines.values() for key in line}
     first = frame.iloc[0]
     caption = f"A training step on {frame.gpus.max()} x {first.device}, {first['dtype']}; one GPU is measured in the same run."
-    return f"{caption}\n\n{records.markdown_table(lines, columns)}".rstrip()
+    return f"{caption}\n\n{records.markdown_table(lines.values(), columns)}".rstrip()
 
 
 def captured_headline() -> str:

@@ -124,7 +124,8 @@ def test_the_most_gpus_measured_are_on_the_front_page(tmp_path, monkeypatch):
         keys = ("kernel", "gpus", "status", "scaling_efficiency")
         pd.DataFrame([columns | names | dict(zip(keys, row, strict=True)) for row in rows]).to_csv(path, index=False)
     shown = report.fill("scaling_headline")
-    assert "4 x NVIDIA H200" in shown and shown.count("| gpt2 | `flashddp` |") == 1 and "98.7%" in shown
+    assert "4 x NVIDIA H200" in shown and "| wrapper | gpt2, ms | gpt2, of linear |" in shown
+    assert "| `flashddp` | 1.00 [1.00, 1.00] | 98.7% |" in shown and "50.0%" not in shown
     assert report.fill("scaling_figure") == "![Speed-up over one GPU](../artifacts/h200-x4/lm_matrix_speedup.png)"
     sections = report.fill("more_results")
     assert sections.startswith("## Several GPUs\n\n") and shown in sections and "time to the same loss" in sections
