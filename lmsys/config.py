@@ -224,7 +224,7 @@ class TrainConfig:
     )
     bucket_size_mb: float | None = None  # gradients that travel together; 0: one a parameter; None: the wrapper's own
     communication_dtype: str | None = None  # of gradients between processes; None: the wrapper's own
-    transport: str | None = None  # of gradients: nccl, copy_engine, or auto; None: the wrapper's own
+    transport: str | None = None  # of gradients: nccl, copy_engine, or auto; None: auto with cuda_graph, else nccl
     eval_interval: int = 200  # steps between evaluations; 0 or less: only at the end
     eval_batches: int = 20  # of a step's size: over all processes and micro-batches
     sample_interval: int = 500  # steps between samples; 0 or less: only at the end

@@ -201,6 +201,20 @@ def test_without_a_gpu_the_setting_is_an_error():
         check_setup(pipeline_config("smoke", overrides=["train.cuda_graph=true"]))
 
 
+@pytest.mark.parametrize(("options", "transport"), [({}, "auto"), ({"transport": "nccl"}, "nccl")])
+def test_captured_gradients_take_the_copy_engines_where_there_are_some(monkeypatch, options, transport):
+    given = {}
+    monkeypatch.setattr(replica.graphs, "on_own_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(replica.parallel, "wrap", lambda model, name, **given_: given.update(given_) or model)
+    for captured in (True, False):
+        given.clear()
+        config = pipeline_config("smoke", overrides=["train.ddp_wrapper=flashddp", "model.vocab_size=64"])
+        settings = dataclasses.replace(config.train, cuda_graph=captured, **options)
+        replica.Replica(dataclasses.replace(config, train=settings), torch.device("cpu"), None)
+        assert given.get("transport") == (transport if captured else options.get("transport"))
+
+
 # --- On a GPU -------------------------------------------------------------------------------------
 
 
