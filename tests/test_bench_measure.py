@@ -13,6 +13,7 @@ from lmsys.bench.measure import (
     measure,
     measure_steps,
     quantiles,
+    settled,
     time_steps,
     writes,
 )
@@ -91,6 +92,14 @@ def test_a_slow_launch_is_not_in_the_time():
 
     found = measure(slow, device=x.device, warmup=3, iterations=10)
     assert found.median_ms < 0.5
+
+
+def test_the_collector_does_not_look_through_what_was_there_before():
+    held = [[]]
+    with pytest.raises(KeyError), settled():
+        assert not any(found is held for found in gc.get_objects())
+        raise KeyError
+    assert any(found is held for found in gc.get_objects())
 
 
 def test_quantiles():

@@ -571,22 +571,12 @@ def _run(
         parameters=dataclasses.asdict(flash),
         extra_columns=extra,
     )
-    _freeze()
-    try:
-        with writer:
-            for row in rows:
-                writer.write(row)
-                if on_row:
-                    on_row(row)
-    finally:
-        gc.unfreeze()
+    with clock.settled(), writer:
+        for row in rows:
+            writer.write(row)
+            if on_row:
+                on_row(row)
     return records.read_results(writer.path)
-
-
-def _freeze() -> None:
-    """Have the collector, called before each measurement, not look through what was imported and compiled."""
-    gc.collect()
-    gc.freeze()
 
 
 def step_rows(flash: FlashSettings) -> Iterator[dict[str, Any]]:
@@ -747,7 +737,8 @@ def _table_rows(
     functions = implementations()
     if "compiled" in flash.implementations:  # its graph is made, and tuned, for lengths about this one
         _try(functions["compiled"], Point((batch, _typical(lengths), head_dim), DTYPES[dtype], device, flash.seed))
-        _freeze()
+        gc.collect()
+        gc.freeze()  # what compilers keep, as well as what was imported
     for length in lengths:
         point = Point((batch, length, head_dim), DTYPES[dtype], device, flash.seed)
         for name in flash.implementations:

@@ -12,6 +12,7 @@ when the device has finished, so that a step's launches count as far as the devi
 from __future__ import annotations
 
 import gc
+import importlib
 import itertools
 import math
 import os
@@ -141,6 +142,18 @@ def release(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+@contextmanager
+def settled() -> Iterator[None]:
+    """In here the collector, which release() calls at each point, does not look through what was imported before."""
+    importlib.import_module("torch._dynamo")  # which a process's first optimizer imports, a second of work
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def quantiles(times_ms: list[float]) -> tuple[float, float, float]:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import gc
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -46,6 +45,7 @@ from lmsys.bench.measure import (
     one_thread,
     profiled,
     release,
+    settled,
     time_steps,
 )
 from lmsys.config import ModelConfig, model_size, require, resolve_scale, unknown_name
@@ -454,13 +454,8 @@ def rows(
 
     extra: called with what was measured, for what else a point leaves (traces).
     """
-    gc.collect()
-    gc.freeze()  # what was imported, which release() need not look through at each point
-    try:
-        with one_thread(bench.scale == "smoke"):
-            yield from _rows(bench, device, chosen, clock, extra)
-    finally:
-        gc.unfreeze()
+    with settled(), one_thread(bench.scale == "smoke"):
+        yield from _rows(bench, device, chosen, clock, extra)
 
 
 def _rows(

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from lmsys import cost, records
 from lmsys.attention.reference import causal_mask, repeat_heads
-from lmsys.bench.measure import is_out_of_memory, one_thread, profiled, quantiles, release
+from lmsys.bench.measure import is_out_of_memory, one_thread, profiled, quantiles, release, settled
 from lmsys.bench.timeline import phase, union
 from lmsys.config import MODEL_SIZES, model_size, require, resolve_scale, unknown_name
 from lmsys.device import device_name, fp32_products, resolve_device
@@ -455,7 +455,7 @@ def run(chosen: ProfileSettings, folder: str | Path, *, on_row: Callable[[dict[s
     results = records.ResultWriter(NAME, folder, **stamp, extra_columns=EXTRA_COLUMNS)
     kernels = records.ResultWriter(KERNELS, folder, **stamp)
     lanes = records.ResultWriter(TIMELINE, folder, **stamp)
-    with results, kernels, lanes, one_thread(device.type == "cpu"):
+    with settled(), results, kernels, lanes, one_thread(device.type == "cpu"):
         for size in chosen.sizes:
             for base, mode, times, traced in _points(chosen, size, device):
                 for row in _result_rows(base, mode, times, traced):

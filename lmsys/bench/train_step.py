@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import math
 import os
 import sys
@@ -27,12 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # now and not in the first step
 
 from lmsys import cost, records, selective
 from lmsys import train as training
 from lmsys.bench import ahead, power
-from lmsys.bench.measure import is_out_of_memory, one_thread, peak_bytes_cpu, quantiles, release
+from lmsys.bench.measure import is_out_of_memory, one_thread, peak_bytes_cpu, quantiles, release, settled
 from lmsys.bench.native import NativeStep
 from lmsys.bench.power import PowerWatch
 from lmsys.bench.replicas import Clock, live_bytes, pattern_tokens
@@ -274,10 +272,7 @@ def run(chosen: StepSettings, folder: str | Path, *, on_row: Callable[[dict[str,
         )
         for name, more in ((NAME, 1), (LOSSES, 0))
     ]
-    gc.collect()
-    gc.freeze()  # what was imported, which the collector need not look through at each point
-    with contextlib.ExitStack() as stack:
-        stack.callback(gc.unfreeze)
+    with settled(), contextlib.ExitStack() as stack:
         rows, losses = (stack.enter_context(writer) for writer in writers)
         compile_ahead(chosen)
         for point in points(chosen):
