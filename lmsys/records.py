@@ -354,11 +354,11 @@ def option_text(options: Iterable[tuple[str, Any]]) -> str:
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """A number with so many significant digits, never in exponent form: 0.00812, 3.50, 1,080."""
+    """A number with so many significant digits or, where that is more, all before the point; never in exponent form: 0.00812, 3.50, 1,084."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
-    decimals = digits - 1 - math.floor(math.log10(abs(value)))
-    return f"{round(value, decimals):,.{max(decimals, 0)}f}"
+    decimals = max(digits - 1 - math.floor(math.log10(abs(value))), 0)
+    return f"{round(value, decimals):,.{decimals}f}"
 
 
 def within_spread(difference: float, *rows: Any) -> bool:
@@ -367,9 +367,8 @@ def within_spread(difference: float, *rows: Any) -> bool:
 
 
 def spread(median: float, p20: float, p80: float) -> str:
-    """A median with its 20th and 80th percentile; whole where three digits are not."""
-    digits = 3 if median < 1000 else 1 + math.floor(math.log10(median))
-    return " ".join((significant(median, digits), f"[{significant(p20, digits)}, {significant(p80, digits)}]"))
+    """A median with its 20th and 80th percentile."""
+    return f"{significant(median)} [{significant(p20)}, {significant(p80)}]"
 
 
 def read_results(path: str | Path):

@@ -104,8 +104,8 @@ def test_markdown_table():
 
 
 def test_significant_digits():
-    shown = [records.significant(value) for value in (0.0081234, 3.5, 12.345, 1083.0, 999.9, 0, -0.5)]
-    assert shown == ["0.00812", "3.50", "12.3", "1,080", "1,000", "0", "-0.500"]
+    shown = [records.significant(value) for value in (0.0081234, 3.5, 12.345, 1084.3, 999.9, 0, -0.5)]
+    assert shown == ["0.00812", "3.50", "12.3", "1,084", "1,000", "0", "-0.500"]
 
 
 def test_schemas_keep_the_columns_that_readers_rely_on():

@@ -723,7 +723,7 @@ def table(frame) -> str:
                 "peak": f"{row['peak_mib']:,.0f}",
                 "predicted": ""
                 if math.isnan(row["predicted_ms"])
-                else f"{row['predicted_ms']:,.0f} ms, {row['predicted_peak_mib']:,.0f} MiB",
+                else f"{records.significant(row['predicted_ms'])} ms, {row['predicted_peak_mib']:,.0f} MiB",
                 "loss": f"{row['loss']:.5f}",
             }
         )
@@ -746,12 +746,12 @@ def conclusions(frame) -> list[str]:
         row = ok.loc[OURS]
         mfu = "" if row.mfu != row.mfu else f", an MFU of {row.mfu:.1%}"
         said.append(
-            f"A training step of {row.batch} x {row.seq_len:,} tokens in {row['dtype']} takes **{row.median_ms:,.0f} ms** on "
+            f"A training step of {row.batch} x {row.seq_len:,} tokens in {row['dtype']} takes **{records.significant(row.median_ms)} ms** on "
             f"{row.gpus} x {row.device}{mfu}; peak memory {row.peak_mib / 1024:.3g} GiB."
         )
         said.append(f"The plan: {row.plan}.")
         said.append(
-            f"It foretold {row.predicted_ms:,.0f} ms from rates measured before ({row.rates}) and a peak of "
+            f"It foretold {records.significant(row.predicted_ms)} ms from rates measured before ({row.rates}) and a peak of "
             f"{row.predicted_peak_mib / 1024:.3g} GiB."
         )
         said.append(
@@ -761,7 +761,7 @@ def conclusions(frame) -> list[str]:
     if {OURS, PEER} <= set(ok.index):
         a, b = ok.loc[OURS], ok.loc[PEER]
         said.append(
-            f"PyTorch's own step takes {b.median_ms:,.0f} ms: {b.median_ms / a.median_ms:.3g} times ours, with "
+            f"PyTorch's own step takes {records.significant(b.median_ms)} ms: {b.median_ms / a.median_ms:.3g} times ours, with "
             f"{b.peak_mib / a.peak_mib:.2g} of the memory; the first losses differ by {abs(a.loss - b.loss):.2g}."
         )
     if len(ok):
