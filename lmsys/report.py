@@ -16,6 +16,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -64,6 +65,7 @@ def run_notebook(
         then is in artifacts/<machine>/NAME.failed.ipynb.
     """
     import papermill
+    from traitlets.config import Config
 
     if name not in RUNS:
         raise unknown_name("notebook", name, RUNS)
@@ -76,14 +78,21 @@ def run_notebook(
     start = time.perf_counter()
     say(f"[{name}] running at scale {scale} ...")
     try:
-        papermill.execute_notebook(
-            source,
-            running,
-            settings,
-            kernel_name="python3",
-            progress_bar=False,
-            shutdown_kernel="immediate",  # what a notebook leaves is on disk: taking all its modules apart takes 1 to 2 s
-        )
+        with tempfile.TemporaryDirectory(prefix="lmsys-") as sockets:
+            # Files of this user alone in place of ports, which another kernel that starts now may take first.
+            connection = {
+                "connection_file": f"{sockets}/kernel.json",
+                "transport": "ipc" if len(sockets) < 80 else "tcp",
+            }
+            papermill.execute_notebook(
+                source,
+                running,
+                settings,
+                kernel_name="python3",
+                progress_bar=False,
+                shutdown_kernel="immediate",  # what a notebook leaves is on disk: taking all its modules apart takes 1 to 2 s
+                config=Config({"KernelManager": connection}),
+            )
     except papermill.exceptions.PapermillExecutionError:
         _clean(running)
         os.replace(running, failed)
