@@ -303,7 +303,7 @@ def train(
                 row["elapsed_s"] = time.perf_counter() - started
                 log.add_row(row)
                 shown = "skipped" if row["train_loss"] is None else f"loss {row['train_loss']:.3f}"
-                bar.set_postfix_str(f"{shown}, {rate:,.0f} tokens/s")
+                bar.set_postfix_str(f"{shown}, {rate:,.0f} tokens/s", refresh=False)
             if sampling:
                 for sample in replica.samples(tokenizer):
                     log.add_sample({"step": step} | sample)
@@ -842,7 +842,8 @@ def _bar(total: int, initial: int, shown: bool, world_size: int) -> Any:
         return _Lines(total, initial)
     from tqdm import tqdm
 
-    return tqdm(total=total, initial=initial, desc="training", unit="step", disable=not shown)
+    # Not at every row: an executed notebook keeps all that a bar ever showed.
+    return tqdm(total=total, initial=initial, desc="training", unit="step", disable=not shown, mininterval=0.5)
 
 
 class _Lines:
@@ -859,7 +860,7 @@ class _Lines:
     def update(self) -> None:
         self.step += 1
 
-    def set_postfix_str(self, text: str) -> None:
+    def set_postfix_str(self, text: str, refresh: bool) -> None:
         if time.monotonic() - self.printed >= 1 or self.step == self.total:
             print(f"step {self.step} of {self.total}: {text}", flush=True)
             self.printed = time.monotonic()
