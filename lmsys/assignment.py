@@ -240,7 +240,9 @@ def _wrapper(name: str) -> Callable[[], list[str]]:
     def answer() -> list[str]:
         from lmsys.bench import data_parallel
 
-        rows = measured(data_parallel.course_rows(many("data_parallel_results")), study="wrappers", wrapper=name)
+        rows = measured(
+            data_parallel.rows_of(many("data_parallel_results"), "wrappers"), study="wrappers", wrapper=name
+        )
         row = rows[rows.gpus > 1].iloc[0]
         return [f"`{name}`, {row['size']} on {row.gpus} GPUs: {data_parallel.step_text(row)}."]
 

@@ -644,7 +644,7 @@ def _data_parallel_rows(study: str):
 
     frame = many("data_parallel_results")
     measured(frame, study=study)
-    return data_parallel.course_rows(frame) if study == "wrappers" else frame[frame.study == study]
+    return data_parallel.rows_of(frame, study)
 
 
 def _steps_table_of(study: str, heading: str, label: Callable[[Any], str]) -> Piece:
@@ -666,7 +666,7 @@ def _steps_table_of(study: str, heading: str, label: Callable[[Any], str]) -> Pi
                 }
             lines.append(line)
         columns = {key: key for line in lines for key in line}
-        graph = ", as one CUDA graph" if rows.options.fillna("").str.contains("captured=True").all() else ""
+        graph = ", as one CUDA graph" if records.captured(rows).all() else ""
         caption = f"{first['size']}, {first.local_batch} x {first.context_length:,} tokens a GPU, {first['dtype']}{graph}, on {first.device}:"
         return _captioned(caption, records.markdown_table(lines, columns))
 

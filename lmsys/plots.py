@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from lmsys.bench.standings import GROUPS, PORTABLE, of_group, with_series
-from lmsys.records import atomic_path, significant, units
+from lmsys.records import atomic_path, captured, significant, units
 
 # Okabe and Ito's colour-blind safe palette; the last two extend it.
 COLOURS = {
@@ -740,7 +740,7 @@ def step_breakdown(frame) -> Figure:
     axis.set_xlabel(
         "time of a step, ms (the bar's coloured end: what communication adds; black: what the model says it adds)"
     )
-    graph = ", as one CUDA graph" if (frame.options == "captured=True").all() else ""
+    graph = ", as one CUDA graph" if captured(frame).all() else ""
     axis.set_title(f"{frame['size'].iloc[0]}, {_setting(frame)}{graph}", loc="left", fontsize=10)
     return figure
 

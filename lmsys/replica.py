@@ -294,10 +294,8 @@ def _wrapper_options(settings: TrainConfig) -> dict[str, Any]:
     options: dict[str, Any] = {
         name: getattr(settings, name) for name in ("bucket_size_mb", "transport") if getattr(settings, name) is not None
     }
-    if (
-        settings.cuda_graph and settings.ddp_wrapper == "flashddp"
-    ):  # the fastest, once the host does not launch each copy
-        options.setdefault("transport", "auto")
+    if settings.cuda_graph and settings.ddp_wrapper == "flashddp":
+        options.setdefault("transport", "auto")  # copies are the fastest once the host does not launch each
     if settings.communication_dtype == "bf16":
         options["communication_dtype"] = torch.bfloat16
     if settings.ddp_wrapper in FULLY_SHARDED and settings.dtype == "bf16":

@@ -246,16 +246,16 @@ def test_the_course_is_answered_from_captured_steps_where_there_are_some():
         timed("naive", 82.0, 81.0, 83.0, options="captured=True transport=copy_engine"),
     )
     frame = pd.concat([launched, captured], ignore_index=True)
-    assert data_parallel.course_rows(frame).step_ms.tolist() == [74.0, 107.0]
+    assert data_parallel.rows_of(frame, "wrappers").step_ms.tolist() == [74.0, 107.0]
     assert data_parallel.conclusions(frame, "wrappers") == [
         "naive: 107 ms a step, of which communication adds 33.00 ms (30.8%); in the traced step 25.0% of the time of communication lies "
         "beside computation."
     ]
     assert data_parallel.conclusions(launched, "wrappers")[0].startswith("naive: 134 ms a step")
-    assert data_parallel.course_rows(captured).empty
+    assert data_parallel.rows_of(captured, "wrappers").empty
     assert "134 [133, 135]" in data_parallel.table(frame, "wrappers")
     assert (
-        plots.step_breakdown(data_parallel.course_rows(frame))
+        plots.step_breakdown(data_parallel.rows_of(frame, "wrappers"))
         .axes[0]
         .get_title(loc="left")
         .endswith("as one CUDA graph")

@@ -114,7 +114,6 @@ class DataParallelSettings:
     workload: Workload  # of the studies at the course's setting
     scaling_workload: Workload
     captured_workloads: tuple[Workload, ...]  # beside the course's
-    graphs: bool  # whether steps of the studies buckets and options are captured
     wrappers: tuple[str, ...]
     bucket_sizes_mb: tuple[float, ...]
     options: tuple[Options, ...]
@@ -122,6 +121,11 @@ class DataParallelSettings:
     steps: int
     timed_steps: int
     device: str
+
+    @property
+    def graphs(self) -> bool:
+        """Whether steps of the studies buckets and options are captured: on GPUs."""
+        return resolve_device(self.device).type == "cuda"
 
     @property
     def course_gpus(self) -> int:
@@ -198,7 +202,6 @@ def settings(
         workload=workload(values["size"], batch or own_batch, context_length or own_length),
         scaling_workload=workload(values["scaling_size"], scaling_batch, scaling_length),
         captured_workloads=tuple(workload(*shape) for shape in values["captured"]),
-        graphs=on_gpus,
         wrappers=wrappers,
         bucket_sizes_mb=sizes_mb,
         options=(*_EVERYWHERE, *(_ON_GPUS if on_gpus else ()), *((_COPIES,) if reachable() and on_gpus else ())),
@@ -217,10 +220,12 @@ def points(chosen: DataParallelSettings) -> dict[TrainPoint, list[str]]:
     def add(study: str, point: TrainPoint) -> None:
         found.setdefault(point, []).append(study)
 
-    variants: list[tuple[str, Options]] = [("flashddp", ()), ("torch_ddp", ())]
-    if _COPIES in chosen.options:
-        variants.insert(1, ("flashddp", _COPIES))
-    variants = [(wrapper, options) for wrapper, options in variants if wrapper in chosen.wrappers]
+    variants: list[tuple[str, Options]] = []
+    for wrapper in chosen.wrappers:
+        variants.append((wrapper, ()))
+        if wrapper == "flashddp" and _COPIES in chosen.options:
+            variants.append((wrapper, _COPIES))
+    fast = [variant for variant in variants if variant[0] in ("flashddp", "torch_ddp")]
     alone, ours = TrainPoint(course, "none", 1, n), TrainPoint(course, "flashddp", n, n)
     for study in ("wrappers", "captured"):
         if study in chosen.studies:
@@ -245,20 +250,18 @@ def points(chosen: DataParallelSettings) -> dict[TrainPoint, list[str]]:
                 add(study, dataclasses.replace(ours, options=options, traced=ours.traced and not options))
     if "captured" in chosen.studies:
         add("captured", dataclasses.replace(alone, captured=True))
-        for wrapper in chosen.wrappers:
-            add("captured", TrainPoint(course, wrapper, n, n, captured=True))
-            if wrapper == "flashddp" and _COPIES in chosen.options:
-                add("captured", TrainPoint(course, wrapper, n, n, options=_COPIES, captured=True))
+        for wrapper, options in variants:
+            add("captured", TrainPoint(course, wrapper, n, n, options=options, captured=True))
         for workload in chosen.captured_workloads:
             add("captured", TrainPoint(workload, "none", 1, n, captured=True))
-            for wrapper, options in variants:
+            for wrapper, options in fast:
                 add("captured", TrainPoint(workload, wrapper, n, n, options=options, captured=True))
     if "scaling" in chosen.studies:
         for count in chosen.gpus:
             if count == 1:
                 add("scaling", TrainPoint(chosen.scaling_workload, "none", 1, n))
                 continue
-            for wrapper, options in variants:
+            for wrapper, options in fast:
                 add("scaling", TrainPoint(chosen.scaling_workload, wrapper, count, count, options=options))
     return found
 
@@ -286,7 +289,7 @@ def run(
         for point, row, result in replicas.rows(list(studies), plan, device=chosen.device, limit_s=_LIMIT_S):
             row |= {
                 "processes": point.processes,
-                "options": records.option_text((("captured", True),) * point.captured + point.options),
+                "options": records.option_text(records.CAPTURED * point.captured + point.options),
             }
             if point.wrapper == "flashddp":
                 row["bucket_mb"] = bucket_mb(point)
@@ -388,14 +391,17 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else ""
 
 
-def course_rows(frame):
-    """The study wrappers, of captured steps where these were measured, as else a slow host is what times tell; empty without the study.
+def rows_of(frame, study: str):
+    """The rows that a study's figure and sentences are of; empty without the study.
 
-    Traces are of steps that the host launched.
+    Of wrappers, captured steps where these were measured, as else a slow host is what times tell. Traces are of steps that the host launched.
     """
-    rows = frame[frame.study == "wrappers"]
-    graph = frame[(frame.study == "captured") & (frame.options == "captured=True") & frame["size"].isin(rows["size"])]
-    if rows.empty or graph.empty:
+    rows = frame[frame.study == study]
+    if study != "wrappers" or rows.empty:
+        return rows
+    plain = frame.options == records.option_text(records.CAPTURED)
+    graph = frame[(frame.study == "captured") & plain & frame["size"].isin(rows["size"])]
+    if graph.empty:
         return rows
     traced = [column for column in ("traced_comm_ms", "traced_hidden_ms") if column in rows]
     seen = rows.set_index("wrapper")
@@ -403,14 +409,9 @@ def course_rows(frame):
     return graph.assign(study="wrappers", **{column: graph.wrapper.map(seen[column]) for column in traced})
 
 
-def _own_options(options: Any) -> str:
-    """Those of the wrapper, without whether the step was captured."""
-    return _text(options).removeprefix("captured=True").strip()
-
-
 def _label(row: Any) -> str:
     """A row's wrapper, with its options if it has some."""
-    options = _own_options(row.options)
+    options = records.own_options(row.options)
     return f"{row.wrapper} with {options}" if options else row.wrapper
 
 
@@ -424,7 +425,7 @@ def _percent(value: float) -> str:
 
 def conclusions(frame, study: str) -> list[str]:
     """What a study's rows show, in sentences made from their numbers."""
-    rows = course_rows(frame) if study == "wrappers" else frame[frame.study == study]
+    rows = rows_of(frame, study)
     ok = rows[rows.status == "ok"]
     several = ok[ok.gpus > 1]
     said = {
@@ -481,12 +482,12 @@ def _of_buckets(rows) -> list[str]:
 
 
 def _of_options(rows) -> list[str]:
-    plain = rows[~rows.options.map(_own_options).map(bool)]
+    plain = rows[~rows.options.map(records.own_options).map(bool)]
     if plain.empty:
         return []
     base, said = plain.iloc[0], []
     for row in rows.itertuples():
-        if options := _own_options(row.options):
+        if options := records.own_options(row.options):
             more = row.step_ms - base.step_ms
             lost = ", within the spread" if records.within_spread(more, row, base) else ""
             said.append(f"{options}: {more:+.2f} ms a step ({100 * more / base.step_ms:+.1f}%){lost}.")
@@ -498,7 +499,7 @@ def _of_captured(rows) -> list[str]:
     said = []
     for size, of_size in rows.groupby("size", sort=False):
         alone, several = of_size[of_size.gpus == 1], of_size[of_size.gpus > 1]
-        graph = alone.options.map(_text).map(bool)
+        graph = records.captured(alone)
         if len(alone[graph]) and len(alone[~graph]):
             times = [records.significant(alone[which].step_ms.iloc[0]) for which in (~graph, graph)]
             said.append(f"{size}, one {records.units(rows)[0]}: {times[0]} ms a step, {times[1]} ms as one graph.")
@@ -564,7 +565,7 @@ def write_report(frame, traces, folder: str | Path) -> dict[str, Path]:
         ("buckets", plots.bucket_sizes),
         ("scaling", plots.scaling),
     ):
-        rows = course_rows(frame) if study == "wrappers" else frame[frame.study == study]
+        rows = rows_of(frame, study)
         rows = rows[rows.status == "ok"]
         if len(rows):
             figures[study] = plot(rows)

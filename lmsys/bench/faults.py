@@ -54,7 +54,6 @@ COMPUTED = ("train_loss", "valid_loss", "learning_rate", "grad_norm")
 TOLERANCE = 1e-5  # relative, where the same bits cannot be had
 ENDS_WITHIN_S = 10.0  # a run that is told to end
 _LIMIT_S = 120.0  # of a process that should end by itself
-_PRELOADED = ("torch._dynamo", "tqdm")  # that a run imports when it starts, which takes a second
 _SEQUENCES, _INTERVAL = 8, 5  # of a step; steps between checkpoints
 
 

@@ -6,7 +6,8 @@ batches; the losses of the first steps are kept, and what options of less precis
 
 Times are between events at the ends of steps, nothing synchronized in between; peak memory is that of the timed steps. A point that
 fails is a row. On a GPU host_ms is how long the host takes to draw a batch and to issue a step's work when it need not wait: below the
-step's time, neither data nor launches hold the GPU up; its clock and power during the timed steps (bench/power.py) tell what else may. Where compilation takes long, all points are compiled ahead in several processes (bench/ahead.py).
+step's time, neither data nor launches hold the GPU up; its clock and power during the timed steps (bench/power.py) tell what else may.
+Where compilation takes long, all points are compiled ahead in several processes (bench/ahead.py).
 
 Limits: one device; points run one after the other in one process; no accumulation over micro-batches.
 """
