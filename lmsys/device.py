@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import platform
 import subprocess
@@ -113,12 +114,23 @@ def git_state() -> dict[str, Any]:
     return {"commit": commit, "dirty": bool(_output("git", "status", "--porcelain", "--untracked-files=no"))}
 
 
+@functools.cache
+def sources_hash() -> str:
+    """SHA-256 of the package's sources, their paths and contents: what code measured, on a host without its history too."""
+    package = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(path for path in package.rglob("*") if path.suffix in (".py", ".cu", ".json")):
+        digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
 def environment() -> dict[str, Any]:
     """Where a result was measured: code, GPUs with driver and clocks as found, CUDA, torch, Triton, NCCL, CPU, date."""
     import torch
 
     stamp: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "sources": sources_hash(),
         "git": git_state(),
         "python": platform.python_version(),
         "torch": torch.__version__,

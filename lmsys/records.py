@@ -337,6 +337,20 @@ class ResultWriter:
             self.partial.with_suffix(".json").unlink()
 
 
+def write_results(path: str | Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]], stamp: Mapping) -> None:
+    """Write a result file and its stamp, NAME.csv and NAME.json, each atomically. A value that a row lacks stays empty."""
+    path = Path(path)
+    table = [[cell(row.get(column)) for column in columns] for row in rows]
+    published = is_published(path)
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(
+            [without_home(value) if published and isinstance(value, str) else value for value in row] for row in table
+        )
+    write_json(path.with_suffix(".json"), stamp)
+
+
 def cell(value: Any) -> Any:
     """A value as the CSV shows it: floats with six digits, None and NaN empty, truth as true and false."""
     if value is None or (isinstance(value, float) and math.isnan(value)):

@@ -133,8 +133,22 @@ def _timed_call(function: Callable, arguments: Callable[[], tuple], device: torc
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that a GPU's or the CPU's memory ran out."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+    """Whether an exception, or the process that it speaks of, says that a GPU's or the CPU's memory ran out."""
+    signs = ("DefaultCPUAllocator", "OutOfMemoryError", "CUDA out of memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(sign in str(error) for sign in signs)
+
+
+def failure(error: BaseException) -> dict[str, str]:
+    """The one rule for what fails: status and note of a row.
+
+    ValueError is unsupported, as the package raises it for what it does not take; no memory is oom; all else is an error.
+    """
+    note = (str(error).strip().splitlines() or [""])[0]
+    if is_out_of_memory(error):
+        return {"status": "oom", "note": note}
+    if isinstance(error, ValueError):
+        return {"status": "unsupported", "note": note}
+    return {"status": "error", "note": f"{type(error).__name__}: {note}".removesuffix(": ")}
 
 
 def release(device: torch.device) -> None:

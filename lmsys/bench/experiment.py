@@ -1,0 +1,496 @@
+"""One shape of experiment: a notebook's parameters -> points -> rows in a CSV file.
+
+A Notebook reads its parameters from its own cell: each is named once, with its type, default and comment; a scale's preset gives
+the value of those that are left at None. An Experiment has points(parameters), tidy dicts, and measure(point, parameters), a dict
+of measured columns. run() does the rest, once for all experiments: order, progress, failures as rows by one rule, every row on
+disk as it is measured, the stamp, release of memory, several processes where a point needs them, and going on after a cut with
+the groups that are missing, as long as code, machine, versions and parameters are those of the rows there.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import io
+import itertools
+import json
+import os
+import time
+import tokenize
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from lmsys import records
+from lmsys.bench import measure as measuring
+from lmsys.config import require, resolve_scale, unknown_name
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# --- Parameters -----------------------------------------------------------------------------------
+
+TYPES: dict[str, tuple[type, bool]] = {  # annotation in a parameters cell -> type of a value, whether it is a list
+    name: (kind, listed)
+    for kind in (bool, int, float, str)
+    for name, listed in ((kind.__name__, False), (f"list[{kind.__name__}]", True))
+}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A line of a parameters cell: `name: list[int] = None  # help`. Without an annotation the type is the default's."""
+
+    name: str
+    annotation: str
+    default: Any
+    help: str
+
+    def read(self, value: Any) -> Any:
+        """The value by type. Text, as `papermill -p` and a command line give it, is parsed; one value of a list is a list of one.
+
+        Raises:
+            ValueError: it cannot be read so; names the parameter.
+        """
+        kind, listed = TYPES[self.annotation]
+        if value is None or (isinstance(value, str) and value.strip() in ("None", "none", "null") and kind is not str):
+            return None
+        if not listed:
+            return self._read_one(value, kind)
+        if isinstance(value, str):
+            value = value.strip().strip("[]()").replace(",", " ").split()
+            value = [text.strip("'\"") for text in value]
+        return [self._read_one(item, kind) for item in (value if isinstance(value, (list, tuple)) else [value])]
+
+    def _read_one(self, value: Any, kind: type) -> Any:
+        if type(value) is kind:
+            return value
+        if kind is str and isinstance(value, (int, float, os.PathLike)):
+            return str(value)
+        if kind is float and type(value) is int:
+            return float(value)
+        if isinstance(value, str):
+            text = value.strip()
+            if kind is bool and text.lower() in ("true", "false"):
+                return text.lower() == "true"
+            if kind in (int, float):
+                try:
+                    return kind(text)
+                except ValueError:
+                    pass
+        wanted = {bool: "true or false", int: "whole numbers", float: "numbers", str: "text"}[kind]
+        raise ValueError(f"parameter {self.name} is {value!r}; it takes {wanted}")
+
+
+@functools.cache
+def declared(notebook: str) -> dict[str, Parameter]:
+    """The parameters of notebooks/NOTEBOOK.ipynb, as its cell tagged `parameters` declares them.
+
+    Raises:
+        ValueError: no such notebook.
+    """
+    path = records.REPOSITORY / "notebooks" / f"{notebook}.ipynb"
+    if not path.exists():
+        raise unknown_name("notebook", notebook, sorted(file.stem for file in path.parent.glob("*.ipynb")))
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    source = "".join(next(cell for cell in cells if "parameters" in cell["metadata"].get("tags", ()))["source"])
+    comments = {
+        token.start[0]: token.string.lstrip("# ")
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    found = {}
+    for statement in ast.parse(source).body:
+        target = statement.target if isinstance(statement, ast.AnnAssign) else statement.targets[0]
+        default = ast.literal_eval(statement.value)
+        annotated = isinstance(statement, ast.AnnAssign)
+        annotation = ast.unparse(statement.annotation) if annotated else type(default).__name__
+        assert annotation in TYPES, f"{path}: {target.id}: annotate it with one of {', '.join(TYPES)}"
+        found[target.id] = Parameter(target.id, annotation, default, comments.get(statement.end_lineno, ""))
+    return found
+
+
+class Parameters(SimpleNamespace):
+    """Values of a notebook's parameters as attributes; scale is resolved."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class Notebook:
+    """A notebook's parameters.
+
+    Attributes:
+        name: of notebooks/NAME.ipynb. presets: for each scale, the values of parameters that are None.
+        check: raises ValueError for values that cannot be, before anything runs, and may fill in what follows from others.
+    """
+
+    name: str
+    presets: Mapping[str, Mapping[str, Any]]
+    check: Callable[[Parameters], None] | None = None
+
+    def parameters(self, given: Mapping[str, Any] | None = None) -> Parameters:
+        """The parameters: those given, else the scale's, else the cell's defaults.
+
+        Args:
+            given: the notebook's globals(), or values by name.
+        Raises:
+            ValueError: an unknown parameter, or a value that is not taken.
+        """
+        known, given = declared(self.name), dict(given or {})
+        for name in _injected(given["In"]) if "In" in given else given:
+            if name not in known:
+                raise unknown_name("notebook parameter", name, known)
+        values = {name: parameter.read(given.get(name, parameter.default)) for name, parameter in known.items()}
+        values["scale"] = resolve_scale(values["scale"])
+        for name, value in self.presets[values["scale"]].items():
+            assert name in known, f"{self.name}: the preset {name} is no parameter of the notebook"
+            if values[name] is None:
+                values[name] = list(value) if isinstance(value, tuple) else value
+        parameters = Parameters(**values)
+        records.machine_tag(values.get("machine"))
+        if self.check is not None:
+            self.check(parameters)
+        return parameters
+
+
+def _injected(sources: Iterable[str]) -> Iterator[str]:
+    """The names that papermill's cell assigns, which begins with `# Parameters`."""
+    for source in sources:
+        if source.startswith("# Parameters"):
+            for statement in ast.parse(source).body:
+                for target in getattr(statement, "targets", ()):
+                    yield target.id
+
+
+def require_numbers(parameters: Parameters, least: Mapping[str, float]) -> None:
+    """ValueError unless each named parameter, where it is not None, and each value of a list, is at least so much."""
+    for name, bound in least.items():
+        value = getattr(parameters, name)
+        for number in value if isinstance(value, list) else [value]:
+            require(number is None or number >= bound, f"{name} is {number!r}; it must be {bound} or more")
+
+
+def require_names(parameters: Parameters, known: Mapping[str, Iterable[str]]) -> None:
+    """ValueError unless the named parameters hold known names, a list at least one."""
+    for name, names in known.items():
+        value = getattr(parameters, name)
+        require(value != [], f"{name} must not be empty; known: {', '.join(names)}")
+        for given in value if isinstance(value, list) else [value]:
+            if given is not None and given not in names:
+                raise unknown_name(name.removesuffix("s"), given, names)
+
+
+# --- Experiments ----------------------------------------------------------------------------------
+
+Point = dict[str, Any]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What measure() returns where it is more than one row: rows, and rows of the experiment's other tables by their names."""
+
+    rows: Sequence[Row]
+    tables: Mapping[str, Sequence[Row]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is measured, and how a point of it is.
+
+    Attributes:
+        name: of artifacts/<machine>/NAME.csv. columns: of that file, in order; a point's keys among them are filled by the engine,
+            as are status, note and device. A point's key that is no column, such as a config, is for measure() alone.
+        points: the points of a run, JSON values; one with a `status` (and `note`) is a row as it is, known before it is tried.
+        measure: (point, parameters) -> measured columns, a list of them, or Measured. What it raises is the row's status:
+            ValueError unsupported, no memory oom, else error.
+        group: the keys of points that are compared: they are measured together, and go on together. Empty: all of them apart.
+        method: how it is measured, for the stamp.
+        tables: further files that Measured.tables fills, with their columns.
+        processes: how many processes measure a point; measure then gets a third argument, its Process, in each of them, and
+            rank 0's result, JSON values, counts. A point may take limit_s.
+        prepare: called with a group's points before the first is measured, to compile and to check. before: once, before all.
+        derive: (row, earlier ok rows of the group) -> columns that compare them.
+    """
+
+    name: str
+    columns: Sequence[str]
+    points: Callable[[Parameters], list[Point]]
+    measure: Callable[..., Row | Sequence[Row] | Measured]
+    group: Sequence[str] = ()
+    method: Callable[[Parameters], dict[str, Any]] = lambda parameters: {}
+    tables: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    processes: Callable[[Point, Parameters], int] | None = None
+    limit_s: float = 600.0
+    prepare: Callable[[list[Point], Parameters], None] | None = None
+    before: Callable[[Parameters], None] | None = None
+    derive: Callable[[Row, list[Row]], Row] | None = None
+
+
+def run(
+    experiment: Experiment,
+    parameters: Parameters,
+    *,
+    folder: str | Path | None = None,
+    keep: Callable[[Row], bool] | None = None,
+    say: Callable[[str], None] = functools.partial(print, flush=True),
+) -> pd.DataFrame:
+    """Measure the points, write NAME.csv and its stamp NAME.json, and return the rows.
+
+    Other tables lie beside it (records.read_results). Rows lie in NAME.partial.jsonl until all are there; the earlier results stay until then.
+
+    Args:
+        folder: where results go; None: artifacts/<machine>/ of the parameters.
+        keep: which rows of the earlier results stay in front of the new ones.
+    Raises:
+        ValueError: no points. OSError: a folder that cannot be written.
+    """
+    from lmsys.device import environment, resolve_device
+
+    device = resolve_device(getattr(parameters, "device", "auto"))
+    folder = records.artifacts_dir(parameters.machine) if folder is None else records.writable_dir(folder)
+    points = experiment.points(parameters)
+    require(len(points) > 0, f"{experiment.name}: these parameters leave nothing to measure")
+    stamp = {
+        "environment": environment(),
+        "method": experiment.method(parameters),
+        "parameters": parameters.as_dict(),
+    }
+    path = folder / f"{experiment.name}.csv"
+    kept = _kept(path, keep) if keep else []
+    journal = Journal(folder / f"{experiment.name}.partial.jsonl", stamp)
+    groups = [list(group) for group in _grouped(points, experiment.group)]
+    missing = [group for group in groups if not all(journal.has(point) for point in group)]
+    say(_announcement(experiment.name, path, points, groups, missing))
+    progress = _Progress(len(points), sum(map(len, missing)), points, say)
+    with journal, measuring.settled():
+        if experiment.before is not None and missing:
+            experiment.before(parameters)
+        for point, measured in _measure_all(experiment, missing, parameters, device, journal):
+            rows = [_row(point, row, experiment, device) for row in measured.rows]
+            if experiment.derive is not None:
+                rows = [row | experiment.derive(row, _siblings(journal, experiment, point)) for row in rows]
+            journal.add(point, rows, measured.tables)
+            progress.tell(rows or [point])
+    entries = [journal.entry(point) for point in points]
+    if journal.resumed:
+        stamp["went_on_from"] = journal.resumed
+    rows = [*kept, *(row for entry in entries for row in entry["rows"])]
+    records.write_results(path, experiment.columns, rows, stamp)
+    for name, columns in experiment.tables.items():
+        rows = [row for entry in entries for row in entry["tables"].get(name, ())]
+        records.write_results(folder / f"{name}.csv", columns, rows, stamp)
+    journal.remove()
+    return records.read_results(path)
+
+
+def _grouped(points: Sequence[Point], keys: Sequence[str]) -> Iterator[Iterator[Point]]:
+    """Points that agree in the keys, in the order of the first of each group; all apart where there are no keys."""
+    if not keys:
+        return ([point] for point in points)
+    found: dict[str, list[Point]] = {}
+    for point in points:
+        found.setdefault(_key({key: point[key] for key in keys}), []).append(point)
+    return iter(found.values())
+
+
+def _key(point: Point) -> str:
+    return json.dumps(point, sort_keys=True, default=str)
+
+
+def _siblings(journal: Journal, experiment: Experiment, point: Point) -> list[Row]:
+    """The ok rows of the point's group that are there already."""
+    same = {key: point[key] for key in experiment.group}
+    rows = [row for entry in journal.entries.values() for row in entry["rows"]]
+    return [row for row in rows if row["status"] == "ok" and all(row.get(key) == value for key, value in same.items())]
+
+
+def _measure_all(
+    experiment: Experiment, groups: list[list[Point]], parameters: Parameters, device: Any, journal: Journal
+) -> Iterator[tuple[Point, Measured]]:
+    """Each point that is missing with what was measured, in order; what fails is a row."""
+    for group in groups:
+        journal.forget(group)
+    if experiment.processes is not None:
+        yield from _measure_in_processes(experiment, groups, parameters)
+        return
+    for group in groups:
+        if experiment.prepare is not None:
+            experiment.prepare([point for point in group if "status" not in point], parameters)
+        for point in group:
+            yield point, _measured(lambda point=point: experiment.measure(point, parameters), point, device)
+
+
+def _measure_in_processes(
+    experiment: Experiment, groups: list[list[Point]], parameters: Parameters
+) -> Iterator[tuple[Point, Measured]]:
+    from lmsys.bench import processes
+
+    points = list(itertools.chain(*groups))
+    for point in points:
+        if "status" in point:
+            yield point, Measured([{}])
+    items = [(experiment.processes(point, parameters), point) for point in points if "status" not in point]
+    call = functools.partial(_in_process, experiment.measure, parameters)
+    for point, result in processes.stream(call, items, device=parameters.device, limit_s=experiment.limit_s):
+        yield point, Measured(result["rows"], result["tables"]) if "rows" in result else Measured([result])
+
+
+def _in_process(measure: Callable, parameters: Parameters, process: Any, point: Point) -> dict[str, Any] | None:
+    """A point in one process of its group; JSON for the parent."""
+    result = measure(point, parameters, process)
+    return None if result is None else dataclasses.asdict(_as_measured(result))
+
+
+def _measured(call: Callable[[], Any], point: Point, device: Any) -> Measured:
+    if "status" in point:
+        return Measured([{}])
+    try:
+        result = _as_measured(call())
+    except Exception as error:
+        result = Measured([measuring.failure(error)])
+    measuring.release(device)  # out of the except block, whose traceback holds tensors
+    return result
+
+
+def _as_measured(result: Row | Sequence[Row] | Measured) -> Measured:
+    if isinstance(result, Measured):
+        return result
+    return Measured([result] if isinstance(result, dict) else list(result))
+
+
+def _row(point: Point, measured: Row, experiment: Experiment, device: Any) -> Row:
+    from lmsys.device import device_name
+
+    row = {"status": "ok", "device": device_name(device)} | {k: v for k, v in point.items() if k in experiment.columns}
+    row = {name: value for name, value in row.items() if name in experiment.columns or name == "status"}
+    unknown = set(measured) - set(experiment.columns) - {"status", "note"}
+    assert not unknown, f"{experiment.name}: measured columns that it does not declare: {sorted(unknown)}"
+    return row | measured
+
+
+def _kept(path: Path, keep: Callable[[Row], bool]) -> list[Row]:
+    """Rows of the earlier results that stay."""
+    if not path.exists():
+        return []
+    return [row for row in records.read_results(path).to_dict("records") if keep(row)]
+
+
+# --- Rows on disk ---------------------------------------------------------------------------------
+
+
+class Journal:
+    """NAME.partial.jsonl: a stamp, then a line a point with its rows. A line that was cut off is not there."""
+
+    def __init__(self, path: Path, stamp: Mapping[str, Any]):
+        self.path, self.stamp = path, stamp
+        self.entries: dict[str, dict[str, Any]] = {}
+        self.resumed: list[str] = []  # dates of the runs that this one goes on from
+        lines = _json_lines(path)
+        if lines and _comparable(lines[0].get("stamp")) == _comparable(stamp):
+            self.resumed = [*lines[0].get("resumed", ()), lines[0]["stamp"]["environment"]["date"]]
+            self.entries = {entry["point"]: entry for entry in lines[1:]}
+        elif lines:  # of other code, another machine or other parameters: put aside, not lost
+            os.replace(path, path.with_name(path.name.replace(".partial.", ".earlier.")))
+
+    def __enter__(self) -> Journal:
+        head = {"stamp": self.stamp, "resumed": self.resumed}
+        with records.atomic_path(self.path) as temporary:
+            lines = [head, *self.entries.values()]
+            temporary.write_text("".join(json.dumps(line, default=str) + "\n" for line in lines), encoding="utf-8")
+        self._file = self.path.open("a", encoding="utf-8")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def has(self, point: Point) -> bool:
+        return _key(point) in self.entries
+
+    def entry(self, point: Point) -> dict[str, Any]:
+        return self.entries[_key(point)]
+
+    def forget(self, points: Iterable[Point]) -> None:
+        """A group that is not whole is measured again, whole."""
+        for point in points:
+            self.entries.pop(_key(point), None)
+
+    def add(self, point: Point, rows: Sequence[Row], tables: Mapping[str, Sequence[Row]]) -> None:
+        entry = json.dumps({"point": _key(point), "rows": rows, "tables": tables}, default=str)
+        self.entries[_key(point)] = json.loads(entry)
+        self._file.write(entry + "\n")
+        self._file.flush()
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a journal; none where there is no file, or its first line is not whole."""
+    lines = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines if lines and "stamp" in lines[0] else []
+
+
+def _comparable(stamp: Mapping[str, Any] | None) -> Any:
+    """What two runs must share for the rows of one to stand beside those of the other."""
+    if not stamp:
+        return None
+    changing = ("date", "git", "clock_sm", "clock_memory")
+    environment = {name: value for name, value in stamp["environment"].items() if name not in changing}
+    parameters = {name: value for name, value in stamp["parameters"].items() if name != "machine"}
+    return json.loads(json.dumps([environment, parameters], default=str))
+
+
+# --- Progress -------------------------------------------------------------------------------------
+
+
+def _announcement(name: str, path: Path, points: Sequence, groups: Sequence, missing: Sequence) -> str:
+    text = f"{name}: {len(points)} points in {len(groups)} groups, to {os.path.relpath(path)}"
+    if path.exists():
+        stamp = path.with_suffix(".json")
+        environment = json.loads(stamp.read_text(encoding="utf-8"))["environment"] if stamp.exists() else {}
+        where = environment.get("gpu") or environment.get("cpu") or "an unknown machine"
+        text += f", in place of the results of {environment.get('date', 'an unknown date')[:16]} on {where}"
+    if len(missing) < len(groups):
+        text += f"; going on, {len(groups) - len(missing)} groups are there"
+    return text
+
+
+class _Progress:
+    """A line a point: how many, how long it takes yet, what tells it from the others, its status or its first time."""
+
+    def __init__(self, total: int, left: int, points: Sequence[Point], say: Callable[[str], None]):
+        self.total, self.done, self.first = total, total - left, total - left
+        self.start, self.say = time.monotonic(), say
+        keys = [key for key in points[0] if key not in ("status", "note")]
+        self.keys = [key for key in keys if len({_key({key: point.get(key)}) for point in points}) > 1] or keys[:1]
+
+    def tell(self, rows: Sequence[Row]) -> None:
+        """The point of these rows is done."""
+        self.done += 1
+        row = rows[-1]
+        seconds = (time.monotonic() - self.start) / (self.done - self.first) * (self.total - self.done)
+        left = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+        what = " ".join(str(row.get(key)) for key in self.keys if isinstance(row.get(key), (str, int, float)))
+        self.say(f"[{self.done}/{self.total}, {left} left] {what}: {_result(row)}")
+
+
+def _result(row: Row) -> str:
+    if row.get("status", "ok") != "ok":
+        return f"{row['status']}: {row.get('note') or ''}"
+    name = next((name for name in row if name.endswith("_ms") and isinstance(row[name], (int, float))), None)
+    if name is None:
+        return "done"
+    if None not in (row.get("p20_ms"), row.get("p80_ms")):
+        return f"{records.spread(row[name], row['p20_ms'], row['p80_ms'])} ms"
+    return f"{records.significant(row[name])} ms"
