@@ -1,10 +1,11 @@
 """One shape of experiment: a notebook's parameters -> points -> rows in a CSV file.
 
-A Notebook reads its parameters from its own cell: each is named once, with its type, default and comment; a scale's preset gives
-the value of those that are left at None. An Experiment has points(parameters), tidy dicts, and measure(point, parameters), a dict
-of measured columns. run() does the rest, once for all experiments: order, progress, failures as rows by one rule, every row on
-disk as it is measured, the stamp, release of memory, several processes where a point needs them, and going on after a cut with
-the groups that are missing, as long as code, machine, versions and parameters are those of the rows there.
+A Notebook reads its parameters from its own cell: each is named once, with its type, default and comment; a scale's
+preset gives the value of those that are left at None. An Experiment has points(parameters), tidy dicts, and
+measure(point, parameters), a dict of measured columns. run() does the rest, once for all experiments: order, progress,
+failures as rows by one rule, every row on disk as it is measured, the stamp, release of memory, several processes where
+a point needs them, and going on after a cut with the groups that are missing, as long as code, machine, versions and
+parameters are those of the rows there.
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ TYPES: dict[str, tuple[type, bool]] = {  # annotation in a parameters cell -> ty
 
 @dataclass(frozen=True)
 class Parameter:
-    """A line of a parameters cell: `name: list[int] = None  # help`. Without an annotation the type is the default's."""
+    """A line of a parameters cell.
+
+    `name: list[int] = None  # help`. Without an annotation the type is the default's.
+    """
 
     name: str
     annotation: str
@@ -50,7 +54,8 @@ class Parameter:
     help: str
 
     def read(self, value: Any) -> Any:
-        """The value by type. Text, as `papermill -p` and a command line give it, is parsed; one value of a list is a list of one.
+        """The value by type. Text, as `papermill -p` and a command line give it, is parsed; one value of a list is a
+        list of one.
 
         Raises:
             ValueError: it cannot be read so; names the parameter.
@@ -126,7 +131,8 @@ class Notebook:
 
     Attributes:
         name: of notebooks/NAME.ipynb. presets: for each scale, the values of parameters that are None.
-        check: raises ValueError for values that cannot be, before anything runs, and may fill in what follows from others.
+        check: raises ValueError for values that cannot be, before anything runs, and may fill in what follows from
+            others.
     """
 
     name: str
@@ -193,7 +199,10 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Measured:
-    """What measure() returns where it is more than one row: rows, and rows of the experiment's other tables by their names."""
+    """What measure() returns where it is more than one row.
+
+    Rows, and rows of the experiment's other tables by their names.
+    """
 
     rows: Sequence[Row]
     tables: Mapping[str, Sequence[Row]] = field(default_factory=dict)
@@ -204,17 +213,21 @@ class Experiment:
     """What is measured, and how a point of it is.
 
     Attributes:
-        name: of artifacts/<machine>/NAME.csv. columns: of that file, in order; a point's keys among them are filled by the engine,
-            as are status, note and device. A point's key that is no column, such as a config, is for measure() alone.
-        points: the points of a run, JSON values; one with a `status` (and `note`) is a row as it is, known before it is tried.
-        measure: (point, parameters) -> measured columns, a list of them, or Measured. What it raises is the row's status:
-            ValueError unsupported, no memory oom, else error.
-        group: the keys of points that are compared: they are measured together, and go on together. Empty: all of them apart.
+        name: of artifacts/<machine>/NAME.csv. columns: of that file, in order; a point's keys among them are filled by
+            the engine, as are status, note and device. A point's key that is no column, such as a config, is for
+            measure() alone.
+        points: the points of a run, JSON values; one with a `status` (and `note`) is a row as it is, known before it is
+            tried.
+        measure: (point, parameters) -> measured columns, a list of them, or Measured. What it raises is the row's
+            status: ValueError unsupported, no memory oom, else error.
+        group: the keys of points that are compared: they are measured together, and go on together. Empty: all of them
+            apart.
         method: how it is measured, for the stamp.
         tables: further files that Measured.tables fills, with their columns.
-        processes: how many processes measure a point; measure then gets a third argument, its Process, in each of them, and
-            rank 0's result, JSON values, counts. A point may take limit_s.
-        prepare: called with a group's points before the first is measured, to compile and to check. before: once, before all.
+        processes: how many processes measure a point; measure then gets a third argument, its Process, in each of them,
+            and rank 0's result, JSON values, counts. A point may take limit_s.
+        prepare: called with a group's points before the first is measured, to compile and to check. before: once,
+            before all.
         derive: (row, earlier ok rows of the group) -> columns that compare them.
     """
 
@@ -238,20 +251,22 @@ def run(
     *,
     folder: str | Path | None = None,
     keep: Callable[[Row], bool] | None = None,
-    say: Callable[[str], None] = functools.partial(print, flush=True),
+    say: Callable[[str], None] | None = None,
 ) -> pd.DataFrame:
     """Measure the points, write NAME.csv and its stamp NAME.json, and return the rows.
 
-    Other tables lie beside it (records.read_results). Rows lie in NAME.partial.jsonl until all are there; the earlier results stay until then.
+    Other tables lie beside it (records.read_results). Rows lie in NAME.partial.jsonl until all are there; the earlier
+    results stay until then.
 
     Args:
         folder: where results go; None: artifacts/<machine>/ of the parameters.
-        keep: which rows of the earlier results stay in front of the new ones.
+        keep: which rows of the earlier results stay in front of the new ones. say: takes the lines of progress.
     Raises:
         ValueError: no points. OSError: a folder that cannot be written.
     """
     from lmsys.device import environment, resolve_device
 
+    say = say or functools.partial(print, flush=True)
     device = resolve_device(getattr(parameters, "device", "auto"))
     folder = records.artifacts_dir(parameters.machine) if folder is None else records.writable_dir(folder)
     points = experiment.points(parameters)
