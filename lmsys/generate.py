@@ -31,8 +31,8 @@ from torch import Tensor
 from lmsys.config import END_OF_TEXT, GenerateConfig, require
 
 if TYPE_CHECKING:
+    from lmsys.data.tokenizer import Tokenizer
     from lmsys.model import TransformerLM
-    from lmsys.tokenizer import Tokenizer
 
 _SHORTEST_WINDOW = 16  # tokens
 _LIKELIEST = (

@@ -28,8 +28,8 @@ from lmsys.config import PipelineConfig, require
 if TYPE_CHECKING:
     import numpy as np
 
+    from lmsys.data.tokenizer import Tokenizer
     from lmsys.model import TransformerLM
-    from lmsys.tokenizer import Tokenizer
     from lmsys.train import History
 
 
@@ -337,7 +337,7 @@ def _with_vocabulary(config: PipelineConfig, tokenizer: Tokenizer | None) -> Pip
 def prepare(config: PipelineConfig, run_dir: Path, stages: Stages, progress: bool):
     """Stages data, tokenizer and tokens. Returns (tokenizer, training tokens, validation tokens, bytes a token)."""
     from lmsys.data import input_file, load_tokens, prepare_corpus, tokenize_to_npy
-    from lmsys.tokenizer import Tokenizer
+    from lmsys.data.tokenizer import Tokenizer
 
     corpus_file, tokenizer_file = run_dir / "corpus.json", run_dir / "tokenizer.json"
     token_files = [run_dir / "train.npy", run_dir / "valid.npy"]
@@ -426,7 +426,7 @@ def _bytes_per_token(text: Path | None, tokens) -> float | None:
 def _existing(run_dir: Path, report: Callable):
     """The tokenizer and token files of the run folder as they are, for skip_data."""
     from lmsys.data import load_tokens
-    from lmsys.tokenizer import Tokenizer
+    from lmsys.data.tokenizer import Tokenizer
 
     files = [run_dir / name for name in ("tokenizer.json", "train.npy", "valid.npy")]
     missing = [str(file) for file in files if not file.is_file()]
@@ -609,7 +609,7 @@ Data = tuple[PipelineConfig, "np.ndarray", "np.ndarray", "Tokenizer | None"]
 def _given_tokens(config: PipelineConfig, num_tokens: int) -> Data:
     """The config's token files and their tokenizer, else random tokens: (config, training, validation tokens, tokenizer)."""
     from lmsys.data import RandomTokenDataset, input_file, load_tokens
-    from lmsys.tokenizer import Tokenizer
+    from lmsys.data.tokenizer import Tokenizer
 
     data = config.data
     if data.train_tokens_path is None and data.valid_tokens_path is None:
@@ -634,7 +634,7 @@ def _tokens_of_text(
 ) -> Data:
     """A text, tokenized by the config's tokenizer, else by one trained on it: as _given_tokens()."""
     from lmsys.data import TextFileDataset, input_file
-    from lmsys.tokenizer import Tokenizer
+    from lmsys.data.tokenizer import Tokenizer
 
     require(
         not _under_torchrun(),
@@ -668,7 +668,7 @@ def load_run(path: str | Path, tokenizer_path: str | Path | None = None, *, devi
     tokenizer_path: a tokenizer.json; None for the run folder's own.
     """
     from lmsys import checkpoint
-    from lmsys.tokenizer import Tokenizer
+    from lmsys.data.tokenizer import Tokenizer
 
     path = Path(path).expanduser()
     path = path if path.exists() else records.output_path(path)

@@ -27,7 +27,7 @@ from lmsys.optim import AdamW, FusedAdamW, clip_factor, clip_grad_norm, paramete
 from lmsys.parallel import group
 
 if TYPE_CHECKING:
-    from lmsys.tokenizer import Tokenizer
+    from lmsys.data.tokenizer import Tokenizer
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by train.dtype
 

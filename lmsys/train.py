@@ -60,7 +60,7 @@ from lmsys.replica import AUTOCAST, Replica, damage_told, first_line
 if TYPE_CHECKING:
     import pandas as pd
 
-    from lmsys.tokenizer import Tokenizer
+    from lmsys.data.tokenizer import Tokenizer
 
 COLUMNS = SCHEMAS["pipeline_metrics"]
 SPIKE_WINDOW, SPIKE_LEAST = 64, 8  # losses that a spike is measured against: at most, at least

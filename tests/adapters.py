@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lmsys import model, optim
 from lmsys.config import ModelConfig
-from lmsys.tokenizer import Tokenizer, train_bpe
+from lmsys.data.bpe import train_bpe
+from lmsys.data.tokenizer import Tokenizer
 
 
 def run_train_bpe(

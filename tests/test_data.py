@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lmsys import data
 from lmsys.config import END_OF_TEXT, DataConfig
-from lmsys.tokenizer import Tokenizer
+from lmsys.data import corpora as data
+from lmsys.data.tokenizer import Tokenizer
 
 
 @pytest.fixture

@@ -19,10 +19,10 @@ import pytest
 import torch
 from test_train import TOKENS, Interrupted, config, interrupt_at, one_thread, run  # noqa: F401
 
-from lmsys import checkpoint, data
+from lmsys import checkpoint
 from lmsys import pipeline as pipelines
 from lmsys.config import pipeline_config, to_dict
-from lmsys.data import load_tokens
+from lmsys.data import corpora, load_tokens
 from lmsys.parallel import shards
 from lmsys.parallel.shards import Piece
 from lmsys.train import CHECKPOINTS, logged
@@ -176,7 +176,7 @@ def check_config(file: Path) -> None:
 
 def test_configs(tmp_path, output_root, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(data, "tinystories_unreachable", lambda *_: "not asked")
+    monkeypatch.setattr(corpora, "tinystories_unreachable", lambda *_: "not asked")
     monkeypatch.chdir(tmp_path)
     text = pipelines.DEFAULT_CONFIG.read_text()
     values = to_dict(pipeline_config("smoke", pipelines.DEFAULT_CONFIG))

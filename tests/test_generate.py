@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lmsys.config import END_OF_TEXT, GenerateConfig, ModelConfig
+from lmsys.data.tokenizer import Tokenizer
 from lmsys.generate import (
     KeyValueCache,
     generate,
@@ -13,7 +14,6 @@ from lmsys.generate import (
     next_token_probabilities,
 )
 from lmsys.model import TransformerLM
-from lmsys.tokenizer import Tokenizer
 
 
 class ByteTokenizer:

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from lmsys import checkpoint, interchange
 from lmsys.__main__ import main
 from lmsys.config import END_OF_TEXT, ModelConfig
+from lmsys.data.tokenizer import Tokenizer
 from lmsys.generate import generate
 from lmsys.model import TransformerLM
-from lmsys.tokenizer import Tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 GPT2 = SHARED / "gpt2_vocab.json", SHARED / "gpt2_merges.txt"

@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
-from lmsys import stories
 from lmsys.config import END_OF_TEXT
+from lmsys.data import stories
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,12 @@ import pytest
 import regex
 from adapters import get_tokenizer, run_train_bpe
 
-from lmsys import tokenizer as module
 from lmsys.bench import tokenizer as bench
 from lmsys.config import END_OF_TEXT
-from lmsys.tokenizer import PRETOKEN, WHITESPACE, Tokenizer, find_chunk_boundaries, train_bpe
+from lmsys.data.bpe import train_bpe
+from lmsys.data.pieces import piece_starts
+from lmsys.data.pretokens import CUT, PIECE, PRETOKEN, WHITESPACE, find_chunk_boundaries, split_piece
+from lmsys.data.tokenizer import SHORT_TEXT, Tokenizer
 
 SHARED = Path(os.environ.get("LMSYS_SHARED_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 GPT2 = SHARED / "gpt2_vocab.json", SHARED / "gpt2_merges.txt"
@@ -159,14 +161,14 @@ def test_the_result_does_not_depend_on_processes_or_chunks(text, tmp_path, monke
     path = write(tmp_path / "t", text + NASTY)
     expected = train_bpe(path, 700, num_workers=1)
     monkeypatch.setattr(find_chunk_boundaries, "__kwdefaults__", {"chunk_bytes": 5_000, "special_tokens": ()})
-    monkeypatch.setattr(module, "_MAX_PIECES", 100)
+    monkeypatch.setattr("lmsys.data.bpe.MAX_PIECES", 100)
     assert len(find_chunk_boundaries(path)) > 10
-    for workers in (1, 2, 3):
-        assert train_bpe(path, 700, num_workers=workers) == expected
+    for num_workers in (1, 2, 3):
+        assert train_bpe(path, 700, num_workers=num_workers) == expected
 
 
 def test_one_process_starts_none(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "ProcessPoolExecutor", None)
+    monkeypatch.setattr("lmsys.data.workers.ProcessPoolExecutor", None)
     path = write(tmp_path / "t", text * 2)
     tokenizer = Tokenizer.train(path, 300, num_workers=1)
     assert (
@@ -178,7 +180,7 @@ def test_workers_in_a_script_without_a_main_guard(text, tmp_path):
     path = write(tmp_path / "text.txt", text * 10)
     script = write(
         tmp_path / "script.py",
-        "import torch\nfrom lmsys.tokenizer import Tokenizer\ntorch.ones(300, 300) @ torch.ones(300, 300)\n"
+        "import torch\nfrom lmsys.data.tokenizer import Tokenizer\ntorch.ones(300, 300) @ torch.ones(300, 300)\n"
         f"t = Tokenizer.train({str(path)!r}, 300, num_workers=2)\n"
         f"print(sum(n for _, n in t.encode_file_chunks({str(path)!r}, num_workers=2, chunk_bytes=100_000)))\n",
     )
@@ -247,19 +249,19 @@ def test_pieces_and_cuts_change_no_pretoken():
     for _ in range(4000):
         text = "".join(rng.choices(ALPHABET, k=rng.randint(1, 14)))
         data = text.encode()
-        pretokens = PRETOKEN.findall(text)
-        assert [p for piece in module._PIECE.findall(text) for p in module._split_piece(piece)] == pretokens
-        starts = module._piece_starts(data, text.isascii(), []).tolist()
+        expected = PRETOKEN.findall(text)
+        assert [p for piece in PIECE.findall(text) for p in split_piece(piece)] == expected
+        starts = piece_starts(data, text.isascii(), []).tolist()
         pieces = [data[a:b].decode() for a, b in itertools.pairwise([*starts, len(data)])]
-        assert [p for piece in pieces for p in module._split_piece(piece)] == pretokens
-        for cut in module._CUT.finditer(data):
+        assert [p for piece in pieces for p in split_piece(piece)] == expected
+        for cut in CUT.finditer(data):
             halves = data[: cut.start()].decode(), data[cut.start() :].decode()
-            assert [p for half in halves for p in PRETOKEN.findall(half)] == pretokens
+            assert [p for half in halves for p in PRETOKEN.findall(half)] == expected
 
 
 @pytest.mark.parametrize("special", [(), (END_OF_TEXT,), ("a b", " a", "aa", END_OF_TEXT)])
 def test_chunks_have_the_pretokens_of_the_whole(special, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_SEARCH_BYTES", 16)
+    monkeypatch.setattr("lmsys.data.pretokens._SEARCH_BYTES", 16)
     rng = random.Random(3)
     for _ in range(60):
         text = "".join(rng.choices(ALPHABET, k=300))
@@ -302,7 +304,7 @@ def test_encoding_agrees_with_the_plain_algorithm(trained, tmp_path):
         assert overlapping.encode(text) == plain_encode(text, overlapping)
     text = "".join(rng.choices([*ALPHABET, "ab", "abab", "the "], k=8000))
     letters = Tokenizer(trained.vocab, trained.merges, ["ab", "the", "b ", " a", " s.", "é", END_OF_TEXT])
-    assert len(text) > module._SHORT_TEXT and letters.encode(text) == plain_encode(text, letters)
+    assert len(text) > SHORT_TEXT and letters.encode(text) == plain_encode(text, letters)
     assert overlapping.encode("ababab") == [overlapping.token_id("abab"), overlapping.token_id("ab")]
 
 
@@ -326,7 +328,7 @@ def test_short_and_long_texts_and_all_ways_of_merging_agree(tmp_path):
 
 
 def test_caches_are_bounded_and_may_be_emptied_at_any_time(trained, text, monkeypatch):
-    monkeypatch.setattr(module, "_MAX_PIECES", 256)
+    monkeypatch.setattr("lmsys.data.tokenizer.MAX_PIECES", 256)
     tokenizer = Tokenizer(trained.vocab, trained.merges, trained.special_tokens)
     assert np.array_equal(tokenizer.encode_to_array(text), trained.encode_to_array(text))
     assert [tokenizer.encode(line) for line in text.splitlines(True)] == list(

@@ -7,7 +7,7 @@ batch, so that a step reads the same sequences. All compute in the same precisio
 metrics, which leaves evaluations out; the first row's steps, which compile, count at the pace of the second's. An arm ends with the schedule, or
 at its limit of such time, whichever is first.
 
-At full scale: nanoGPT's 124M shape, 116 million parameters here, on stories of lmsys.stories, 3,000 steps of 32 x 1,024 tokens. These 98 million
+At full scale: nanoGPT's 124M shape, 116 million parameters here, on stories of lmsys.data.stories, 3,000 steps of 32 x 1,024 tokens. These 98 million
 tokens are drawn from 400 MB, 103 million tokens, so that a text is seen once on average and none can be learned by heart; 600,000 tokens/s
 read them within three minutes. All words of the stories are single tokens from a vocabulary of 3,000 on, so it is 2,048; a text of your own can
 take a larger one. Stories are generated in parts, by as many processes as there are cores: with tokenizer and token files two cores took 0.18 s a
@@ -34,15 +34,15 @@ import torch
 import torch._dynamo  # now and not in the first step
 from torch import Tensor
 
-from lmsys import cost, pipeline, records, stories
+from lmsys import cost, pipeline, records
 from lmsys import train as training
 from lmsys.bench.measure import is_out_of_memory, one_thread, release
 from lmsys.bench.train_step import OPTIONS, WHERE_NAMED, possible_options
 from lmsys.config import PipelineConfig, build, model_size, require, resolve_scale, unknown_name
-from lmsys.data import load_tokens
+from lmsys.data import load_tokens, stories
+from lmsys.data.workers import map_in_order, resolve_workers
 from lmsys.device import device_name, resolve_device
 from lmsys.parallel import group
-from lmsys.tokenizer import map_in_order, resolve_workers
 
 NAME = "race_results"
 EXTRA_COLUMNS = ("planned_steps", "kernel", "local_batch", "dtype", "parameters", "device", "note")

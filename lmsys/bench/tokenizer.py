@@ -31,8 +31,10 @@ from typing import Any
 import numpy as np
 
 from lmsys.config import END_OF_TEXT, require
+from lmsys.data.bpe import train_bpe
+from lmsys.data.pretokens import PRETOKEN, find_chunk_boundaries
+from lmsys.data.tokenizer import Tokenizer
 from lmsys.records import ResultWriter, markdown_table, writable_dir
-from lmsys.tokenizer import PRETOKEN, Tokenizer, find_chunk_boundaries, train_bpe
 
 NAME = "tokenizer_benchmark_results"
 EXTRA_COLUMNS = ("tokens", "note")

@@ -4,7 +4,7 @@ text --prepare_corpus--> train.txt, valid.txt --tokenize_to_npy--> train.npy, va
 
 A token file is a 1-D `.npy` of uint16 or uint32 ids, opened as a read-only memory map, so its size is not bounded by
 memory. TinyStories is Eldan and Li 2023 (arXiv:2305.07759), read from the Hugging Face hub with `datasets`; the
-`stories` mode (lmsys.stories) is this package's own generator and no substitute for it beyond small models.
+`stories` mode (lmsys.data.stories) is this package's own generator and no substitute for it beyond small models.
 Every file is written beside its name and moved there when it is whole.
 
 B batch size, T context length.
@@ -24,11 +24,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from lmsys import records, stories
+from lmsys import records
 from lmsys.config import END_OF_TEXT, DataConfig, require
+from lmsys.data import stories
 
 if TYPE_CHECKING:
-    from lmsys.tokenizer import Tokenizer
+    from lmsys.data.tokenizer import Tokenizer
 
 TINYSTORIES = "roneneldan/TinyStories"
 PROBE_SECONDS = 5.0  # how long auto waits for the hub before it takes the stories

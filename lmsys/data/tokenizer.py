@@ -1,0 +1,607 @@
+"""The tokenizer: encoding and decoding by a byte-level byte-pair encoding, and its files.
+
+The pre-tokenization pattern is GPT-2's (Radford et al., 2019, section 2.2). Encoding merges, in each pre-token, all
+occurrences of the pair that was learned first, until no learned pair is left (Sennrich, Haddow and Birch, 2016); lmsys.data.bpe
+learns the pairs. It remembers how pieces are encoded, in bounded caches: a short text looks its pieces up in a dict, a long
+one by arrays (lmsys.data.pieces), and new pieces of that are merged all at once, a merge of each word a round.
+
+Limits: at most 1,114,112 token ids (the range of `chr`). A Tokenizer is for one thread at a time; encode_file_chunks uses
+processes.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from itertools import compress, islice, pairwise, repeat
+from operator import add, is_
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lmsys.config import END_OF_TEXT, require
+from lmsys.data.bpe import train_bpe
+from lmsys.data.pieces import PieceTable, piece_starts
+from lmsys.data.pretokens import (
+    CHUNK_BYTES,
+    MAX_IDS,
+    MAX_PIECES,
+    PIECE,
+    check_special_tokens,
+    decode_utf8,
+    find_chunk_boundaries,
+    inside_special,
+    is_encodable,
+    special_pattern,
+    split_piece,
+)
+from lmsys.data.workers import map_in_order, resolve_workers
+from lmsys.records import write_json
+
+_MAX_CACHED_LENGTH = 64  # longer pieces are rare, and not kept
+_SHORT_WORD = 128  # bytes; above, merging keeps a heap instead of searching the word for each merge
+_NEVER = sys.maxsize  # the rank of a pair that is not merged
+_NEVERS = repeat(_NEVER)
+SHORT_TEXT = 8192  # characters; above, pieces are looked up by arrays
+_UTF_32 = f"utf-32-{sys.byteorder[0]}e"  # with it, the characters of a word are its token ids in four bytes each
+_FORMAT = "lmsys byte-level BPE 1"
+
+
+class Tokenizer:
+    """Encodes text to token ids and decodes them.
+
+    Args:
+        vocab: id -> bytes, with all 256 single bytes, no bytes twice, ids from 0 up (gaps are allowed).
+        merges: pairs of tokens in the order in which they were learned; their concatenations are tokens.
+        special_tokens: strings that are one token each wherever they occur, the longest first where several begin.
+            Those that vocab lacks are appended to it.
+    Raises:
+        ValueError: the parts do not fit together.
+    """
+
+    def __init__(
+        self,
+        vocab: Mapping[int, bytes],
+        merges: Sequence[tuple[bytes, bytes]],
+        special_tokens: Sequence[str] | None = None,
+    ):
+        self.special_tokens = check_special_tokens(special_tokens)
+        self.vocab: dict[int, bytes] = dict(vocab)
+        for index, token in self.vocab.items():
+            if not (isinstance(index, int) and 0 <= index < MAX_IDS and isinstance(token, bytes) and token):
+                raise ValueError(
+                    f"vocabulary entry {index!r}: {token!r} is not an id from 0 to {MAX_IDS - 1} with its bytes"
+                )
+        self._ids: dict[bytes, int] = {token: index for index, token in self.vocab.items()}
+        if len(self._ids) < len(self.vocab):
+            index, token = next((i, t) for i, t in self.vocab.items() if self._ids[t] != i)
+            raise ValueError(f"the vocabulary has the bytes {token!r} twice, as ids {index} and {self._ids[token]}")
+        missing = [byte for byte in range(256) if bytes([byte]) not in self._ids]
+        require(
+            not missing, f"the vocabulary lacks {len(missing)} of the 256 single bytes, first {bytes(missing[:1])!r}"
+        )
+        for token in self.special_tokens:
+            if token.encode() not in self._ids:
+                index = max(self.vocab) + 1
+                self.vocab[index] = token.encode()
+                self._ids[token.encode()] = index
+
+        # A word in the making is a str whose characters are token ids.
+        self.merges: list[tuple[bytes, bytes]] = [(left, right) for left, right in merges]
+        self._ranks: dict[str, int] = {}  # pair -> when it was learned
+        self._replacements: list[tuple[str, str]] = []  # rank -> (pair, what it becomes)
+        for rank, (left, right) in enumerate(self.merges):
+            for token in (left, right, left + right):
+                if token not in self._ids:
+                    raise ValueError(f"merge {rank}, {left!r} and {right!r}: the vocabulary lacks {token!r}")
+            pair = chr(self._ids[left]) + chr(self._ids[right])
+            self._ranks.setdefault(pair, rank)
+            self._replacements.append((pair, chr(self._ids[left + right])))
+        pairs = _code_points("".join(self._ranks)).reshape(-1, 2)
+        keys = pairs[:, 0] * MAX_IDS + pairs[:, 1]
+        order = np.argsort(keys)
+        self._pair_keys = np.append(keys[order], _NEVER)  # the same for arrays; the last entry is no pair
+        self._key_ranks = np.append(np.fromiter(self._ranks.values(), np.int64, len(keys))[order], _NEVER)
+        self._merged_ids = _code_points("".join(merged for _, merged in self._replacements))
+        self._byte_ids = np.array([self._ids[bytes([byte])] for byte in range(256)])
+        self._byte_symbols = {byte: chr(self._ids[bytes([byte])]) for byte in range(256)}
+
+        self.vocab_size: int = max(self.vocab) + 1  # the highest id + 1
+        self.token_dtype = np.uint16 if self.vocab_size <= 65_536 else np.uint32  # the smallest that holds all ids
+        # UTF-16 and UTF-32 are the ids themselves, in two or four bytes: below 65,536 UTF-16 takes one unit a character.
+        self._packing = f"utf-{np.dtype(self.token_dtype).itemsize * 8}-{sys.byteorder[0]}e"
+        self._special = special_pattern(self.special_tokens)
+        self._special_bytes = special_pattern(self.special_tokens, bytes)
+        self._longest_special = max(map(len, self.special_tokens), default=0)
+        # Caches of packed ids: for pre-tokens, for the pieces of short texts, and for those of long ones.
+        self._pretokens: dict[str, bytes] = {}
+        self._special_pieces = {token: self._pack(chr(self.token_id(token))) for token in self.special_tokens}
+        self._pieces: dict[str, bytes] = dict(self._special_pieces)  # no other piece is a special token
+        self._table = PieceTable(self.token_dtype, self._encode_new, MAX_PIECES)
+
+    def __reduce__(self):
+        return Tokenizer, (self.vocab, self.merges, self.special_tokens)
+
+    def __repr__(self) -> str:
+        return (
+            f"Tokenizer(vocab_size={self.vocab_size}, merges={len(self.merges)}, special_tokens={self.special_tokens})"
+        )
+
+    @classmethod
+    def train(
+        cls,
+        path: str | os.PathLike,
+        vocab_size: int,
+        special_tokens: Sequence[str] = (END_OF_TEXT,),
+        *,
+        num_workers: int | None = None,
+        progress: bool = False,
+    ) -> Tokenizer:
+        """A tokenizer trained on a UTF-8 file; see train_bpe."""
+        vocab, merges = train_bpe(path, vocab_size, special_tokens, num_workers=num_workers, progress=progress)
+        return cls(vocab, merges, special_tokens)
+
+    def token_id(self, token: str) -> int:
+        """The id of a token given as text. ValueError where it is not one token."""
+        index = self._ids.get(token.encode("utf-8", "surrogatepass"))
+        require(index is not None, f"{token!r} is not a token of this vocabulary of {len(self.vocab)}")
+        return index
+
+    # Encoding
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a text. ValueError where it has a lone surrogate, which is no Unicode text."""
+        return self.encode_to_array(text).tolist()
+
+    def encode_to_array(self, text: str, dtype: Any = None) -> np.ndarray:
+        """The token ids of a text as a one-dimensional array of token_dtype, or of dtype where it holds them all."""
+        dtype = np.dtype(self.token_dtype if dtype is None else dtype)
+        require(
+            dtype.kind in "iu" and np.iinfo(dtype).max >= self.vocab_size - 1,
+            f"dtype {dtype} cannot hold the ids of a vocabulary of {self.vocab_size}; take {np.dtype(self.token_dtype)}",
+        )
+        try:
+            if len(text) > SHORT_TEXT:
+                return self._encode_long(text).astype(dtype, copy=False)
+            return np.frombuffer(self._encode_short(text), self.token_dtype).astype(dtype, copy=False)
+        except UnicodeEncodeError:
+            at, character = next((i, c) for i, c in enumerate(text) if not is_encodable(c))
+            raise ValueError(
+                f"the text has a lone surrogate, U+{ord(character):04X} at character {at}, which UTF-8 cannot hold"
+            ) from None
+
+    def encode_iterable(self, iterable: Iterable[str]) -> Iterator[int]:
+        """The ids of encode("".join(iterable)), as the pieces come and in bounded memory.
+
+        What has come is encoded up to the last place where a pre-token surely ends: before a space or line feed after
+        a character other than whitespace. Only text without such a place is held until it comes.
+        """
+        text = ""
+        for part in iterable:
+            scanned = max(1, len(text) - self._longest_special)
+            text += part
+            if cut := self._last_cut(text, scanned):
+                yield from self.encode(text[:cut])
+                text = text[cut:]
+        yield from self.encode(text)
+
+    def encode_file_chunks(
+        self, path: str | os.PathLike, *, num_workers: int | None = None, chunk_bytes: int = CHUNK_BYTES
+    ) -> Iterator[tuple[np.ndarray, int]]:
+        """The ids of a UTF-8 file in order, chunk by chunk, encoded in processes and in bounded memory.
+
+        Args:
+            num_workers: processes; None: one for each core. 1 starts none.
+            chunk_bytes: text in a chunk; the ids do not depend on it.
+        Yields:
+            (ids of token_dtype, bytes of the file that they stand for).
+        Raises:
+            ValueError: a missing, empty or non-UTF-8 file, before the chunk in question.
+        """
+        workers = resolve_workers(num_workers)
+        bounds = find_chunk_boundaries(path, chunk_bytes=chunk_bytes, special_tokens=self.special_tokens)
+        state = (self, os.fspath(path))
+        yield from map_in_order(_encode_chunk, state, pairwise(bounds), min(workers, len(bounds) - 1))
+
+    def _encode_short(self, text: str) -> bytearray:
+        """The packed ids of a text, by a dict."""
+        pieces: list[str] = []
+        start = 0
+        for match in self._special.finditer(text) if self._special else ():
+            pieces += PIECE.findall(text, start, match.start())
+            pieces.append(match.group())
+            start = match.end()
+        pieces += PIECE.findall(text, start)
+        packed = list(map(self._pieces.get, pieces))
+        if None in packed:
+            new = {piece: self._encode_piece(piece) for piece in set(compress(pieces, map(is_, packed, repeat(None))))}
+            packed = [new[piece] if ids is None else ids for piece, ids in zip(pieces, packed, strict=True)]
+            _keep(self._pieces, new, self._special_pieces)
+        return bytearray().join(packed)  # writable, as an array from it should be
+
+    def _encode_long(self, text: str) -> np.ndarray:
+        """The ids of a text, by arrays: for a text of more than some thousand characters, several times faster."""
+        data = text.encode()
+        special = [match.span() for match in self._special_bytes.finditer(data)] if self._special_bytes else []
+        starts = piece_starts(data, text.isascii(), special)
+        return self._table.encode(data, starts)
+
+    def _encode_piece(self, piece: str) -> bytes:
+        """The packed ids of a piece that is no special token."""
+        known = self._pretokens
+        packed = []
+        for pretoken in split_piece(piece):
+            ids = known.get(pretoken)
+            if ids is None:
+                ids = self._pack(self._merge(self._symbols(pretoken)))
+                _keep(known, {pretoken: ids})
+            packed.append(ids)
+        return b"".join(packed)
+
+    def _encode_new(self, pieces: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """(the ids of all pieces, one piece after the other, how many each has); a piece may be a special token."""
+        symbols = self._byte_ids[np.frombuffer(b"".join(pieces), np.uint8)]
+        special = {token.encode() for token in self.special_tokens}
+        lengths: list[int] = []  # of words, in bytes
+        words_of = np.ones(len(pieces), np.int64)  # how many words a piece is
+        ready: dict[int, np.ndarray] = {}  # word -> its ids, where it is not for merging many at once
+        for index, piece in enumerate(pieces):
+            if piece in special:
+                ready[len(lengths)] = np.array([self._ids[piece]])
+                lengths.append(len(piece))
+            elif piece[piece[:1] == b" " :].isalpha() and len(piece) <= _SHORT_WORD:  # ASCII letters: one pre-token
+                lengths.append(len(piece))
+            else:
+                pretokens = split_piece(piece.decode())
+                words_of[index] = len(pretokens)
+                for pretoken in pretokens:
+                    word = self._symbols(pretoken)
+                    if len(word) > _SHORT_WORD:
+                        ready[len(lengths)] = _code_points(self._merge(word))
+                    lengths.append(len(word))
+        lengths = np.array(lengths)
+        if ready:
+            ends = np.cumsum(lengths)
+            parts, at = [], 0
+            for word, ids in ready.items():
+                parts += [symbols[at : ends[word] - lengths[word]], ids]
+                at, lengths[word] = ends[word], len(ids)
+            symbols = np.concatenate([*parts, symbols[at:]])
+        symbols, counts = self._merge_many(symbols, lengths)
+        return symbols, np.add.reduceat(counts, np.cumsum(words_of) - words_of)
+
+    def _merge_many(self, symbols: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As _merge, for many words at once: in each round, each word's pair that was learned first.
+
+        Takes the ids of the words' bytes, one word after the other, and how many each has; returns their tokens likewise.
+        """
+        word = np.repeat(np.arange(len(lengths)), lengths)
+        ranks = self._pair_ranks(symbols, word, np.arange(len(symbols)))
+        finished: list[tuple[np.ndarray, np.ndarray]] = []
+        while len(symbols):
+            first = np.flatnonzero(np.diff(word, prepend=-1))
+            best = np.repeat(np.minimum.reduceat(ranks, first), np.diff(first, append=len(word)))
+            done = best == _NEVER
+            finished.append((word[done], symbols[done]))
+            at = np.flatnonzero((ranks == best) & ~done)
+            # In a run of overlapping places, such as aaaa for the pair aa, every second one merges.
+            index = np.arange(len(at))
+            run = np.maximum.accumulate(np.where(np.diff(at, prepend=-2) != 1, index, 0))
+            at = at[(index - run) % 2 == 0]
+            symbols[at] = self._merged_ids[ranks[at]]
+            keep = ~done
+            keep[at + 1] = False
+            changed = (np.cumsum(keep) - 1)[at]
+            symbols, word, ranks = symbols[keep], word[keep], ranks[keep]
+            changed = np.concatenate([changed, changed[changed > 0] - 1])
+            ranks[changed] = self._pair_ranks(symbols, word, changed)
+        word = np.concatenate([word for word, _ in finished])
+        symbols = np.concatenate([symbols for _, symbols in finished])[np.argsort(word, kind="stable")]
+        return symbols, np.bincount(word)
+
+    def _pair_ranks(self, symbols: np.ndarray, word: np.ndarray, at: np.ndarray) -> np.ndarray:
+        """The ranks of the pairs that begin at the places `at`; _NEVER at the end of a word."""
+        after = np.minimum(at + 1, len(symbols) - 1)
+        keys = symbols[at] * MAX_IDS + symbols[after]
+        found = np.searchsorted(self._pair_keys, keys)
+        is_pair = (self._pair_keys[found] == keys) & (word[at] == word[after]) & (at != after)
+        return np.where(is_pair, self._key_ranks[found], _NEVER)
+
+    def _pack(self, word: str) -> bytes:
+        return word.encode(self._packing, "surrogatepass")
+
+    def _symbols(self, pretoken: str) -> str:
+        """The bytes of a pre-token as a word: a str whose characters are token ids."""
+        return pretoken.encode().decode("latin-1").translate(self._byte_symbols)
+
+    def _merge(self, word: str) -> str:
+        """Merge the pair that was learned first, at all its places, until none is left."""
+        if len(word) > _SHORT_WORD:
+            return self._merge_long(word)
+        rank_of = self._ranks.get
+        while len(word) > 1 and (rank := min(map(rank_of, map(add, word, word[1:]), _NEVERS))) != _NEVER:
+            word = word.replace(*self._replacements[rank])
+        return word
+
+    def _merge_long(self, word: str) -> str:
+        """As _merge, in n log n for a word of n bytes: a linked list of symbols, and the places of each rank's pair."""
+        symbols: list[str] = list(word)
+        after = [*range(1, len(word)), -1]
+        before = list(range(-1, len(word) - 1))
+        places: dict[int, list[int]] = {}
+        heap: list[int] = []  # ranks that have places
+
+        def note(place: int) -> None:
+            rank = self._ranks.get(symbols[place] + symbols[after[place]])
+            if rank is not None:
+                if rank not in places:
+                    places[rank] = []
+                    heapq.heappush(heap, rank)
+                places[rank].append(place)
+
+        for place in range(len(word) - 1):
+            note(place)
+        while heap:
+            rank = heapq.heappop(heap)
+            pair, merged = self._replacements[rank]
+            made = []
+            for place in sorted(places.pop(rank)):
+                right = after[place]
+                if right >= 0 and symbols[place] + symbols[right] == pair:  # it may have gone since it was noted
+                    symbols[place], symbols[right] = merged, ""
+                    after[place] = after[right]
+                    if after[place] >= 0:
+                        before[after[place]] = place
+                    made.append(place)
+            for place in made:
+                if before[place] >= 0:
+                    note(before[place])
+                if after[place] >= 0:
+                    note(place)
+        return "".join(symbols)
+
+    def _last_cut(self, text: str, start: int) -> int:
+        """The last place, from start on, where text can be cut whatever follows it; 0 if there is none."""
+        end = len(text) - max(self._longest_special - 1, 0)  # beyond, a special token may have begun
+        while (end := max(text.rfind(" ", start, end + 1), text.rfind("\n", start, end + 1))) >= start:
+            if not text[end - 1].isspace() and not inside_special(text, end, self.special_tokens):
+                return end
+            end -= 1
+        return 0
+
+    # Decoding
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids; bytes that are not UTF-8 become U+FFFD. ValueError at an id outside the vocabulary."""
+        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        try:
+            return b"".join(map(self.vocab.__getitem__, ids)).decode("utf-8", errors="replace")
+        except KeyError as error:
+            raise ValueError(
+                f"token id {error.args[0]} is not in the vocabulary, whose ids go from 0 to {self.vocab_size - 1}"
+            ) from None
+
+    # Files
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write vocabulary, merges and special tokens to a JSON file, bytes in GPT-2's printable characters; atomic."""
+        return write_json(
+            path,
+            {
+                "format": _FORMAT,
+                "special_tokens": list(self.special_tokens),
+                "vocab": {_to_printable(token): index for index, token in self.vocab.items()},
+                "merges": [f"{_to_printable(left)} {_to_printable(right)}" for left, right in self.merges],
+            },
+        )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Tokenizer:
+        """A tokenizer that save() wrote. ValueError, naming the file, where it is missing, damaged or something else."""
+        value = _read_json(path)
+        require(
+            isinstance(value, dict) and value.get("format") == _FORMAT,
+            f"{path}: not a tokenizer saved by this package (its JSON has no 'format': '{_FORMAT}')",
+        )
+        with _damage_named(path):
+            vocab = {index: _from_printable(token) for token, index in value["vocab"].items()}
+            require(len(vocab) == len(value["vocab"]), "two tokens have the same id")
+            merges = [_merge_from_line(line) for line in value["merges"]]
+            return cls(vocab, merges, value["special_tokens"])
+
+    @classmethod
+    def from_files(
+        cls,
+        vocab_path: str | os.PathLike,
+        merges_path: str | os.PathLike,
+        special_tokens: Sequence[str] | None = (END_OF_TEXT,),
+    ) -> Tokenizer:
+        """A tokenizer from GPT-2's files: a JSON object of printable token -> id, and a merge a line.
+
+        Raises:
+            ValueError: names the file that is missing or damaged.
+        """
+        special_tokens = check_special_tokens(special_tokens)
+        vocab: dict[int, bytes] = {}
+        with _damage_named(vocab_path):
+            for token, index in _read_json(vocab_path).items():
+                vocab[index] = token.encode() if token in special_tokens else _from_printable(token)
+        with _damage_named(merges_path):
+            lines = _read_text(merges_path).split("\n")
+            if lines[0].startswith("#version"):
+                del lines[0]
+            merges = [_merge_from_line(line) for line in lines if line.strip()]
+        with _damage_named(f"{vocab_path} and {merges_path}"):
+            return cls(vocab, merges, special_tokens)
+
+    from_gpt2 = from_files
+
+    def export_huggingface(self, path: str | os.PathLike) -> Path:
+        """Write a tokenizer.json that Hugging Face `tokenizers` loads and that gives the same ids; atomic.
+
+        Raises:
+            ValueError: a special token reads like the printable form of another token, which that format cannot tell apart.
+        """
+        special = {self.token_id(token): token for token in self.special_tokens}
+        names = {index: special.get(index) or _to_printable(token) for index, token in self.vocab.items()}
+        vocab = {name: index for index, name in names.items()}
+        for index, name in special.items():
+            same = next(i for i, other in names.items() if other == name and (i != index or vocab[name] == index))
+            require(
+                same == index,
+                f"special token {name!r} cannot be exported: tokenizer.json would take it for token {same}, {self.vocab[same]!r}",
+            )
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        return write_json(
+            path,
+            {
+                "version": "1.0",
+                "truncation": None,
+                "padding": None,
+                "added_tokens": [{"id": index, "content": name, **flags} for index, name in sorted(special.items())],
+                "normalizer": None,
+                "pre_tokenizer": byte_level,
+                "post_processor": None,
+                "decoder": byte_level,
+                "model": {
+                    "type": "BPE",
+                    "dropout": None,
+                    "unk_token": None,
+                    "continuing_subword_prefix": None,
+                    "end_of_word_suffix": None,
+                    "fuse_unk": False,
+                    "byte_fallback": False,
+                    "ignore_merges": False,
+                    "vocab": vocab,
+                    "merges": [[_to_printable(left), _to_printable(right)] for left, right in self.merges],
+                },
+            },
+        )
+
+    @classmethod
+    def from_huggingface(cls, path: str | os.PathLike) -> Tokenizer:
+        """A tokenizer from a Hugging Face tokenizer.json, which gives the same ids.
+
+        Raises:
+            ValueError: the file is missing or damaged, or anything but byte-level BPE with GPT-2's pattern: names what it has.
+        """
+
+        def only(what: str, found: Any, *allowed: Any) -> None:
+            require(
+                any(type(found) is type(one) and found == one for one in allowed),
+                f"{path}: {what} is {json.dumps(found)[:80]}, which is not supported: only "
+                f"{' or '.join(map(json.dumps, allowed))} is, as in byte-level BPE with GPT-2's pattern",
+            )
+
+        value = _read_json(path)
+        with _damage_named(path):
+            model, before, after = value["model"], value["pre_tokenizer"] or {}, value.get("post_processor") or {}
+            only("the model's type", model.get("type"), "BPE")
+            for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+                only(f"the model's {name}", model.get(name), None, "", 0.0)
+            for name in ("byte_fallback", "ignore_merges"):
+                only(f"the model's {name}", model.get(name), None, False)
+            only("the normalizer", value.get("normalizer"), None)
+            only("the pre-tokenizer's type", before.get("type"), "ByteLevel")
+            only("the pre-tokenizer's add_prefix_space", before.get("add_prefix_space"), False)
+            only("the pre-tokenizer's use_regex", before.get("use_regex", True), True)
+            only("the post-processor's type", after.get("type"), None, "ByteLevel")
+            special = {}
+            for token in value.get("added_tokens") or ():
+                for name in ("single_word", "lstrip", "rstrip"):
+                    only(f"{name} of token {token['content']!r}", token.get(name), None, False)
+                special[token["content"]] = token["id"]
+            names = model["vocab"] | special
+            vocab = {
+                index: name.encode() if name in special else _from_printable(name) for name, index in names.items()
+            }
+            require(len(vocab) == len(names), "two tokens have the same id")
+            merges = [
+                _merge_from_line(one) if isinstance(one, str) else tuple(map(_from_printable, one))
+                for one in model["merges"]
+            ]
+            return cls(vocab, merges, list(special))
+
+
+def _keep(known: dict[str, bytes], new: Mapping[str, bytes], always: Mapping[str, bytes] | None = None) -> None:
+    """Add new entries to a cache, without the long ones. A cache that would pass MAX_PIECES is emptied, but for `always`."""
+    if len(known) + len(new) > MAX_PIECES:
+        known.clear()
+        known.update(always or {})
+    known.update(islice(((key, ids) for key, ids in new.items() if len(key) <= _MAX_CACHED_LENGTH), MAX_PIECES))
+
+
+def _encode_chunk(state: tuple[Tokenizer, str], bounds: tuple[int, int]) -> tuple[np.ndarray, int]:
+    tokenizer, path = state
+    start, end = bounds
+    with open(path, "rb") as file:
+        file.seek(start)
+        text = decode_utf8(file.read(end - start), path, start)
+    return tokenizer.encode_to_array(text), end - start
+
+
+def _merge_from_line(line: str) -> tuple[bytes, bytes]:
+    left, right = line.split(" ")
+    return _from_printable(left), _from_printable(right)
+
+
+def _read_text(path: str | os.PathLike) -> str:
+    try:
+        return Path(path).read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"no tokenizer file at {Path(path).resolve()}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text: {error.reason} at offset {error.start}") from None
+
+
+def _read_json(path: str | os.PathLike) -> Any:
+    try:
+        return json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not a JSON file: {error}") from None
+
+
+@contextmanager
+def _damage_named(path: str | os.PathLike):
+    """Errors from content of an unexpected shape become a ValueError that names the file."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if str(path) in str(error):
+            raise
+        what = f"lacks or does not know {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{path}: not a whole tokenizer file: {what}") from None
+
+
+def _code_points(text: str) -> np.ndarray:
+    """The characters of a text as int64."""
+    return np.frombuffer(text.encode(_UTF_32, "surrogatepass"), np.uint32).astype(np.int64)
+
+
+@cache
+def _byte_to_printable() -> dict[int, str]:
+    """GPT-2's printable character for each byte: itself where it is a visible Latin-1 character, else the next from U+0100."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + n) for n, byte in enumerate(hidden)}
+
+
+@cache
+def _printable_to_byte() -> dict[str, int]:
+    return {character: byte for byte, character in _byte_to_printable().items()}
+
+
+def _to_printable(token: bytes) -> str:
+    return "".join(map(_byte_to_printable().__getitem__, token))
+
+
+def _from_printable(text: str) -> bytes:
+    """Raises KeyError at a character that stands for no byte."""
+    return bytes(map(_printable_to_byte().__getitem__, text))
