@@ -197,12 +197,12 @@ class TrainConfig:
     compile: bool = False  # torch.compile, block by block
     compile_rest: bool = False  # with compile: the embedding and the last norm, too
     autotune: bool = False  # with compile: inductor times its own matrix products beside cuBLAS's, for minutes
-    fused_loss: bool = False  # head and loss in one, in chunks of tokens: no logits of all tokens (lmsys.fused_loss)
-    fused_rope: bool = False  # rotation and splitting of Q, K and V as one kernel (lmsys.fused_rope)
-    merged_gate: bool = False  # the two matrices that the feed-forward layer begins with as one (lmsys.fused_gate)
-    fused_norm: bool = False  # a norm's backward pass as one kernel, with the addition beside it (lmsys.fused_norm)
+    fused_loss: bool = False  # head and loss in one, in chunks of tokens: no logits of all tokens (lmsys.step.loss)
+    fused_rope: bool = False  # rotation and splitting of Q, K and V as one kernel (lmsys.step.rope)
+    merged_gate: bool = False  # the two matrices that the feed-forward layer begins with as one (lmsys.step.gate)
+    fused_norm: bool = False  # a norm's backward pass as one kernel, with the addition beside it (lmsys.step.norm)
     written_backward: bool = (
-        False  # in place of compile: blocks with a backward pass of our own, which keep little (lmsys.selective)
+        False  # in place of compile: blocks with a backward pass of our own, which keep little (lmsys.step.blocks)
     )
     fused_optimizer: bool = False  # AdamW in one pass over memory (optim.FusedAdamW)
     bf16_parameters: bool = (

@@ -22,10 +22,10 @@ from torch.utils.checkpoint import checkpoint
 
 from lmsys.attention import check_support, get_kernel
 from lmsys.config import ModelConfig
-from lmsys.fused_gate import gated_product
-from lmsys.fused_loss import linear_cross_entropy
-from lmsys.fused_norm import norm_beside, rms_norm
-from lmsys.fused_rope import rotated_heads
+from lmsys.step.gate import gated_product
+from lmsys.step.loss import linear_cross_entropy
+from lmsys.step.norm import norm_beside, rms_norm
+from lmsys.step.rope import rotated_heads
 
 
 class Linear(nn.Module):
@@ -56,7 +56,7 @@ class Embedding(nn.Module):
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * gain over the last dimension, computed in fp32, returned in the dtype of x.
 
-    fused: backward is one kernel (lmsys.fused_norm), and under autocast the result is in its dtype.
+    fused: backward is one kernel (lmsys.step.norm), and under autocast the result is in its dtype.
     """
 
     def __init__(self, d_model: int, eps: float = 1e-5):
@@ -141,7 +141,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """W2 (silu(W1 x) * W3 x). merged: W1 and W3 are put together in forward, for one product in place of two (lmsys.fused_gate)."""
+    """W2 (silu(W1 x) * W3 x). merged: W1 and W3 are put together in forward, for one product in place of two (lmsys.step.gate)."""
 
     def __init__(self, d_model: int, d_ff: int):
         super().__init__()
@@ -202,7 +202,7 @@ class TransformerLM(nn.Module):
     def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
         """ids: (B, T) int64 -> logits (B, T, V), in the autocast dtype where autocast is on.
 
-        targets: (B, T) int64; given, the result is their mean cross-entropy in fp32, and no logits are kept (lmsys.fused_loss).
+        targets: (B, T) int64; given, the result is their mean cross-entropy in fp32, and no logits are kept (lmsys.step.loss).
         Raises:
             ValueError: T beyond context_length; a device or dtype that the attention kernel does not take; on the CPU,
                 an id outside the vocabulary. On a GPU that last check would wait for the device at every step: check
@@ -303,9 +303,9 @@ class TransformerLM(nn.Module):
         """Choose how the step computes the same model; returns the model.
 
         Args:
-            rope: rotation and the splitting of Q, K and V as one kernel each way (lmsys.fused_rope).
-            gate: the feed-forward layer's W1 and W3 as one product, and what follows it one kernel each way (lmsys.fused_gate).
-            norm: a norm's backward pass as one kernel (lmsys.fused_norm).
+            rope: rotation and the splitting of Q, K and V as one kernel each way (lmsys.step.rope).
+            gate: the feed-forward layer's W1 and W3 as one product, and what follows it one kernel each way (lmsys.step.gate).
+            norm: a norm's backward pass as one kernel (lmsys.step.norm).
             residual_dtype: of the stream from block to block; None: the embedding's, fp32 under autocast too.
         """
         self.token_embeddings.output_dtype = residual_dtype

@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lmsys import checkpoint, graphs, parallel, selective
+from lmsys import checkpoint, parallel
 from lmsys.config import FULLY_SHARDED, PipelineConfig, TrainConfig
 from lmsys.data import BatchSampler, sequential_batches
 from lmsys.generate import generate_text
 from lmsys.model import TransformerLM, cross_entropy
-from lmsys.optim import AdamW, FusedAdamW, clip_factor, clip_grad_norm, parameter_groups, to_low_precision
 from lmsys.parallel import group
+from lmsys.step import blocks, graphs
+from lmsys.step.optimizer import AdamW, FusedAdamW, clip_factor, clip_grad_norm, parameter_groups, to_low_precision
 
 if TYPE_CHECKING:
     from lmsys.data.tokenizer import Tokenizer
@@ -66,7 +67,7 @@ class Replica:
         self.autocast_dtype = settings.dtype
         if settings.written_backward:  # which computes in the matrices' own dtype
             self.autocast_dtype = "fp32"
-            selective.select(self.model, [selective.NO_PRODUCTS_AGAIN] * config.model.num_layers)
+            blocks.select(self.model, [blocks.NO_PRODUCTS_AGAIN] * config.model.num_layers)
         self.masters = {}  # fp32 values of what becomes bf16 here, for the optimizer
         if settings.bf16_parameters:
             group.broadcast_from_rank0(self.model.parameters())  # in fp32, which the wrapper will not see

@@ -47,15 +47,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lmsys import checkpoint, cost, parallel, selective
+from lmsys import checkpoint, cost, parallel
 from lmsys import device as devices
 from lmsys.attention import check_support
 from lmsys.config import PipelineConfig, TrainConfig, to_dict, unknown_name
 from lmsys.data import BatchSampler
-from lmsys.optim import cosine_schedule
 from lmsys.parallel import group
 from lmsys.records import SCHEMAS, atomic_path, writable_dir
 from lmsys.replica import AUTOCAST, Replica, damage_told, first_line
+from lmsys.step import blocks
+from lmsys.step.optimizer import cosine_schedule
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -398,10 +399,8 @@ def check_setup(config: PipelineConfig, world_size: int | None = None) -> torch.
         kv_heads=model.num_heads,
         backward=True,
     )
-    if settings.written_backward and settings.attention_kernel not in selective.ATTENTION:
-        raise unknown_name(
-            "attention kernel for train.written_backward", settings.attention_kernel, selective.ATTENTION
-        )
+    if settings.written_backward and settings.attention_kernel not in blocks.ATTENTION:
+        raise unknown_name("attention kernel for train.written_backward", settings.attention_kernel, blocks.ATTENTION)
     if settings.cuda_graph and device.type != "cuda":
         raise ValueError(f"train.cuda_graph is for a GPU, and this run is on {device}; set train.cuda_graph=false")
     if settings.compile and device.type == "cpu" and "triton" in settings.attention_kernel:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmsys import model, optim
+from lmsys import model
 from lmsys.config import ModelConfig
 from lmsys.data.bpe import train_bpe
 from lmsys.data.tokenizer import Tokenizer
+from lmsys.step import optimizer as optim
 
 
 def run_train_bpe(

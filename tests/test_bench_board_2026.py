@@ -8,12 +8,13 @@ import os
 import pytest
 import torch
 
-from lmsys import planner, records, report
+from lmsys import records, report
 from lmsys.__main__ import main
 from lmsys.bench import board_2026 as board
 from lmsys.bench import leaderboard, replicas
 from lmsys.bench.native import NativeLM
 from lmsys.model import TransformerLM
+from lmsys.step import planner
 
 RATES = dataclasses.asdict(planner.H200)
 GOOD = {"loss_error": 1e-7, "plain_loss_error": 1e-7, "gradient_error": 1e-6, "plain_gradient_error": 9e-7}

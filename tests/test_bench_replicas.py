@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from lmsys import graphs
 from lmsys.bench import replicas, timeline
 from lmsys.bench.measure import quantiles
 from lmsys.config import model_size
 from lmsys.parallel import group
+from lmsys.step import graphs
 
 WORKLOAD = replicas.Workload(
     "tiny", model_size("tiny", vocab_size=64, context_length=16), "vectorized_torch", 2, "fp32", compiled=False

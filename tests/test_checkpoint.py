@@ -12,7 +12,7 @@ import torch
 from lmsys import checkpoint
 from lmsys.config import ModelConfig, PipelineConfig, TokenizerConfig, to_dict
 from lmsys.model import TransformerLM
-from lmsys.optim import AdamW, parameter_groups
+from lmsys.step.optimizer import AdamW, parameter_groups
 
 SAMPLER = {"draws": 3, "seed": 2**70}
 

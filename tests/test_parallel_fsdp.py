@@ -13,10 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 from lmsys.config import ModelConfig
 from lmsys.model import TransformerLM, cross_entropy
-from lmsys.optim import AdamW, parameter_groups
 from lmsys.parallel import shards
 from lmsys.parallel.fsdp import FullyShardedModule, fully_shard, torch_fsdp2
 from lmsys.parallel.group import spawn
+from lmsys.step.optimizer import AdamW, parameter_groups
 
 TINY = ModelConfig(vocab_size=61, context_length=12, d_model=32, num_layers=4, num_heads=2, d_ff=64)
 

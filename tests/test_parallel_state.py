@@ -9,10 +9,10 @@ import torch.distributed as dist
 from parallel_cases import TIME_LIMIT_S, batch, difference, loss, share, toy, twin
 from torch import nn
 
-from lmsys.optim import AdamW
 from lmsys.parallel.fsdp import fully_shard
 from lmsys.parallel.group import Process, mean_over_ranks, spawn
 from lmsys.parallel.zero1 import ShardedOptimizer
+from lmsys.step.optimizer import AdamW
 
 FIRST, LAST = range(3), range(3, 5)  # steps before and after
 

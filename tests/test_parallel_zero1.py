@@ -11,10 +11,10 @@ import torch.distributed as dist
 from parallel_cases import STEPS, TIME_LIMIT_S, batch, difference, loss, share, toy, twin
 from torch import nn
 
-from lmsys.optim import AdamW
 from lmsys.parallel import wrap
 from lmsys.parallel.group import spawn
 from lmsys.parallel.zero1 import ShardedOptimizer
+from lmsys.step.optimizer import AdamW
 
 # name -> optimizer, its options, how it is sharded
 CASES = {

@@ -4,7 +4,7 @@ A step is forward, loss, backward and AdamW, from tokens on the device to update
 (2026): vocabulary 151,936, d_model 4096, d_ff 11,008, 34 layers, 32 heads. A sequence a GPU.
 
 - lmsys: matrices and optimizer state sharded (lmsys.parallel.fsdp: fp32 shards, gathered in bf16), blocks that keep what a plan says
-  (lmsys.selective, lmsys.planner), our attention, head and loss in one (lmsys.fused_loss), AdamW in one kernel (lmsys.optim.FusedAdamW).
+  (lmsys.step.blocks, lmsys.step.planner), our attention, head and loss in one (lmsys.step.loss), AdamW in one kernel (lmsys.step.optimizer.FusedAdamW).
 - torch_native, the peer: what PyTorch itself has, put together as its own training recipes do: FSDP2, cuDNN attention, each block
   compiled and checkpointed, the loss in compiled chunks, fused AdamW; weights, gradients and moments in bf16, which is less to hold and to
   move than ours. Its model is that of lmsys.bench.native.
@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lmsys import cost, parallel, planner, records, selective
+from lmsys import cost, parallel, records
 from lmsys.bench import leaderboard, replicas
 from lmsys.bench.attention import DTYPES as TORCH_DTYPES
 from lmsys.bench.measure import peak_bytes_cpu, quantiles
@@ -48,10 +48,11 @@ from lmsys.bench.replicas import Clock, largest, live_bytes
 from lmsys.config import ModelConfig, require, resolve_scale, unknown_name
 from lmsys.device import device_name, peak_flops, resolve_device
 from lmsys.model import TransformerLM
-from lmsys.optim import FusedAdamW
 from lmsys.parallel import group
 from lmsys.parallel.group import Process
 from lmsys.parallel.shards import all_gather
+from lmsys.step import blocks, planner
+from lmsys.step.optimizer import FusedAdamW
 
 BOARD, OURS, PEER = "2026", "lmsys", "torch_native"
 IMPLEMENTATIONS = (OURS, PEER)
@@ -62,7 +63,7 @@ _LIMIT_S = 270.0  # of one point, compilation included
 _PEER_CHUNK = 4096  # tokens whose logits the peer's loss makes at a time
 _ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 # The twin's blocks: from the input alone to everything.
-TWIN_KEEP = ((), ("attention",), ("qkv", "attention", "norm2"), ("qkv", "middle", "gate"), selective.KINDS)
+TWIN_KEEP = ((), ("attention",), ("qkv", "attention", "norm2"), ("qkv", "middle", "gate"), blocks.KINDS)
 
 
 # --- Settings -------------------------------------------------------------------------------------
@@ -214,7 +215,7 @@ def sharded(
     config: ModelConfig, keep: Sequence[Any], board: StepBoard, device: torch.device
 ) -> parallel.fsdp.FullyShardedModule:
     """Our model: selective blocks, sharded."""
-    model = selective.select(initial_weights(config, board.kernel, board.seed, device), keep)
+    model = blocks.select(initial_weights(config, board.kernel, board.seed, device), keep)
     low = {"compute_dtype": TORCH_DTYPES[board.dtype]} if board.dtype != "fp32" else {}
     return parallel.wrap(model, "fsdp", prefetch=planner.PREFETCH, **low)
 
@@ -416,11 +417,11 @@ def _attention_rates(board: StepBoard, device: torch.device) -> list[float]:
     size = (board.local_batch, length, 3, config.num_heads, config.head_dim)
     qkv = torch.randn(size, device=device, dtype=TORCH_DTYPES[board.dtype])
     q, k, v = (qkv[:, :, index].transpose(1, 2) for index in range(3))
-    o, lse = selective.attend(kernel, q, k, v)
+    o, lse = blocks.attend(kernel, q, k, v)
     do = torch.randn_like(o)
     seconds = {
-        "forward": _seconds(device, lambda: selective.attend(kernel, q, k, v)),
-        "backward": _seconds(device, lambda: selective.attend_backward(kernel, q, k, v, o, lse, do)),
+        "forward": _seconds(device, lambda: blocks.attend(kernel, q, k, v)),
+        "backward": _seconds(device, lambda: blocks.attend_backward(kernel, q, k, v, o, lse, do)),
     }
     flops = (board.local_batch, config.num_heads, length, length, config.head_dim, True)
     return [cost.attention_flops(*flops, which) / taken for which, taken in seconds.items()]

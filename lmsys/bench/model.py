@@ -51,8 +51,8 @@ from lmsys.bench.measure import (
 from lmsys.config import ModelConfig, model_size, require, resolve_scale, unknown_name
 from lmsys.device import device_name, fp32_products, peak_flops, resolve_device
 from lmsys.model import TransformerLM, cross_entropy
-from lmsys.optim import AdamW, parameter_groups
 from lmsys.parallel import group
+from lmsys.step.optimizer import AdamW, parameter_groups
 
 NAME = "model_benchmark_results"
 REPEAT, WARMUP, FIRST_STEP = "model_benchmark_repeat", "model_benchmark_warmup", "model_benchmark_first_step"

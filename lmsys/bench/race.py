@@ -2,7 +2,7 @@
 
 Every arm is a run of lmsys.train under settings of its own: the same initial weights, batches in the same order, learning rates and validation
 batches. `naive` is eager, attention written out, no option of the trainer; `ours` has the fast kernel, blocks with a written backward pass
-(lmsys.selective; without them, compiled ones) and every option that pays (bench/train_step.py takes them apart); `ours_ddp` halves the local
+(lmsys.step.blocks; without them, compiled ones) and every option that pays (bench/train_step.py takes them apart); `ours_ddp` halves the local
 batch, so that a step reads the same sequences. All compute in the same precision. Time is that of training: from row to row of the trainer's
 metrics, which leaves evaluations out; the first row's steps, which compile, count at the pace of the second's. An arm ends with the schedule, or
 at its limit of such time, whichever is first.

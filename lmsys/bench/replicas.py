@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lmsys import cost, graphs, parallel
+from lmsys import cost, parallel
 from lmsys.attention import check_support
 from lmsys.bench.attention import DTYPES as TORCH_DTYPES
 from lmsys.bench.measure import is_out_of_memory, peak_bytes_cpu, quantiles
@@ -41,6 +41,7 @@ from lmsys.model import TransformerLM, cross_entropy
 from lmsys.parallel import group
 from lmsys.parallel.group import Process
 from lmsys.replica import autocast
+from lmsys.step import graphs
 
 
 def process_counts(device: str, given: Sequence[int] | None) -> tuple[int, ...]:
@@ -242,7 +243,7 @@ class TrainPoint:
         gpus: that take part, of the group's processes: all, or one with the wrapper none.
         sharded_optimizer: ZeRO-1. options: of the wrapper. optimizer_options: of the sharded optimizer.
         traced: one more step, under the profiler.
-        captured: timed steps replay forward, backward and communication as one CUDA graph (lmsys.graphs); their parts are not timed.
+        captured: timed steps replay forward, backward and communication as one CUDA graph (lmsys.step.graphs); their parts are not timed.
     A loss step sees processes x local_batch sequences, whether all GPUs take part or one takes them in turn.
     """
 

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from lmsys import cost, records, selective
+from lmsys import cost, records
 from lmsys import train as training
 from lmsys.bench import ahead, power
 from lmsys.bench.measure import is_out_of_memory, one_thread, peak_bytes_cpu, quantiles, release, settled
@@ -48,6 +48,7 @@ from lmsys.config import (
 from lmsys.data import BatchSampler
 from lmsys.device import device_name, fp32_products, peak_flops, resolve_device
 from lmsys.replica import Replica
+from lmsys.step import blocks
 
 NAME, LOSSES = "train_step_results", "train_step_losses"
 EXTRA_COLUMNS = ("host_ms", "sm_mhz", "max_sm_mhz", "power_w", "limit_w", "device", "note")
@@ -139,7 +140,7 @@ def possible_options(dtype: str, compiled: bool, kernel: str, device: str = "aut
     """The options that a precision, compilation or the lack of it, an attention kernel and a device leave."""
     excluded = (_OF_BF16 if dtype != "bf16" else ()) + (_OF_COMPILE if not compiled else ())
     excluded += _OF_GPUS if resolve_device(device).type != "cuda" else ()
-    excluded += (_WRITTEN,) if kernel not in selective.ATTENTION else ()
+    excluded += (_WRITTEN,) if kernel not in blocks.ATTENTION else ()
     return [name for name in OPTIONS if name not in excluded]
 
 

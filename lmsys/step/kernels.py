@@ -1,7 +1,7 @@
 """Triton kernels of the training step beside attention: cross-entropy in place, AdamW and squares over many tensors, rotation,
 SwiGLU's gate, RMSNorm's gradient.
 
-All are bound by memory and read and write each element once or twice; their callers, lmsys.optim and lmsys.fused_*, import this
+All are bound by memory and read and write each element once or twice; their callers in lmsys.step import this
 module where tensors lie on a GPU. On the CPU interpreter it is there to check, not to be fast.
 """
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lmsys.fused_loss import CHUNK_BYTES, chunk_tokens, linear_cross_entropy
 from lmsys.model import cross_entropy
+from lmsys.step.loss import CHUNK_BYTES, chunk_tokens, linear_cross_entropy
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -138,7 +138,7 @@ def test_strides(path):
 def test_without_gradients_none_are_made(monkeypatch):
     hidden, weight, targets = inputs(12, 8, 40)
     seen = []
-    from lmsys import fused_loss
+    from lmsys.step import loss as fused_loss
 
     original = fused_loss._losses
     monkeypatch.setattr(fused_loss, "_losses", lambda *args: seen.append(args[-2:]) or original(*args))
@@ -219,7 +219,7 @@ def test_compiled_as_one_graph():
 
 def test_operator_is_as_torch_library_has_it():
     hidden, weight, targets = inputs(12, 8, 40)
-    from lmsys.fused_loss import losses_op
+    from lmsys.step.loss import losses_op
 
     for wants in ((True, True), (False, True), (False, False)):
         arguments = (hidden.detach(), weight.detach(), targets, torch.float32, 5, -100, "torch", *wants)
@@ -238,7 +238,7 @@ def test_a_target_outside_of_the_vocabulary():
 
 
 def test_the_kernel_reads_nothing_of_a_target_outside():
-    from lmsys.fused_kernels import cross_entropy_
+    from lmsys.step.kernels import cross_entropy_
 
     logits = torch.randn(3, 40, device=DEVICE)
     losses = torch.empty(3, device=DEVICE)

@@ -275,7 +275,7 @@ class _Buffers:
         self, slots: list[int], step: int, group: Mapping[str, Any], gradient_scale: Tensor | None
     ) -> None:
         """A step of the parameters of these slots, in one kernel."""
-        from lmsys.fused_kernels import adamw_
+        from lmsys.step.kernels import adamw_
 
         if self.exp_avg.numel() == 0:
             return
@@ -299,7 +299,7 @@ class _Buffers:
 
     def squares(self) -> Tensor | None:
         """Sums of the squares of the gradients, in fp32, each of some blocks, by one kernel; None without gradients."""
-        from lmsys.fused_kernels import squares
+        from lmsys.step.kernels import squares
 
         slots = [slot for slot, parameter in enumerate(self.parameters) if parameter.grad is not None]
         if not slots or self.exp_avg.numel() == 0:

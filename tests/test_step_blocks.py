@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from lmsys import planner, selective
 from lmsys.config import ModelConfig
 from lmsys.model import RotaryEmbedding, TransformerLM
+from lmsys.step import blocks, planner
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -17,7 +17,7 @@ TIGHT = {"rtol": 1e-3, "atol": 1e-5} if ON_GPU else {"rtol": 1e-5, "atol": 1e-7}
 CONFIG = ModelConfig(d_model=32, d_ff=48, num_layers=2, num_heads=2, context_length=24, vocab_size=50)
 SETS = [
     (),
-    selective.KINDS,
+    blocks.KINDS,
     ("qkv",),
     ("attention", "gate"),
     ("qkv", "attention", "middle", "gate", "up"),
@@ -31,7 +31,7 @@ def models(keep, dtype=EXACT, kernel="flash_attention_torch"):
     plain = TransformerLM(CONFIG, attention_kernel=kernel).to(DEVICE, dtype)
     twin = TransformerLM(CONFIG, attention_kernel=kernel).to(DEVICE, dtype)
     twin.load_state_dict(plain.state_dict())
-    return plain, selective.select(twin, [keep] * CONFIG.num_layers)
+    return plain, blocks.select(twin, [keep] * CONFIG.num_layers)
 
 
 def tokens(length=20):
@@ -57,7 +57,7 @@ def test_loss_and_gradients_are_the_plain_models(keep):
 def test_what_is_kept_is_what_the_planner_counts(dtype):
     """Bytes that autograd saves in a block, its parameters apart, for each kind alone and for sets of several."""
     shape = planner.Shape(CONFIG, 3, 20, gpus=2, dtype="fp32" if dtype == torch.float32 else "bf16")
-    for keep in [*SETS, *itertools.combinations(selective.KINDS, 1)]:
+    for keep in [*SETS, *itertools.combinations(blocks.KINDS, 1)]:
         _, twin = models(keep, dtype)
         block = twin.layers[0]
         x = torch.randn(3, 20, 32, device=DEVICE, dtype=dtype, requires_grad=True)
@@ -91,8 +91,8 @@ def test_kernels_of_the_path_for_gpus():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16] + ([torch.bfloat16] if ON_GPU else []), ids=str)
 def test_triton_kernels(rows, d, dtype):
     pytest.importorskip("triton")
-    from lmsys import block_kernels
-    from lmsys.fused_kernels import norm_back_
+    from lmsys.step import block_kernels
+    from lmsys.step.kernels import norm_back_
 
     torch.manual_seed(0)
     tight = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 4e-3, "atol": 4e-3}
@@ -125,7 +125,7 @@ def test_triton_kernels(rows, d, dtype):
 @pytest.mark.filterwarnings("ignore:no CUDA GPU")
 def test_rotation_in_place_is_rotation():
     pytest.importorskip("triton")
-    from lmsys.fused_kernels import rotate_
+    from lmsys.step.kernels import rotate_
 
     rope = RotaryEmbedding(24, 70).to(DEVICE)
     qkv = torch.randn(2, 70, 3, 2, 24, device=DEVICE)
@@ -156,7 +156,7 @@ def test_the_losss_gradients_have_no_common_factor():
     torch.manual_seed(0)
     hidden, weight = (torch.randn(n, 32, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for n in (792, 50))
     targets, scale = torch.randint(50, (792,), device=DEVICE), 1.003
-    (scale * selective._Loss.apply(hidden, weight, targets)).backward()
+    (scale * blocks._Loss.apply(hidden, weight, targets)).backward()
     wide = [one.detach().double().requires_grad_() for one in (hidden, weight)]
     (scale * torch.nn.functional.cross_entropy(wide[0] @ wide[1].t(), targets)).backward()
     for one, exact in zip((hidden, weight), wide, strict=True):
@@ -179,7 +179,7 @@ def test_what_cannot_be_is_said():
         ("kinds of 1 blocks; the model has 2", [()]),
     ):
         with pytest.raises(ValueError, match=message):
-            selective.select(twin, keep)
+            blocks.select(twin, keep)
     with pytest.raises(ValueError, match="unknown attention kernel of a selective block 'vectorized_torch'"):
         models((), kernel="vectorized_torch")
     x = torch.randn(1, 4, 32, device=DEVICE, dtype=EXACT)

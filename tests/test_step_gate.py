@@ -5,8 +5,8 @@ import torch
 from block_cases import outcome, small_block, small_inputs
 from torch.nn import functional as F
 
-from lmsys.fused_gate import gate_back_op, gate_op, gated_product
 from lmsys.model import SwiGLU
+from lmsys.step.gate import gate_back_op, gate_op, gated_product
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"

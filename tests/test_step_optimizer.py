@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lmsys.optim import (
+from lmsys.step.optimizer import (
     AdamW,
     FusedAdamW,
     clip_factor,

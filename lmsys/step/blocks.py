@@ -4,15 +4,15 @@ torch.utils.checkpoint keeps a block's input and computes all else again; its se
 the partitioner has the last word. Here a block of lmsys.model is one autograd.Function: forward saves its input and the kinds of KINDS
 that it is told to, backward makes the others again, each when it is first needed, and frees them when they are done with.
 Gradients overwrite what they replace (SwiGLU's those of gate and up, a norm's that of its output). So the bytes that a block keeps are
-known beforehand, as lmsys.planner needs them, and are the same with every version of torch. Different from the plain block beside:
+known beforehand, as lmsys.step.planner needs them, and are the same with every version of torch. Different from the plain block beside:
 - Q and K are rotated in place: what is kept of attention is one (N, 3 d) tensor, of which Q, K and V are views, its output and
   log-sum-exp.
 - The residual addition and the second norm are one pass; the last addition happens inside the product. What is rounded to bf16 in
   between in the plain block is not here.
-- The head's gradient, which lmsys.fused_loss adds up in fp32 while it computes the loss, is scaled and rounded there and then: what lies
+- The head's gradient, which lmsys.step.loss adds up in fp32 while it computes the loss, is scaled and rounded there and then: what lies
   there at the moment when all activations do is half as large.
 
-Norms and SwiGLU are Triton kernels on a GPU (lmsys.block_kernels, lmsys.fused_kernels), plain PyTorch elsewhere. On a GPU nothing is
+Norms and SwiGLU are Triton kernels on a GPU (lmsys.step.block_kernels, lmsys.step.kernels), plain PyTorch elsewhere. On a GPU nothing is
 compiled but these.
 
 Limits: fp32 or bf16, the matrices in the dtype of the block's input (no autocast); attention by a kernel of ATTENTION; one backward pass, no second
@@ -33,9 +33,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lmsys.config import unknown_name
-from lmsys.fused_loss import losses_op
-from lmsys.fused_rope import rotate_back_op
 from lmsys.model import RMSNorm, TransformerBlock, TransformerLM, rotate
+from lmsys.step.loss import losses_op
+from lmsys.step.rope import rotate_back_op
 
 # What a block can keep beside its input: rows of d (norm1, middle, norm2), 3 d (qkv), f (gate, up); attention: its output, (N, d), and the
 # log-sum-exp, (B, H, T) in fp32. The product of silu(gate) and up falls off when their gradients are made, and is never kept.
@@ -127,9 +127,9 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _rms_norm(x: Tensor, gain: Tensor, eps: float, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """x + added, and its norm times gain; see lmsys.block_kernels."""
+    """x + added, and its norm times gain; see lmsys.step.block_kernels."""
     if x.is_cuda:
-        from lmsys import block_kernels
+        from lmsys.step import block_kernels
 
         return block_kernels.rms_norm(x, gain, eps, added)
     total = x if added is None else x + added
@@ -142,7 +142,7 @@ def _rms_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of x, plus residual, in place of dy, and of gain."""
     if x.is_cuda:
-        from lmsys.fused_kernels import norm_back_
+        from lmsys.step.kernels import norm_back_
 
         return dy, norm_back_(dy, x, None, gain, residual, dy, eps).to(gain.dtype)
     v, grad = (tensor.to(torch.promote_types(x.dtype, torch.float32)) for tensor in (x, dy))
@@ -156,7 +156,7 @@ def _rms_norm_backward(
 
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     if gate.is_cuda:
-        from lmsys import block_kernels
+        from lmsys.step import block_kernels
 
         return block_kernels.swiglu(gate, up)
     return F.silu(gate).mul_(up)
@@ -165,7 +165,7 @@ def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def _swiglu_backward_(gate: Tensor, up: Tensor, grad: Tensor) -> None:
     """grad, the product's gradient, becomes the product; gate and up become their gradients."""
     if gate.is_cuda:
-        from lmsys import block_kernels
+        from lmsys.step import block_kernels
 
         block_kernels.swiglu_backward_(gate, up, grad)
     else:
@@ -185,7 +185,7 @@ def _rotate_(qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Rotate Q and K of qkv (B, T, 3, H, D) where they lie."""
     q, k = (qkv[:, :, index].transpose(1, 2) for index in (0, 1))
     if qkv.is_cuda:
-        from lmsys.fused_kernels import rotate_
+        from lmsys.step.kernels import rotate_
 
         rotate_((q, k, None), (q, k, None), cos, sin, 1.0)
     else:

@@ -43,7 +43,7 @@ def _rotate(qkv: Tensor, cos: Tensor, sin: Tensor, path: str) -> tuple[Tensor, T
     """q and k, (B, H, T, D), contiguous."""
     q, k = (qkv[:, :, index].transpose(1, 2) for index in (0, 1))
     if path == "triton":
-        from lmsys.fused_kernels import rotate_
+        from lmsys.step.kernels import rotate_
 
         made = _empty_heads(qkv)
         rotate_((q, k, None), (*made, None), cos, sin, 1.0)
@@ -57,7 +57,7 @@ def _rotate_back(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, p
     dqkv = dq.new_empty(batch, length, 3, heads, head_dim)
     targets = tuple(dqkv[:, :, index].transpose(1, 2) for index in range(3))
     if path == "triton":
-        from lmsys.fused_kernels import rotate_
+        from lmsys.step.kernels import rotate_
 
         sources = tuple(one if one.stride(-1) == 1 else one.contiguous() for one in (dq, dk, dv))
         rotate_(sources, targets, cos, sin, -1.0)

@@ -73,7 +73,7 @@ def _norm_back(
 ) -> tuple[Tensor, Tensor]:
     """The gradient of x, plus beside, contiguous, and that of gain, in fp32. dy, x, beside: (..., d); rstd: (..., 1); gain: (d,)."""
     if path == "triton":
-        from lmsys.fused_kernels import norm_back_
+        from lmsys.step.kernels import norm_back_
 
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         flat = [None if one is None else one.reshape(-1, len(gain)).contiguous() for one in (dy, x, beside)]

@@ -5,8 +5,8 @@ import torch
 from block_cases import outcome, small_block, small_inputs
 
 from lmsys.config import ModelConfig
-from lmsys.fused_norm import norm_back_op, norm_beside, rms_norm
 from lmsys.model import RMSNorm, TransformerLM
+from lmsys.step.norm import norm_back_op, norm_beside, rms_norm
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"

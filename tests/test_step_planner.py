@@ -7,12 +7,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lmsys import cost, fused_loss, parallel, planner, selective
+from lmsys import cost, parallel
 from lmsys.bench.measure import peak_bytes_cpu
 from lmsys.bench.replicas import live_bytes
 from lmsys.config import ModelConfig
 from lmsys.model import TransformerLM
-from lmsys.optim import FusedAdamW
+from lmsys.step import blocks, planner
+from lmsys.step import loss as fused_loss
+from lmsys.step.optimizer import FusedAdamW
 
 CONFIG = ModelConfig(d_model=64, d_ff=176, num_layers=3, num_heads=2, context_length=512, vocab_size=50)
 SHAPE = planner.Shape(CONFIG, batch=2, length=512, gpus=2, dtype="fp32")
@@ -27,7 +29,7 @@ SETS = [
         ("qkv", "attention", "middle", "gate", "up"),
         ("norm1", "middle", "up"),
         ("gate", "up"),
-        selective.KINDS,
+        blocks.KINDS,
     )
 ]
 
@@ -59,14 +61,14 @@ def frugal(monkeypatch):
     def rotate_back(dq, dk, dv, cos, sin, path):
         return dq.new_empty(dq.shape[0], dq.shape[2], 3, dq.shape[1], dq.shape[3])
 
-    monkeypatch.setattr(selective, "_rms_norm", rms_norm)
-    monkeypatch.setattr(selective, "_rms_norm_backward", lambda dy, x, gain, eps, residual=None: (dy, gain))
-    monkeypatch.setattr(selective, "_swiglu", lambda gate, up: torch.empty_like(gate))
-    monkeypatch.setattr(selective, "_swiglu_backward_", lambda gate, up, grad: None)
-    monkeypatch.setattr(selective, "_rotate_", lambda qkv, cos, sin: None)
-    monkeypatch.setattr(selective, "attend", attend)
-    monkeypatch.setattr(selective, "attend_backward", attend_backward)
-    monkeypatch.setattr(selective, "rotate_back_op", rotate_back)
+    monkeypatch.setattr(blocks, "_rms_norm", rms_norm)
+    monkeypatch.setattr(blocks, "_rms_norm_backward", lambda dy, x, gain, eps, residual=None: (dy, gain))
+    monkeypatch.setattr(blocks, "_swiglu", lambda gate, up: torch.empty_like(gate))
+    monkeypatch.setattr(blocks, "_swiglu_backward_", lambda gate, up, grad: None)
+    monkeypatch.setattr(blocks, "_rotate_", lambda qkv, cos, sin: None)
+    monkeypatch.setattr(blocks, "attend", attend)
+    monkeypatch.setattr(blocks, "attend_backward", attend_backward)
+    monkeypatch.setattr(blocks, "rotate_back_op", rotate_back)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the profiler of the CPU's allocations")
@@ -74,7 +76,7 @@ def frugal(monkeypatch):
 def test_peaks_of_a_block_are_the_profilers(frugal, keep):
     torch.manual_seed(0)
     model = TransformerLM(CONFIG, attention_kernel="flash_attention_torch")
-    block = selective.select(model, [keep] * 3).layers[0]
+    block = blocks.select(model, [keep] * 3).layers[0]
     x = torch.randn(2, 512, 64, requires_grad=True)
     dout = torch.randn(2, 512, 64)
     made = []
@@ -92,7 +94,7 @@ def test_the_peak_of_the_loss_is_the_profilers(monkeypatch, vocabulary):
     shape = planner.Shape(config, 2, 512, 2, "fp32")
     hidden, weight = torch.randn(1024, 64, requires_grad=True), torch.randn(vocabulary, 64, requires_grad=True)
     targets = torch.randint(vocabulary, (1024,))
-    peak = hidden.nbytes + peak_bytes_cpu(lambda: selective._Loss.apply(hidden, weight, targets), lambda: ())
+    peak = hidden.nbytes + peak_bytes_cpu(lambda: blocks._Loss.apply(hidden, weight, targets), lambda: ())
     assert peak == pytest.approx(shape.loss_peak(), rel=0.03)
 
 
@@ -105,7 +107,7 @@ def test_the_peak_of_a_step_is_the_profilers(frugal, alone, monkeypatch, keep, v
     config = dataclasses.replace(CONFIG, num_layers=4, context_length=1024, vocab_size=vocabulary)
     shape = planner.Shape(config, 1, 1024, 1, "fp32")
     torch.manual_seed(0)
-    model = selective.select(TransformerLM(config, attention_kernel="flash_attention_torch"), [keep] * 4)
+    model = blocks.select(TransformerLM(config, attention_kernel="flash_attention_torch"), [keep] * 4)
     module = parallel.wrap(model, "fsdp", prefetch=planner.PREFETCH)
     optimizer = FusedAdamW(module.parameters())
     data = torch.randint(vocabulary, (2, 1, 1024))
@@ -190,4 +192,4 @@ def test_what_cannot_be_is_said():
     tied = ModelConfig(64, 176, 1, 2, 8, 50, tie_embeddings=True)
     with pytest.raises(ValueError, match="untied"):
         planner.Shape(tied, 1, 8, 2, "bf16")
-    assert planner.KINDS == selective.KINDS and planner.CHUNK_BYTES == fused_loss.CHUNK_BYTES
+    assert planner.KINDS == blocks.KINDS and planner.CHUNK_BYTES == fused_loss.CHUNK_BYTES

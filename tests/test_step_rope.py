@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lmsys.fused_rope import rotate_back_op, rotate_op, rotated_heads
 from lmsys.model import RotaryEmbedding, rotate
+from lmsys.step.rope import rotate_back_op, rotate_op, rotated_heads
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"

@@ -18,11 +18,11 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from lmsys import fused_kernels
+from lmsys.step import kernels
 
 triton.knobs.cache.dir = tempfile.mkdtemp()
 triton.knobs.nvidia.dump_ptxas_log = True
-strides = [name for name in fused_kernels._rotate_kernel.arg_names if name.startswith(("stride_", "out_"))]
+strides = [name for name in kernels._rotate_kernel.arg_names if name.startswith(("stride_", "out_"))]
 flat = dict.fromkeys(("masters", "exp_avgs", "exp_avg_sqs", "gradient_scale"), "*fp32")
 tables = dict.fromkeys(("gradients", "parameters", "lengths"), "*i64") | dict.fromkeys(("firsts", "slots"), "*i32")
 scalars = dict.fromkeys(("decay", "lerp1", "beta2", "lerp2", "step_size", "correction", "eps", "scale", "sign"), "fp32")
@@ -31,7 +31,7 @@ types |= {"targets": "*i64", "losses": "*fp32", "cos": "*fp32", "sin": "*fp32"}
 types |= dict.fromkeys(("merged", "product", "dproduct", "dmerged", "dy", "x", "beside", "dx"), "*bf16")
 types |= dict.fromkeys(("rstd", "gain", "partials", "sums", "matrix"), "*fp32")
 cases = {
-    "cross_entropy": (32, {"GRADIENT": True, "LANES": 1024, "WIDTH": 8, "STAGES": fused_kernels._LOSS_STAGES}),
+    "cross_entropy": (32, {"GRADIENT": True, "LANES": 1024, "WIDTH": 8, "STAGES": kernels._LOSS_STAGES}),
     "adamw": (8, {"DTYPE": tl.bfloat16, "MASTER": True, "SCALED": True, "ALIGNED": True, "BLOCK": 2048}),
     "squares": (8, {"DTYPE": tl.bfloat16, "ALIGNED": True, "BLOCK": 2048, "BLOCKS": 4}),
     "rotate": (4, {"D": 64, "D_PAD": 64, "ROWS": 16, "HEADS": 4, "COPY_V": True}),
@@ -43,11 +43,11 @@ cases = {
 }
 found = {}
 for name, (warps, constants) in cases.items():
-    kernel = getattr(fused_kernels, f"_{name.split()[0]}_kernel")
+    kernel = getattr(kernels, f"_{name.split()[0]}_kernel")
     signature = {arg: "constexpr" if arg in constants else types.get(arg, "i32") for arg in kernel.arg_names}
     divisible = [arg for arg in kernel.arg_names if signature[arg][0] == "*" or arg in (*strides, "row_stride")]
     aligned = {(kernel.arg_names.index(arg),): [["tt.divisibility", 16]] for arg in divisible}
-    options = {"norm_back": fused_kernels.NORM_OPTIONS, "cross_entropy": fused_kernels._LOSS_OPTIONS}.get(name.split()[0], {})
+    options = {"norm_back": kernels.NORM_OPTIONS, "cross_entropy": kernels._LOSS_OPTIONS}.get(name.split()[0], {})
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
         source = ASTSource(kernel, signature, constants, aligned)

@@ -57,7 +57,7 @@ def gated_product(merged: Tensor, weight: Tensor, path: str = "auto") -> Tensor:
 def _gate(merged: Tensor, path: str) -> Tensor:
     """silu(gate) * up, (..., F), contiguous."""
     if path == "triton":
-        from lmsys.fused_kernels import gate_
+        from lmsys.step.kernels import gate_
 
         product = _empty_product(merged)
         gate_(merged.contiguous(), product)
@@ -70,7 +70,7 @@ def _gate_back(merged: Tensor, dproduct: Tensor, path: str) -> tuple[Tensor, Ten
     """From the gradient of silu(gate) * up, (..., F): the gradient of merged, and silu(gate) * up itself, both contiguous."""
     dmerged = torch.empty_like(merged, memory_format=torch.contiguous_format)
     if path == "triton":
-        from lmsys.fused_kernels import gate_back_
+        from lmsys.step.kernels import gate_back_
 
         product = _empty_product(merged)
         gate_back_(merged.contiguous(), dproduct.contiguous(), dmerged, product)

@@ -172,7 +172,7 @@ def _cross_entropy_(
 ) -> None:
     """losses (n,) of logits (n, V); where gradient, the logits become their gradient times scale."""
     if path == "triton":
-        from lmsys.fused_kernels import cross_entropy_
+        from lmsys.step.kernels import cross_entropy_
 
         cross_entropy_(logits, targets, losses, ignore_index, scale, gradient)
         return

@@ -1,6 +1,6 @@
 """What a training step keeps for its backward pass and what it computes again, so that it fits a memory and loses the least time.
 
-A block of lmsys.selective keeps its input and any of the kinds of activations KINDS. Each that it does not keep is computed again once,
+A block of lmsys.step.blocks keeps its input and any of the kinds of activations KINDS. Each that it does not keep is computed again once,
 in its backward pass, at a cost that does not depend on the others: so a plan is a knapsack, bytes against seconds. Kinds are taken by
 seconds a byte, dearest first, from the last block to the first, as long as the peak stays within the budget. The peak is that of a
 walk through the backward pass: the last block's comes first, when all activations are there; those of the first blocks come when memory
@@ -45,9 +45,9 @@ from dataclasses import dataclass
 from lmsys import cost
 from lmsys.config import ModelConfig, require, unknown_name
 
-KINDS = ("norm1", "qkv", "attention", "middle", "norm2", "gate", "up")  # as lmsys.selective has them
+KINDS = ("norm1", "qkv", "attention", "middle", "norm2", "gate", "up")  # as lmsys.step.blocks has them
 PREFETCH = 1  # blocks gathered ahead: one takes 1 ms to gather and 30 to compute
-CHUNK_BYTES = 3 * 2**29  # of the logits that lmsys.fused_loss makes at a time, at the most
+CHUNK_BYTES = 3 * 2**29  # of the logits that lmsys.step.loss makes at a time, at the most
 _ITEMSIZE = {"fp32": 4, "bf16": 2}
 
 
@@ -162,7 +162,7 @@ class Shape:
         return 2 * self.itemsize * self.head_parameters
 
     def forward_peak(self, keep: frozenset[str]) -> float:
-        """What a block's forward pass takes beyond its input, what it keeps and its output; lmsys.selective, stage by stage."""
+        """What a block's forward pass takes beyond its input, what it keeps and its output; lmsys.step.blocks, stage by stage."""
         s, w = self.stream, self.wide
         passing = {kind: self.kind_bytes(kind) * (kind not in keep) for kind in KINDS}
         stages = [  # before the output is there

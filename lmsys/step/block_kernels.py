@@ -1,7 +1,7 @@
 """Triton kernels of a Transformer block beside its products: RMSNorm with the residual addition, SwiGLU and its gradient in place.
 
 All are bound by memory: each element is read and written once. Sums are in fp32. What is overwritten is said at each function;
-lmsys.selective, the caller, imports this module where tensors lie on a GPU. On the CPU interpreter it is there to check.
+lmsys.step.blocks, the caller, imports this module where tensors lie on a GPU. On the CPU interpreter it is there to check.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lmsys.attention.flash_triton import tl, triton  # which sets up the interpreter where there is no GPU
-from lmsys.fused_kernels import sigmoid
+from lmsys.step.kernels import sigmoid
 
 _sum = tl.standard._sum_combine  # interpreted whenever the kernel is, as tl.sum may not be
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from lmsys import graphs, replica
+from lmsys import replica
 from lmsys.bench.replicas import pattern_tokens
 from lmsys.config import TrainConfig, pipeline_config
 from lmsys.data import BatchSampler
-from lmsys.graphs import GraphedPass
+from lmsys.step import graphs
+from lmsys.step.graphs import GraphedPass
 from lmsys.train import check_setup
 
 
