@@ -49,6 +49,9 @@ class Kernel:
         backward: the types of device on which it has a backward pass.
         unavailable: why it cannot run on a device type with a dtype on this machine, or None where it can.
         options: what else its function takes by name, and the values allowed.
+        slow: ten to a hundred times slower than the rest at long sequences: benchmarks give it few shapes and samples.
+        score_arrays: how many arrays of q_len x k_len a forward pass holds at once at the least.
+        compiled_per: "shape" or "kind" (head dim, mask, heads) where the first call of each compiles for seconds.
     """
 
     name: str
@@ -63,6 +66,9 @@ class Kernel:
     backward: tuple[str, ...] = ("cpu", "cuda")
     unavailable: Callable[[str, torch.dtype], str | None] | None = None
     options: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    slow: bool = False
+    score_arrays: int = 0
+    compiled_per: str = ""
 
     def load(self) -> Callable[..., Tensor]:
         """The kernel's function; imports its module."""
@@ -164,6 +170,8 @@ KERNELS: dict[str, Kernel] = {
             "reference",
             "scaled_dot_prod_attention",
             _ANY,
+            slow=True,
+            score_arrays=3,
         ),
         Kernel(
             "vectorized_torch",
@@ -172,6 +180,8 @@ KERNELS: dict[str, Kernel] = {
             "reference",
             "vectorized_torch",
             _ANY,
+            slow=True,
+            score_arrays=2,
         ),
         Kernel(
             "vectorized_torch_compiled",
@@ -181,6 +191,8 @@ KERNELS: dict[str, Kernel] = {
             "vectorized_torch_compiled",
             _ANY,
             unavailable=_no_compiler,
+            slow=True,
+            score_arrays=1,
         ),
         Kernel(
             "flash_attention_torch",
@@ -189,6 +201,7 @@ KERNELS: dict[str, Kernel] = {
             "flash_torch",
             "flash_attention_torch",
             _ANY,
+            slow=True,
         ),
         Kernel(
             "flash_attention_triton",
@@ -200,6 +213,7 @@ KERNELS: dict[str, Kernel] = {
             max_head_dim=256,
             unavailable=_no_triton,
             options={"deterministic": (False, True), "path": PATHS},
+            compiled_per="kind",
         ),
         Kernel(
             "flash_attention_cuda",
@@ -246,6 +260,7 @@ KERNELS: dict[str, Kernel] = {
             max_head_dim=256,
             backward=("cuda",),
             unavailable=_no_compiler,
+            compiled_per="shape",
         ),
         Kernel(
             "flash_attention_4",
@@ -259,6 +274,7 @@ KERNELS: dict[str, Kernel] = {
             head_dim_multiple=8,
             backward=("cuda",),
             unavailable=_no_flash_attention_4,
+            compiled_per="kind",
         ),
     )
 }

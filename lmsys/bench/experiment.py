@@ -122,7 +122,11 @@ class Parameters(SimpleNamespace):
     """Values of a notebook's parameters as attributes; scale is resolved."""
 
     def as_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
+    def is_given(self, name: str) -> bool:
+        """Whether the user chose the value: it is not the cell's default, from which the scale's preset is taken."""
+        return name in self._given
 
 
 @dataclass(frozen=True)
@@ -152,12 +156,13 @@ class Notebook:
             if name not in known:
                 raise unknown_name("notebook parameter", name, known)
         values = {name: parameter.read(given.get(name, parameter.default)) for name, parameter in known.items()}
+        chosen = {name for name, value in values.items() if value != known[name].default}
         values["scale"] = resolve_scale(values["scale"])
         for name, value in self.presets[values["scale"]].items():
             assert name in known, f"{self.name}: the preset {name} is no parameter of the notebook"
             if values[name] is None:
                 values[name] = list(value) if isinstance(value, tuple) else value
-        parameters = Parameters(**values)
+        parameters = Parameters(**values, _given=chosen)
         records.machine_tag(values.get("machine"))
         if self.check is not None:
             self.check(parameters)

@@ -29,6 +29,7 @@ import torch
 
 from lmsys.device import _output
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _L2_FLUSH_BYTES = 256 * 2**20  # several times the largest L2 of a GPU today (60 MB on an H200)
 _L2_FLUSHES = 8, 160  # at least and at most: 8 x 256 MiB at 4 TB/s are half a millisecond on an H200
 _LEAD = 2.0  # times as long as the call took the host once: it varies
@@ -49,6 +50,11 @@ class Measurement:
     @property
     def samples(self) -> int:
         return len(self.times_ms)
+
+    def columns(self) -> dict[str, Any]:
+        """As columns of a row: median_ms, p20_ms, p80_ms, samples, peak_mib."""
+        times = {"median_ms": self.median_ms, "p20_ms": self.p20_ms, "p80_ms": self.p80_ms}
+        return times | {"samples": self.samples, "peak_mib": self.peak_mib}
 
     @property
     def mean_ms(self) -> float | None:
