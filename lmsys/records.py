@@ -513,6 +513,20 @@ def units(frame) -> tuple[str, str]:
     return ("process", "processes") if set(frame.device) == {cpu_name()} else ("GPU", "GPUs")
 
 
+def table(frame, formats: Mapping[str, str] | None = None, headings: Mapping[str, str] | None = None) -> str:
+    """A DataFrame as Markdown: columns by format strings (three significant digits where there is none), NaN empty."""
+
+    def text(name: str, value: Any) -> Any:
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            return value
+        if math.isnan(value):
+            return ""
+        return formats[name].format(value) if formats and name in formats else significant(value)
+
+    rows = [{name: text(name, value) for name, value in row.items()} for row in frame.to_dict("records")]
+    return markdown_table(rows, {str(name): (headings or {}).get(name, str(name)) for name in frame.columns})
+
+
 def markdown_table(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str] | None = None) -> str:
     """Rows as a Markdown table. columns: key -> heading; by default the keys of the first row."""
     rows = list(rows)

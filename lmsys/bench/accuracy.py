@@ -1,18 +1,21 @@
 """The accuracy sweep: our attention kernels on random shapes against float64, output, log-sum-exp and gradients.
 
-The measure is FlashAttention's (its tests/test_flash_attn.py, arXiv:2205.14135): a kernel's largest error against float64 may be
-twice that of PyTorch's plain attention in the same dtype, plus a floor, made from what rounding must do, for where that error is
-nothing, as with a single key. Beyond that, here: the log-sum-exp that the backward pass reads is checked as well; every
-uninitialized tensor that a kernel makes is filled with NaN first, so that an element it does not write shows; and what should be the
-same bits in every run is compared bit by bit, the forward pass always, the gradients where a kernel has an option to make them so.
+The measure is FlashAttention's (its tests/test_flash_attn.py, arXiv:2205.14135): a kernel's largest error against
+float64 may be twice that of PyTorch's plain attention in the same dtype, plus a floor, made from what rounding must do,
+for where that error is nothing, as with a single key. Beyond that, here: the log-sum-exp that the backward pass reads
+is checked as well; every uninitialized tensor that a kernel makes is filled with NaN first, so that an element it does
+not write shows; and what should be the same bits in every run is compared bit by bit, the forward pass always, the
+gradients where a kernel has an option to make them so.
 
-A case is drawn from a seed: lengths that no tile divides and lengths that all do, queries and keys of different numbers, causal or
-not, grouped-query heads, layouts that a model produces, a scale of the user's, scores so large that the softmax is nearly one-hot.
-Lengths are either all multiples of 16 or none is, and heads are never 1 or 16: Triton compiles a kernel anew for each such
-property, and the sweep would spend its time there. A few cases of one query, one key or one head make up for it. For the same reason
-most cases are of head dim 64 or 128, where all kernels take part.
+A case is drawn from a seed: lengths that no tile divides and lengths that all do, queries and keys of different
+numbers, causal or not, grouped-query heads, layouts that a model produces, a scale of the user's, scores so large that
+the softmax is nearly one-hot.
+Lengths are either all multiples of 16 or none is, and heads are never 1 or 16: Triton compiles a kernel anew for each
+such property, and the sweep would spend its time there. A few cases of one query, one key or one head make up for it.
+For the same reason most cases are of head dim 64 or 128, where all kernels take part.
 
-On a GPU the cases run in several processes, each compiling what its own need. A case that fails is a row, never the end.
+On a GPU the cases run in several processes, each compiling what its own need. A case that fails is a row, never the
+end.
 """
 
 from __future__ import annotations
@@ -34,8 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lmsys import records
 from lmsys.attention import KERNELS, attention, check_support, get_kernel
 from lmsys.attention.reference import causal_mask, reference_attention, repeat_heads
-from lmsys.bench.attention import DTYPES, Runner, runners
-from lmsys.bench.measure import is_out_of_memory, release
+from lmsys.bench.measure import DTYPES, is_out_of_memory, release
 from lmsys.config import require, resolve_scale
 from lmsys.device import device_name, resolve_device
 from lmsys.parallel.group import context
@@ -57,7 +59,10 @@ _PRESETS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One random problem. scale: None is 1 / sqrt(head_dim). magnitude: of the elements of q and k; those of v and the gradient are of 1."""
+    """One random problem. scale.
+
+    None is 1 / sqrt(head_dim). magnitude: of the elements of q and k; those of v and the gradient are of 1.
+    """
 
     case: int
     batch: int
@@ -117,6 +122,25 @@ def settings(
     return AccuracySettings(scale=scale, kernels=kernels, device=device, seed=seed, **values)
 
 
+@dataclass(frozen=True)
+class Runner:
+    """A kernel as it is measured: with which options, and which path each pass then takes."""
+
+    kernel: str
+    options: dict[str, Any]
+    paths: dict[str, str]
+
+
+def runners(kernel: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> list[Runner]:
+    """The kernel as it comes, and flash_attention_triton's portable path beside its default where that is another."""
+    from lmsys.bench.attention import variants
+
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    shape = {"batch": q.shape[0], "heads": q.shape[1], "kv_heads": k.shape[1], "q_len": q.shape[2], "k_len": k.shape[2]}
+    shape |= {"head_dim": q.shape[3], "dtype": names[q.dtype], "causal": causal}
+    return [Runner(kernel, *variant) for variant in variants(kernel, shape, q.device)]
+
+
 # --- Cases ----------------------------------------------------------------------------------------
 
 
@@ -127,7 +151,9 @@ def cases(sweep: AccuracySettings) -> list[Case]:
 
 
 def _case(draw: random.Random, index: int, longest: int) -> Case:
-    """Of eight cases, five are in half precision at the common head dims, one is float32 there, two have another head dim."""
+    """Of eight cases, five are in half precision at the common head dims, one is float32 there, two have another head
+    dim.
+    """
     kind, turn = index % 8, index // 8
     even, causal = draw.random() < 0.4, draw.random() < 0.5
     if kind < 5:
@@ -170,7 +196,10 @@ def _length(draw: random.Random, longest: int, even: bool) -> int:
 
 
 def inputs(case: Case, device: torch.device, seed: int) -> list[torch.Tensor]:
-    """q, k, v and the gradient of the output, random normal, (B, H, T, D) in the case's layout; q, k and v are leaves that ask for gradients."""
+    """q, k, v and the gradient of the output, random normal, (B, H, T, D) in the case's layout.
+
+    Q, k and v are leaves that ask for gradients.
+    """
     generator = torch.Generator(device).manual_seed(seed * 1_000_003 + case.case)
     dtype, (batch, q_len, k_len, head_dim) = DTYPES[case.dtype], (case.batch, case.q_len, case.k_len, case.head_dim)
 
@@ -304,7 +333,10 @@ def _compare(
 
 
 def _differing(case: Case, runner: Runner, tensors: Sequence[torch.Tensor], first: Sequence[torch.Tensor]) -> list[str]:
-    """Which tensors two runs do not give the same bits of: o and lse of any two, gradients of two that are asked for it."""
+    """Which tensors two runs do not give the same bits of.
+
+    O and lse of any two, gradients of two that are asked for it.
+    """
     if "deterministic" not in KERNELS[runner.kernel].options:
         pairs = list(zip(OUTPUTS, first, _outputs(case, runner, tensors), strict=True))[:2]
     else:
@@ -318,14 +350,15 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _floors(case: Case, tensors: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> dict[str, float]:
-    """For each output, the error that is allowed where PyTorch's is zero, as at a single key: half of it counts as PyTorch's.
+    """For each output, the error that is allowed where PyTorch's is zero, as at a single key: half of it counts as
+    PyTorch's.
 
-    An output is rounded to its dtype: eps of its largest element. FlashAttention's backward pass (arXiv:2307.08691, algorithm 2)
-    takes delta = rowsum(dO o) from the rounded o, where PyTorch's softmax takes the same sum from its probabilities: a rounding has
-    a standard deviation of at most 0.29 eps |o|, and five of those, carried through dS = P (dP - delta) to dQ and dK, are added there.
-    It also makes P = exp(S - lse) anew, where PyTorch keeps P: three roundings (the score, lse, and lse in base 2) of numbers that
-    for scores in the hundreds are as large, in float32 whatever the inputs' dtype; three times their standard deviation, carried
-    through dV = P^T dO, is added there.
+    An output is rounded to its dtype: eps of its largest element. FlashAttention's backward pass (arXiv:2307.08691,
+    algorithm 2) takes delta = rowsum(dO o) from the rounded o, where PyTorch's softmax takes the same sum from its
+    probabilities: a rounding has a standard deviation of at most 0.29 eps |o|, and five of those, carried through dS =
+    P (dP - delta) to dQ and dK, are added there. It also makes P = exp(S - lse) anew, where PyTorch keeps P: three
+    roundings (the score, lse, and lse in base 2) of numbers that for scores in the hundreds are as large, in float32
+    whatever the inputs' dtype; three times their standard deviation, carried through dV = P^T dO, is added there.
     """
     q, k, _, do = (t.detach().double() for t in tensors)
     o, lse = exact[:2]
@@ -352,7 +385,10 @@ def _floors(case: Case, tensors: Sequence[torch.Tensor], exact: Sequence[torch.T
 
 
 def _ratio(actual: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor, floor: float) -> float:
-    """Largest error over PyTorch's, to which half the floor is added: at most 2 is an error of at most twice PyTorch's plus the floor."""
+    """Largest error over PyTorch's, to which half the floor is added.
+
+    At most 2 is an error of at most twice PyTorch's plus the floor.
+    """
     error, pytorch = ((t.double() - exact).abs().max().item() for t in (actual, plain))
     ratio = error / (pytorch + floor / 2)
     return math.inf if math.isnan(ratio) else ratio
@@ -421,7 +457,10 @@ def _group_rows(sweep: AccuracySettings, group: Sequence[Case]) -> list[dict[str
 
 
 def _build(sweep: AccuracySettings) -> None:
-    """Build the CUDA kernel here, once, before several processes ask for it. What fails then fails again in its rows."""
+    """Build the CUDA kernel here, once, before several processes ask for it.
+
+    What fails then fails again in its rows.
+    """
     kernel, device = "flash_attention_cuda", resolve_device(sweep.device)
     case = Case(0, 1, 2, 2, 16, 16, 64, "bf16", False, "heads first", None, 1.0)
     if kernel in sweep.kernels and _takes(kernel, case, device):
@@ -452,7 +491,10 @@ def case_name(row: Any) -> str:
 
 
 def summary(frame) -> list[dict[str, Any]]:
-    """A line for each kernel, path and dtype: cases, how many passed, the worst ratio of each output, and the worst case."""
+    """A line for each kernel, path and dtype.
+
+    Cases, how many passed, the worst ratio of each output, and the worst case.
+    """
     frame = frame.assign(path=frame.path.astype(object).where(frame.path.notna(), ""))
     lines = []
     for (kernel, path, dtype), group in frame.groupby(["kernel", "path", "dtype"], sort=False):

@@ -1,7 +1,9 @@
-"""Compiling ahead: what compiles for seconds is compiled once, in several processes, so that the measuring process finds it on disk.
+"""Compiling ahead: what compiles for seconds is compiled once, in several processes, so that the measuring process
+finds it on disk.
 
-Compilers are single threads for the most part: on a host of many cores this takes most of the waiting out of a run. Triton and
-inductor keep such a cache by default, FlashAttention-4 where FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1 is set. The processes are
+Compilers are single threads for the most part: on a host of many cores this takes most of the waiting out of a run.
+Triton and inductor keep such a cache by default, FlashAttention-4 where FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1 is
+set. The processes are
 fresh interpreters: in one that multiprocessing spawns, inductor's cache keys are others than in the measuring process.
 """
 
@@ -20,7 +22,8 @@ from typing import Any
 def compile_points(
     compile_point: Callable[[Any, Any], None], points: Sequence[Any], parameters: Any, processes: int, limit_s: float
 ) -> None:
-    """Run compile_point(point, parameters) for every point, in several processes; those that take longer end at limit_s.
+    """Run compile_point(point, parameters) for every point, in several processes; those that take longer end at
+    limit_s.
 
     What fails here fails again when it is measured, and is a row there.
 
@@ -70,7 +73,8 @@ def compile_share(module: str, name: str, points: Sequence[Any], parameters: Any
 
 
 def compile_shares(compile_share: Callable[[Any, int, int], None], settings: Any, shares: int, limit_s: float) -> int:
-    """Run compile_share(settings, share, shares) for every share in a process of its own; those that take longer than limit_s are ended.
+    """Run compile_share(settings, share, shares) for every share in a process of its own; those that take longer than
+    limit_s are ended.
 
     Args:
         compile_share: a function of a module. settings: what pickles.

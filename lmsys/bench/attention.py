@@ -25,14 +25,14 @@ from typing import Any
 
 import torch
 
-from lmsys import cost
+from lmsys import cost, records
 from lmsys.attention import KERNELS, attention, check_support, explain
 from lmsys.attention.reference import reference_attention, scaled_dot_prod_attention
 from lmsys.bench import ahead
 from lmsys.bench.experiment import Experiment, Notebook, Parameters, Point, Row, require_names, require_numbers
 from lmsys.bench.measure import DTYPES, Measurement, available_bytes, failure, measure, method, release
 from lmsys.bench.standings import CASE as SHAPE
-from lmsys.bench.standings import GROUPS
+from lmsys.bench.standings import GROUPS, of_group, with_series
 from lmsys.config import require
 from lmsys.device import resolve_device
 
@@ -114,7 +114,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def check(p: Parameters) -> None:
-    """Raises ValueError: unknown names, a tier that is no power of two, a number out of range, groups that do not fit."""
+    """Raises ValueError: unknown names, numbers out of range, a tier that is no power of two, groups that do not fit."""
     require_names(p, {"kernels": KERNELS, "groups": GROUPS, "dtypes": DTYPES, "passes": PASSES})
     require_numbers(p, dict.fromkeys(("batch", "heads", "head_dim", "kv_heads", "iters"), 1))
     require_numbers(p, {"warmup": 0, "compile_ahead": 0})
@@ -160,33 +160,35 @@ NOTEBOOK = Notebook("attention_sweep", PRESETS, check)
 
 def shapes(p: Parameters) -> list[Point]:
     """The shapes of a sweep, group by group."""
+    return [shape | {"dtype": dtype} for dtype in p.dtypes for shape in _shapes(p)]
+
+
+def _shapes(p: Parameters) -> list[Point]:
     grid, found = GRIDS[p.scale], []
 
-    def add(tier: str, batch: int, heads: int, kv_heads: int, q_len: int, k_len: int, head_dim: int, causal: bool):
-        values = (tier, batch, heads, kv_heads, q_len, k_len, head_dim, dtype, causal)
-        found.append(dict(zip(SHAPE, values, strict=True)))
+    def add(*values: Any) -> None:
+        found.append(dict(zip((key for key in SHAPE if key != "dtype"), values, strict=True)))
 
-    for dtype in p.dtypes:
-        for group in (group for group in GROUPS if group in p.groups):
-            if group == "tiers":
-                for causal in p.causal:
-                    for name, (q_len, k_len) in p.tiers.items():
-                        add(name, p.batch, p.heads, p.kv_heads, q_len, k_len, p.head_dim, causal)
-            elif group == "throughput":
-                for causal in p.causal:
-                    for d in grid.head_dims:
-                        for n in grid.lengths:
-                            add(group, max(1, grid.tokens // n), grid.width // d, grid.width // d, n, n, d, causal)
-            elif group == "grouped_query":
+    for group in [name for name in GROUPS if name in p.groups]:
+        if group == "tiers":
+            for causal in p.causal:
+                for name, (q_len, k_len) in p.tiers.items():
+                    add(name, p.batch, p.heads, p.kv_heads, q_len, k_len, p.head_dim, causal)
+        elif group == "throughput":
+            for causal in p.causal:
                 for d in grid.head_dims:
-                    for ratio in grid.ratios:
-                        for n in grid.grouped_lengths:
-                            add(group, grid.tokens // n, grid.width // d, grid.width // d // ratio, n, n, d, True)
-            else:
-                heads, q_lens, k_len = grid.few
-                for d in grid.head_dims:
-                    for q_len in q_lens:
-                        add(group, 1, heads, heads, q_len, k_len, d, False)
+                    for n in grid.lengths:
+                        add(group, max(1, grid.tokens // n), grid.width // d, grid.width // d, n, n, d, causal)
+        elif group == "grouped_query":
+            for d in grid.head_dims:
+                for ratio in grid.ratios:
+                    for n in grid.grouped_lengths:
+                        add(group, grid.tokens // n, grid.width // d, grid.width // d // ratio, n, n, d, True)
+        else:
+            heads, q_lens, k_len = grid.few
+            for d in grid.head_dims:
+                for q_len in q_lens:
+                    add(group, 1, heads, heads, q_len, k_len, d, False)
     return found
 
 
@@ -452,6 +454,11 @@ def _largest_error(actual: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]
 # --- Compiling ahead ------------------------------------------------------------------------------
 
 
+def other_groups(p: Parameters) -> Callable[[Row], bool]:
+    """Which rows of earlier results are of groups that this run does not measure."""
+    return lambda row: (row["tier"] if row["tier"] in GROUPS else "tiers") not in p.groups
+
+
 def compile_ahead(p: Parameters) -> None:
     """Compile each shape, or each head dim, mask and group of shapes, that a kernel compiles by itself."""
     found: dict[tuple, Point] = {}
@@ -484,3 +491,40 @@ SWEEP = Experiment(
     prepare=prepare,
     before=compile_ahead,
 )
+
+
+# --- Tables ---------------------------------------------------------------------------------------
+
+
+def styles(series: Sequence[str]) -> dict[str, tuple[str, str | None, bool]]:
+    """Label, colour and whether dashed (a peer, or the portable path) of each series, from the kernels' table."""
+    found = {}
+    for name in series:
+        kernel = KERNELS[name.split(" ")[0]]
+        portable = name != kernel.name
+        found[name] = (kernel.label + portable * " (portable)", kernel.colour, portable or not kernel.ours)
+    return found
+
+
+def report_text(frame) -> str:
+    """Every time as Markdown: kernels down, shapes across, and why others have none."""
+    frame = with_series(frame)
+    frame["shape"] = frame.q_len.astype(str) + ":" + frame.k_len.astype(str)
+    grouped = frame.heads != frame.kv_heads
+    frame.loc[grouped, "shape"] += " / " + (frame.heads // frame.kv_heads).astype(str)
+    frame["cell"] = [
+        records.spread(row.median_ms, row.p20_ms, row.p80_ms) if row.status == "ok" else row.status
+        for row in frame.itertuples()
+    ]
+    parts = [f"# Attention sweep\n\nMeasured on {frame.device.iloc[0]}. Times in ms: median [20th, 80th percentile]."]
+    for group in GROUPS:
+        sections = of_group(frame, group).groupby(["pass", "dtype", "head_dim", "causal"], sort=False)
+        for (which, dtype, head_dim, causal), rows in sections:
+            mask = "causal" if causal else "not causal"
+            parts.append(f"## {group.replace('_', ' ')}: {which}, {dtype}, head_dim {head_dim}, {mask}")
+            table = rows.pivot_table(index="series", columns="shape", values="cell", aggfunc="first", sort=False)
+            parts.append(records.table(table.reset_index()))
+    failed = frame[frame.status != "ok"].drop_duplicates(["series", "status", "note"])
+    if len(failed):
+        parts += ["## No time", records.table(failed[["series", "shape", "pass", "status", "note"]])]
+    return "\n\n".join(part.rstrip() for part in parts) + "\n"

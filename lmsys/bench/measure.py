@@ -1,12 +1,14 @@
 """Time and memory of a callable, on a GPU by events and on a CPU by the wall clock.
 
-As in Triton's do_bench, each sample on a GPU starts with a cold L2 (a buffer larger than it is written first), is timed by a
-pair of events, and nothing synchronizes between samples. The buffer is written so often that the GPU is still at it when the host
-has launched the call, as inside a training step, where the host is ahead: the time is the GPU's, whatever the host is worth.
-Memory is measured in a call of its own, before the timed ones.
+As in Triton's do_bench, each sample on a GPU starts with a cold L2 (a buffer larger than it is written first), is timed
+by a pair of events, and nothing synchronizes between samples. The buffer is written so often that the GPU is still at
+it when the host
+has launched the call, as inside a training step, where the host is ahead: the time is the GPU's, whatever the host is
+worth. Memory is measured in a call of its own, before the timed ones.
 
-measure_steps() times a training step as the course's benchmarking_script does: by the host's clock, read before and after each step
-when the device has finished, so that a step's launches count as far as the device waits for them. All steps are kept, warm-up too.
+measure_steps() times a training step as the course's benchmarking_script does: by the host's clock, read before and
+after each step when the device has finished, so that a step's launches count as far as the device waits for them. All
+steps are kept, warm-up too.
 """
 
 from __future__ import annotations
@@ -68,7 +70,10 @@ class Measurement:
 
 @dataclass(frozen=True)
 class StepMeasurement(Measurement):
-    """What a step took. warmup_ms: the untimed steps, the first of which compiles. reserved_mib: of the GPU's allocator."""
+    """What a step took. warmup_ms.
+
+    The untimed steps, the first of which compiles. reserved_mib: of the GPU's allocator.
+    """
 
     warmup_ms: list[float] = field(default_factory=list)
     reserved_mib: float | None = None
@@ -102,7 +107,8 @@ def measure(
         function: the work. prepare: makes its arguments anew for each sample, untimed; None for no arguments.
         warmup: untimed calls first (compilation and autotuning belong there); at least 2.
         iterations: samples.
-        budget_s: a slow function gets fewer warm-up calls and samples (not under one and three), about this many seconds of each.
+        budget_s: a slow function gets fewer warm-up calls and samples (not under one and three), about this many
+            seconds of each.
         resident: tensors that exist before the call and count as memory on a CPU; a GPU's allocator counts them itself.
     Returns:
         Times in ms, peak memory in MiB; status oom where memory ran out.
@@ -147,7 +153,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def failure(error: BaseException) -> dict[str, str]:
     """The one rule for what fails: status and note of a row.
 
-    ValueError is unsupported, as the package raises it for what it does not take; no memory is oom; all else is an error.
+    ValueError is unsupported, as the package raises it for what it does not take; no memory is oom; all else is an
+    error.
     """
     note = (str(error).strip().splitlines() or [""])[0]
     if is_out_of_memory(error):
@@ -204,7 +211,10 @@ class Flush:
             self.buffer.zero_()
 
     def lead(self, call: Callable[[], Any]) -> None:
-        """Take as many writes as the host needs to launch the call. A call that waits for the GPU gets the most there are."""
+        """Take as many writes as the host needs to launch the call.
+
+        A call that waits for the GPU gets the most there are.
+        """
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.times = _L2_FLUSHES[1]
         torch.cuda.synchronize(self.buffer.device)
@@ -260,7 +270,9 @@ def peak_bytes_cpu(function: Callable, arguments: Callable[[], tuple]) -> int:
 
 
 def allocations(function: Callable[[], Any]) -> tuple[Any, list[tuple[int, int]]]:
-    """The result of a call on a CPU, and (ns, bytes) of each allocation and, negative, of each free during it, in order."""
+    """The result of a call on a CPU, and (ns, bytes) of each allocation and, negative, of each free during it, in
+    order.
+    """
     with without_native_stderr(), torch.autograd.profiler.profile(profile_memory=True) as profile:
         result = function()
     events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
@@ -278,7 +290,10 @@ def available_bytes() -> int | None:
 
 @contextmanager
 def one_thread(when: bool) -> Iterator[None]:
-    """PyTorch's CPU operators in here on one thread, when so: several share small work badly on a busy machine, and wait for each other."""
+    """PyTorch's CPU operators in here on one thread, when so.
+
+    Several share small work badly on a busy machine, and wait for each other.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1 if when else before)
     try:
@@ -345,7 +360,8 @@ def time_steps(
     """Milliseconds of each warm-up step and of each sample, the device idle before and after each.
 
     Args:
-        budget_s: where the second warm-up step shows that more would take longer, fewer follow (not under three samples).
+        budget_s: where the second warm-up step shows that more would take longer, fewer follow (not under three
+            samples).
         warmed: called between the warm-up and the samples.
     """
 
@@ -373,7 +389,8 @@ def measure_steps(
 ) -> StepMeasurement:
     """Time step() and its memory; what it raises, out of memory too, is the caller's.
 
-    On a GPU the peak is that of the samples; on a CPU, that of a further step under the profiler, over what is resident() before it.
+    On a GPU the peak is that of the samples; on a CPU, that of a further step under the profiler, over what is
+    resident() before it.
     """
     gc.collect()
     enabled = gc.isenabled()
@@ -393,7 +410,10 @@ def measure_steps(
 
 
 def gpu_state(device: torch.device) -> dict[str, Any] | None:
-    """Clocks, temperature, power and the processes that a GPU has now, as nvidia-smi says; None without one, or without the program."""
+    """Clocks, temperature, power and the processes that a GPU has now, as nvidia-smi says.
+
+    None without one, or without the program.
+    """
     if device.type != "cuda":
         return None
     uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
@@ -404,7 +424,10 @@ def gpu_state(device: torch.device) -> dict[str, Any] | None:
 
 
 def _parsed_state(fields: Sequence[str], line: str, processes: str) -> dict[str, Any]:
-    """nvidia-smi's lines as a dict; `this` marks the process that asks, where the numbers are those that it knows itself by."""
+    """nvidia-smi's lines as a dict.
+
+    `this` marks the process that asks, where the numbers are those that it knows itself by.
+    """
     state: dict[str, Any] = dict(zip(fields, (value.strip() for value in line.splitlines()[0].split(",")), strict=True))
     state["processes"] = []
     for entry in filter(None, processes.splitlines()):

@@ -21,7 +21,10 @@ def of_group(frame, group: str):
 
 
 def with_series(frame):
-    """A copy with the column `series`: the kernel's name, with '(portable)' where that is not its default path there."""
+    """A copy with the column `series`.
+
+    The kernel's name, with '(portable)' where that is not its default path there.
+    """
     frame = frame.copy()
     portable = frame.path == "portable" if "path" in frame else frame.kernel == ""
     key = [frame[name] for name in (*CASE, "pass", "kernel")]
