@@ -34,11 +34,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lmsys import checkpoint
 from lmsys.config import END_OF_TEXT, ModelConfig, PipelineConfig, TokenizerConfig, read_json, require
 from lmsys.data.tokenizer import Tokenizer
 from lmsys.model import TransformerLM
 from lmsys.records import flush, naming, write_json
+from lmsys.train import checkpoint
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE, TOKENIZER_FILE = (
     "config.json",

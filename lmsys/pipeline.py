@@ -136,8 +136,8 @@ def run(
     """
     from lmsys.device import resolve_device
     from lmsys.generate import generate_text
-    from lmsys.replica import autocast
     from lmsys.train import init_wandb, train
+    from lmsys.train.engine import autocast
 
     check(config, skip_data=skip_data)
     run_dir = records.output_path(config.run_dir)
@@ -202,7 +202,7 @@ def run(
 
 def evaluate(config: PipelineConfig, model, valid_tokens, bytes_per_token: float | None) -> dict[str, float]:
     """Validation loss in nats a token over up to 100 batches, its perplexity, and bits per byte where the text is known."""
-    from lmsys.replica import evaluate as mean_loss
+    from lmsys.train.engine import evaluate as mean_loss
 
     loss = mean_loss(
         model,
@@ -273,9 +273,8 @@ def _train_in_processes(
     Raises:
         ChildProcessError: a process failed; says the first error.
     """
-    from lmsys import checkpoint
     from lmsys.parallel import group
-    from lmsys.train import CHECKPOINTS, History, logged
+    from lmsys.train import CHECKPOINTS, History, checkpoint, logged
 
     resumed = checkpoint.latest(run_dir / CHECKPOINTS) if config.train.resume else None
     resumed_from = None if resumed is None else checkpoint.step_of(resumed)
@@ -667,8 +666,8 @@ def load_run(path: str | Path, tokenizer_path: str | Path | None = None, *, devi
 
     tokenizer_path: a tokenizer.json; None for the run folder's own.
     """
-    from lmsys import checkpoint
     from lmsys.data.tokenizer import Tokenizer
+    from lmsys.train import checkpoint
 
     path = Path(path).expanduser()
     path = path if path.exists() else records.output_path(path)
@@ -683,8 +682,8 @@ def load_run(path: str | Path, tokenizer_path: str | Path | None = None, *, devi
 
 def load_model(path: str | Path, device: str = "auto", attention_kernel: str = "vectorized_torch") -> TransformerLM:
     """The model of a checkpoint, on a device, ready to evaluate and to generate."""
-    from lmsys import checkpoint
     from lmsys.device import resolve_device
+    from lmsys.train import checkpoint
 
     model, _ = checkpoint.load_model(path, attention_kernel=attention_kernel)
     return model.to(resolve_device(device)).eval()

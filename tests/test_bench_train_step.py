@@ -10,7 +10,7 @@ from lmsys.bench import train_step
 from lmsys.bench.native import NativeLM, NativeStep
 from lmsys.config import ModelConfig
 from lmsys.model import TransformerLM, cross_entropy
-from lmsys.replica import Replica
+from lmsys.train.engine import Engine
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_updates_are_the_trainers_own_and_the_peers_the_same():
     for point in train_step.points(chosen)[:2]:
         config = train_step.pipeline_config(chosen, point)
         step = NativeStep(config, torch.device("cpu")) if point.implementation == "torch_native" else None
-        step = step or Replica(config, torch.device("cpu"), None)
+        step = step or Engine(config, torch.device("cpu"), None)
         sampler = train_step._sampler(chosen, config)
         for _ in range(3):
             step.accumulate(sampler)

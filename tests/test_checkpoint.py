@@ -9,10 +9,10 @@ import warnings
 import pytest
 import torch
 
-from lmsys import checkpoint
 from lmsys.config import ModelConfig, PipelineConfig, TokenizerConfig, to_dict
 from lmsys.model import TransformerLM
 from lmsys.step.optimizer import AdamW, parameter_groups
+from lmsys.train import checkpoint
 
 SAMPLER = {"draws": 3, "seed": 2**70}
 

@@ -19,13 +19,12 @@ import pytest
 import torch
 from test_train import TOKENS, Interrupted, config, interrupt_at, one_thread, run  # noqa: F401
 
-from lmsys import checkpoint
 from lmsys import pipeline as pipelines
 from lmsys.config import pipeline_config, to_dict
 from lmsys.data import corpora, load_tokens
 from lmsys.parallel import shards
 from lmsys.parallel.shards import Piece
-from lmsys.train import CHECKPOINTS, logged
+from lmsys.train import CHECKPOINTS, checkpoint, logged
 
 TOLD = (ValueError, OSError, FloatingPointError)  # by the command, as one line
 CASES = {"config text": 200, "config values": 300, "token files": 300, "checkpoints": 200, "sharded state": 100}

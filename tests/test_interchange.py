@@ -13,12 +13,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lmsys import checkpoint, interchange
+from lmsys import interchange
 from lmsys.__main__ import main
 from lmsys.config import END_OF_TEXT, ModelConfig
 from lmsys.data.tokenizer import Tokenizer
 from lmsys.generate import generate
 from lmsys.model import TransformerLM
+from lmsys.train import checkpoint
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 GPT2 = SHARED / "gpt2_vocab.json", SHARED / "gpt2_merges.txt"

@@ -23,14 +23,13 @@ import torch
 from test_checkpoint import save, trained
 from test_train import TOKENS, Interrupted, computed, config, interrupt_at, one_thread, run, saved_steps  # noqa: F401
 
-from lmsys import checkpoint, records, report
 from lmsys import pipeline as pipelines
-from lmsys import train as training
+from lmsys import records, report
 from lmsys.__main__ import main
 from lmsys.bench import faults
 from lmsys.parallel import shards
 from lmsys.parallel.shards import Piece
-from lmsys.train import Stopped
+from lmsys.train import Stopped, checkpoint, engine, guard, logged
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -112,7 +111,7 @@ def test_sigterm_under_torchrun_saves_and_ends(tmp_path):
         )
         try:
             end = time.monotonic() + 60
-            while len(training.logged(run_dir)[0]) < 3 and time.monotonic() < end:
+            while len(logged(run_dir)[0]) < 3 and time.monotonic() < end:
                 time.sleep(0.02)
             started = time.monotonic()
             process.send_signal(signal.SIGTERM)
@@ -125,7 +124,7 @@ def test_sigterm_under_torchrun_saves_and_ends(tmp_path):
     assert len(told) == 1, said
     saved = checkpoint.load(checkpoint.latest(run_dir / "checkpoints"))
     assert f"after step {saved.step} of 100000" in told[0] and str(saved.path) in told[0]
-    assert saved.step >= training.logged(run_dir)[0][-1]["step"] >= 3
+    assert saved.step >= logged(run_dir)[0][-1]["step"] >= 3
 
 
 @pytest.mark.parametrize("lost", [False, True])
@@ -207,7 +206,7 @@ def test_a_stop_between_rows_changes_no_row(tmp_path, capsys):
 
 
 def test_a_signal_before_the_first_step_ends_at_once(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(training.Replica, "accumulate", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(engine.Engine, "accumulate", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(Stopped) as stopped:
         run(tmp_path)
     assert stopped.value.code == 130 and stopped.value.checkpoint is None
@@ -221,7 +220,7 @@ def test_a_second_sigint_insists_and_an_echo_does_not(tmp_path, monkeypatch):
 
     with pytest.raises(Stopped):
         run(tmp_path, on_step=twice)
-    monkeypatch.setattr(training._Requests, "_TWICE_S", -1.0)
+    monkeypatch.setattr(guard.Requests, "_TWICE_S", -1.0)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, on_step=twice)
 
@@ -230,7 +229,7 @@ def test_a_second_sigint_insists_and_an_echo_does_not(tmp_path, monkeypatch):
 
 
 def spoiled(monkeypatch, draws: set[int], factor: float = math.nan):
-    accumulate = training.Replica.accumulate
+    accumulate = engine.Engine.accumulate
 
     def wrapped(replica, sampler):
         if sampler.draws in draws:
@@ -240,7 +239,7 @@ def spoiled(monkeypatch, draws: set[int], factor: float = math.nan):
                 return accumulate(replica, sampler)
         return accumulate(replica, sampler)
 
-    monkeypatch.setattr(training.Replica, "accumulate", wrapped)
+    monkeypatch.setattr(engine.Engine, "accumulate", wrapped)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])

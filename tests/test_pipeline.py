@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from lmsys import checkpoint, pipeline
+from lmsys import pipeline
 from lmsys.config import PipelineConfig, build, to_dict
 from lmsys.records import SCHEMAS, read_results
+from lmsys.train import checkpoint
 
 TINY = [
     "train.steps=4",

@@ -9,13 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from lmsys import replica
 from lmsys.bench.replicas import pattern_tokens
 from lmsys.config import TrainConfig, pipeline_config
 from lmsys.data import BatchSampler
 from lmsys.step import graphs
 from lmsys.step.graphs import GraphedPass
-from lmsys.train import check_setup
+from lmsys.train import check_setup, engine
 
 
 class Tape:
@@ -116,12 +115,12 @@ def test_a_replica_captures_after_its_warm_up_and_is_free_once_it_is_closed(monk
 
         return function(), replay
 
-    monkeypatch.setattr(replica.graphs, "on_own_stream", lambda device: None)
+    monkeypatch.setattr(engine.graphs, "on_own_stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(replica.graphs, "GraphedPass", functools.partial(GraphedPass, capture=capture))
+    monkeypatch.setattr(engine.graphs, "GraphedPass", functools.partial(GraphedPass, capture=capture))
     config = pipeline_config("smoke", overrides=["train.cuda_graph=true", "train.gradient_accumulation_steps=2"])
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=64))
-    made = replica.Replica(config, torch.device("cpu"), None)
+    made = engine.Engine(config, torch.device("cpu"), None)
     sampler = BatchSampler(
         pattern_tokens(64, 4096, 0), config.train.batch_size, config.model.context_length, micro_batches=2
     )
@@ -205,14 +204,14 @@ def test_without_a_gpu_the_setting_is_an_error():
 @pytest.mark.parametrize(("options", "transport"), [({}, "auto"), ({"transport": "nccl"}, "nccl")])
 def test_captured_gradients_take_the_copy_engines_where_there_are_some(monkeypatch, options, transport):
     given = {}
-    monkeypatch.setattr(replica.graphs, "on_own_stream", lambda device: None)
+    monkeypatch.setattr(engine.graphs, "on_own_stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(replica.parallel, "wrap", lambda model, name, **given_: given.update(given_) or model)
+    monkeypatch.setattr(engine.parallel, "wrap", lambda model, name, **given_: given.update(given_) or model)
     for captured in (True, False):
         given.clear()
         config = pipeline_config("smoke", overrides=["train.ddp_wrapper=flashddp", "model.vocab_size=64"])
         settings = dataclasses.replace(config.train, cuda_graph=captured, **options)
-        replica.Replica(dataclasses.replace(config, train=settings), torch.device("cpu"), None)
+        engine.Engine(dataclasses.replace(config, train=settings), torch.device("cpu"), None)
         assert given.get("transport") == (transport if captured else options.get("transport"))
 
 
@@ -236,7 +235,7 @@ def test_captured_training_is_the_same_training(tmp_path, micro_batches):
                 ],
             )
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=64))
-            trained = replica.Replica(config, torch.device("cuda", 0), None)
+            trained = engine.Engine(config, torch.device("cuda", 0), None)
             tokens = pattern_tokens(config.model.vocab_size, 4096, 0)
             sampler = BatchSampler(
                 tokens,

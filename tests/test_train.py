@@ -13,13 +13,12 @@ import pytest
 import torch
 from test_generate import ByteTokenizer
 
-from lmsys import checkpoint, cost, replica
-from lmsys import train as training
+from lmsys import cost
 from lmsys.config import ModelConfig, PipelineConfig, build, to_dict
 from lmsys.model import TransformerLM
 from lmsys.records import SCHEMAS
-from lmsys.replica import evaluate
-from lmsys.train import History, init_wandb, total_steps, train
+from lmsys.train import History, checkpoint, checks, engine, init_wandb, logged, loop, total_steps, train
+from lmsys.train.engine import evaluate
 
 TEXT = "Once upon a time there was a cat. The cat sat on a mat. The mat was flat. " * 30
 TOKENS = np.frombuffer(TEXT.encode(), dtype=np.uint8).astype(np.uint16)
@@ -234,7 +233,7 @@ def test_accumulated_gradients_are_those_of_the_big_batch(monkeypatch):
             rows = np.stack(rows).astype(np.int64)
             return rows[:, :-1].copy(), rows[:, 1:].copy()
 
-    monkeypatch.setattr(training, "BatchSampler", Stream)
+    monkeypatch.setattr(loop, "BatchSampler", Stream)
     big = run(train={"batch_size": 8, "eval_interval": 0})
     split = run(train={"batch_size": 2, "gradient_accumulation_steps": 4, "eval_interval": 0})
     for a, b in zip(big.rows, split.rows, strict=True):
@@ -253,7 +252,7 @@ def test_settings_reach_the_optimizer():
 def test_fp16_skips_a_step_whose_gradients_overflow(tmp_path):
     """A loss scale beyond fp16 makes the first gradients infinite: the weights stay, the scale halves, training goes on."""
     scales, weights = [], []
-    make = training.Replica
+    make = loop.Engine
 
     class Watched(make):
         def __init__(self, *arguments):
@@ -268,14 +267,14 @@ def test_fp16_skips_a_step_whose_gradients_overflow(tmp_path):
             return norm
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "Replica", Watched)
+        patch.setattr(loop, "Engine", Watched)
         history = run(tmp_path, train={"dtype": "fp16", "steps": 40})
     skipped = [row["grad_norm"] is None for row in history.rows]
     assert skipped[0] and weights == skipped and not any(skipped[4:])
     assert scales[0] == 2.0**26 and scales[-1] <= scales[0]
     assert history.rows[-1]["train_loss"] < 0.8 * history.rows[0]["train_loss"]
     assert checkpoint.load(history.checkpoint).extra["scaler"]["scale"] == scales[-1]
-    rows, _ = training.logged(tmp_path)
+    rows, _ = logged(tmp_path)
     assert rows[0]["grad_norm"] is None and rows[-1]["grad_norm"] == history.rows[-1]["grad_norm"]
 
 
@@ -332,7 +331,7 @@ def test_evaluation_is_the_mean_over_its_tokens():
 
 
 def test_mfu_is_flops_over_the_peak(monkeypatch):
-    monkeypatch.setattr(training.devices, "peak_flops", lambda _name, dtype: 1e12 if dtype == "fp32" else None)
+    monkeypatch.setattr(loop.devices, "peak_flops", lambda _name, dtype: 1e12 if dtype == "fp32" else None)
     for row in run(train={"steps": 3}).rows:
         assert row["mfu"] == pytest.approx(row["tokens_per_s"] * cost.train_flops_per_token(config().model) / 1e12)
 
@@ -447,9 +446,9 @@ def test_a_smaller_last_batch_of_an_evaluation_is_not_compiled_anew(monkeypatch)
     assert stances == ["force_eager"]
 
 
-def test_a_run_closes_its_replica_however_it_ends(monkeypatch):
-    closed, close = [], replica.Replica.close
-    monkeypatch.setattr(replica.Replica, "close", lambda self: (closed.append(True), close(self)))
+def test_a_run_closes_its_engine_however_it_ends(monkeypatch):
+    closed, close = [], engine.Engine.close
+    monkeypatch.setattr(engine.Engine, "close", lambda self: (closed.append(True), close(self)))
     train(config(), train_tokens=TOKENS, valid_tokens=TOKENS[:500], progress=False)
 
     def fails(step, loss):
@@ -481,7 +480,7 @@ def test_a_run_closes_its_replica_however_it_ends(monkeypatch):
 )
 def test_bad_settings_are_found_before_any_work(tmp_path, sections, message, monkeypatch):
     if "triton" in str(sections):
-        monkeypatch.setattr(training, "check_support", lambda *_, **__: None)  # as where the interpreter is on
+        monkeypatch.setattr(checks, "check_support", lambda *_, **__: None)  # as where the interpreter is on
     with pytest.raises(ValueError, match=message) as error:
         run(tmp_path / "run", **sections)
     assert "\n" not in str(error.value)
@@ -510,19 +509,19 @@ def test_an_unwritable_folder_is_found_before_any_work(tmp_path):
 
 def test_too_little_disk_is_found_before_any_work(tmp_path, monkeypatch):
     usage = type("usage", (), {"free": 1000})
-    monkeypatch.setattr(training.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(OSError, match="a checkpoint needs .* MB"):
         run(tmp_path, on_step=interrupt_at(1))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(tmp_path, monkeypatch):
-    true_loss, calls = replica.cross_entropy, []
+    true_loss, calls = engine.cross_entropy, []
 
     def spoiled(logits, targets):
         calls.append(1)
         return true_loss(logits, targets) * (math.nan if len(calls) == 7 else 1.0)
 
-    monkeypatch.setattr(replica, "cross_entropy", spoiled)
+    monkeypatch.setattr(engine, "cross_entropy", spoiled)
     settings = {"log_interval": 10, "eval_interval": 0, "checkpointing_interval": 5}
     with pytest.raises(FloatingPointError, match="the loss is nan at step 7; .*step-00000005"):
         run(tmp_path, train=settings)

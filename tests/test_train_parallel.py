@@ -17,9 +17,8 @@ import pytest
 import torch
 from test_train import TOKENS, ByteTokenizer, Interrupted, computed, config, interrupt_at, saved_steps
 
-from lmsys import checkpoint, replica
 from lmsys.parallel import WRAPPERS, group
-from lmsys.train import train
+from lmsys.train import checkpoint, engine, train
 
 TIME_LIMIT_S = 100.0  # of a start of processes, generous because CI's cores are few
 SEQUENCES = 8  # of a step, over all processes and micro-batches
@@ -136,7 +135,7 @@ def in_two_processes(process, folder, alone):
     results["none"] = error(ddp_wrapper="none")
     results["one GPU for all"] = error(device="cpu" if process.rank == 0 else "cuda:64")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(replica, "cross_entropy", spoil(process.rank, step=5))
+        patch.setattr(engine, "cross_entropy", spoil(process.rank, step=5))
         with pytest.raises(FloatingPointError) as caught:
             run(folder / "nan", ddp_wrapper="flashddp", log_interval=4, eval_interval=0, sample_interval=0)
         results["nan"] = str(caught.value)
@@ -149,7 +148,7 @@ def in_two_processes(process, folder, alone):
 
 def spoil(rank: int, step: int):
     """cross_entropy, but not a number in the given call on rank 1."""
-    true_loss, calls = replica.cross_entropy, []
+    true_loss, calls = engine.cross_entropy, []
 
     def spoiled(logits, targets):
         calls.append(1)

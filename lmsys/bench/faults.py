@@ -41,13 +41,14 @@ from unittest import mock
 import numpy as np
 import torch
 
-from lmsys import checkpoint, cost, records
+from lmsys import cost, records
 from lmsys import train as training
 from lmsys.bench.measure import one_thread, quantiles
 from lmsys.config import PipelineConfig, TrainConfig, build, model_size, require, resolve_scale, to_dict, unknown_name
 from lmsys.device import device_name, resolve_device
 from lmsys.parallel import group
 from lmsys.records import significant
+from lmsys.train import checkpoint, engine
 
 NAME, SAVING_NAME = "faults_results", "saving_results"
 COMPUTED = ("train_loss", "valid_loss", "learning_rate", "grad_norm")
@@ -174,7 +175,7 @@ class Injection:
             if self.operation is not None:
                 stack.enter_context(operations(self._strike))
             if self.draw is not None:
-                accumulate = training.Replica.accumulate
+                accumulate = engine.Engine.accumulate
 
                 def spoiled(replica: Any, sampler: Any) -> torch.Tensor:
                     if sampler.draws != self.draw:
@@ -183,7 +184,7 @@ class Injection:
                     with mock.patch.object(replica, "loss_function", lambda *args: true(*args) * self.factor):
                         return accumulate(replica, sampler)
 
-                stack.enter_context(mock.patch.object(training.Replica, "accumulate", spoiled))
+                stack.enter_context(mock.patch.object(engine.Engine, "accumulate", spoiled))
             yield
 
     def _strike(self, number: int, name: str) -> None:

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from lmsys.config import ModelConfig, PipelineConfig
 from lmsys.data import BatchSampler
 from lmsys.model import TransformerLM
-from lmsys.replica import autocast, to_device
 from lmsys.step.optimizer import parameter_groups
+from lmsys.train.engine import autocast, to_device
 
 
 class Attention(nn.Module):

@@ -39,8 +39,8 @@ from lmsys.bench.timeline import phase, union
 from lmsys.config import MODEL_SIZES, model_size, require, resolve_scale, unknown_name
 from lmsys.device import device_name, fp32_products, resolve_device
 from lmsys.model import RMSNorm, SwiGLU, TransformerLM, cross_entropy
-from lmsys.replica import autocast
 from lmsys.step.optimizer import AdamW, parameter_groups
+from lmsys.train.engine import autocast
 
 NAME, KERNELS, TIMELINE = "profiling_results", "profiling_kernels", "profiling_timeline"
 EXTRA_COLUMNS = ("device", "note")

@@ -40,8 +40,8 @@ from lmsys.device import device_name, peak_flops, resolve_device
 from lmsys.model import TransformerLM, cross_entropy
 from lmsys.parallel import group
 from lmsys.parallel.group import Process
-from lmsys.replica import autocast
 from lmsys.step import graphs
+from lmsys.train.engine import autocast
 
 
 def process_counts(device: str, given: Sequence[int] | None) -> tuple[int, ...]:

@@ -47,8 +47,8 @@ from lmsys.config import (
 )
 from lmsys.data import BatchSampler
 from lmsys.device import device_name, fp32_products, peak_flops, resolve_device
-from lmsys.replica import Replica
 from lmsys.step import blocks
+from lmsys.train.engine import Engine
 
 NAME, LOSSES = "train_step_results", "train_step_losses"
 EXTRA_COLUMNS = ("host_ms", "sm_mhz", "max_sm_mhz", "power_w", "limit_w", "device", "note")
@@ -390,7 +390,7 @@ def _replica(config: PipelineConfig, point: Point, device: torch.device) -> tupl
     held = live_bytes(device)
     if point.implementation == PEER:
         return NativeStep(config, device), held
-    return Replica(config, device, None), held
+    return Engine(config, device, None), held
 
 
 def _sampler(chosen: StepSettings, config: PipelineConfig) -> BatchSampler:

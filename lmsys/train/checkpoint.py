@@ -31,6 +31,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, CHECKSUMS_FILE = (
     "state.json",
     "checksums.json",
 )
+CHECKPOINTS = "checkpoints"  # the folder of a run that holds them
 _NAME = re.compile(r"step-(\d{8,})")
 _PART_BYTES = 1 << 24  # hashed while in the cache, then written
 _REPLACED = "-replaced"  # ends the name of a checkpoint that a new one of its step is about to replace
@@ -357,7 +359,7 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
         if cuda and torch.cuda.is_available() and len(cuda) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all([_decode(one) for one in cuda])
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise ValueError(f"the state of the random generators is damaged ({_first_line(error)})") from None
+        raise ValueError(f"the state of the random generators is damaged ({first_line(error)})") from None
 
 
 def model_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -419,7 +421,7 @@ def _join_optimizer(tensors: Mapping[str, Tensor], rest: Mapping[str, Any], path
             state[int(index)][name] = tensor
         return {"state": state, "param_groups": [dict(group) for group in rest["param_groups"]]}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: its optimizer's state is not one ({_first_line(error)})") from None
+        raise ValueError(f"{path} is damaged: its optimizer's state is not one ({first_line(error)})") from None
 
 
 def _encode(state: Tensor) -> str:
@@ -430,9 +432,9 @@ def _decode(text: str) -> Tensor:
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
 
 
-def _first_line(error: BaseException) -> str:
-    """Of what may quote a damaged file at any length."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+def first_line(error: BaseException) -> str:
+    """What an error says, or its name; of what may quote a damaged file at any length, the beginning."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:500]
 
 
 def _short(value: object) -> str:
@@ -512,7 +514,7 @@ def _read_state(path: Path) -> dict[str, Any]:
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged: {_first_line(error)}") from None
+        raise ValueError(f"{file} is damaged: {first_line(error)}") from None
     require(isinstance(state, dict), f"{file} is damaged: it does not hold an object")
     state.setdefault("valid_loss", None)
     for name in ("optimizer", "sampler", "rng", "config", "extra"):
@@ -531,7 +533,7 @@ def _load_tensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{file} is not a whole safetensors file ({_first_line(error)})") from None
+        raise ValueError(f"{file} is not a whole safetensors file ({first_line(error)})") from None
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -569,7 +571,7 @@ def load_model(path: str | Path, *, attention_kernel: str = "vectorized_torch") 
     try:
         given = json.loads(metadata["model_config"])
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged: its model_config is not JSON ({_first_line(error)})") from None
+        raise ValueError(f"{file} is damaged: its model_config is not JSON ({first_line(error)})") from None
     require(isinstance(given, dict), f"{file} is damaged: its model_config is not an object")
     config = build(ModelConfig, given, str(file))
     require(config.vocab_size is not None, f"{file} is damaged: its model_config has no vocab_size")
@@ -589,6 +591,16 @@ def export_weights(checkpoint: str | Path, target: str | Path) -> Path:
     with atomic_path(target) as temporary:
         shutil.copyfile(source, temporary)
     return target
+
+
+@contextmanager
+def damage_told(path: Path | None) -> Iterator[None]:
+    """ValueError, naming the checkpoint, in place of what its state's wrong form leads to."""
+    try:
+        yield
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError, OverflowError, AssertionError) as error:
+        what = f"it has no {error}" if isinstance(error, KeyError) else first_line(error)
+        raise ValueError(f"{path} is damaged: {what}; remove it to go on from one before it") from error
 
 
 def step_of(path: Path) -> int:

@@ -1,7 +1,7 @@
 """One process's part of the training: the model under its wrapper, the optimizer, and what they do in a step.
 
-lmsys.train drives it; lmsys.bench.train_step times it. Everything here is the same in one process and in several: a wrapper or the sharded
-optimizer communicates, and what is asked of a replica is whole on rank 0.
+lmsys.train.loop drives it; benchmarks time it. Everything here is the same in one process and in several: a wrapper or the sharded
+optimizer communicates, and what is asked of an engine is whole on rank 0.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lmsys import checkpoint, parallel
+from lmsys import parallel
 from lmsys.config import FULLY_SHARDED, PipelineConfig, TrainConfig
 from lmsys.data import BatchSampler, sequential_batches
 from lmsys.generate import generate_text
@@ -26,6 +25,8 @@ from lmsys.model import TransformerLM, cross_entropy
 from lmsys.parallel import group
 from lmsys.step import blocks, graphs
 from lmsys.step.optimizer import AdamW, FusedAdamW, clip_factor, clip_grad_norm, parameter_groups, to_low_precision
+from lmsys.train import checkpoint
+from lmsys.train.checkpoint import damage_told
 
 if TYPE_CHECKING:
     from lmsys.data.tokenizer import Tokenizer
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by train.dtype
 
 
-class Replica:
+class Engine:
     """One process's part of the training: the model under its wrapper, the optimizer, and what they do in a step.
 
     All processes call each method at the same point of the run; what it returns is whole on rank 0.
@@ -48,7 +49,7 @@ class Replica:
         self.gathers = self.fully_sharded and self.world_size > 1
         self.gathers |= settings.sharded_optimizer and device.type == "cuda"
         self._passes: dict[tuple[bool, bool], graphs.GraphedPass] = {}  # by whether it is a step's first and its last
-        self._steps = 0  # that this replica has taken
+        self._steps = 0  # that this engine has taken
         if settings.cuda_graph:
             graphs.on_own_stream(device)
             self._pool = torch.cuda.graph_pool_handle()
@@ -199,7 +200,7 @@ class Replica:
             yield
 
     def close(self) -> None:
-        """Let go of captured passes, which the process group would wait for at its end, and which hold this replica."""
+        """Let go of captured passes, which the process group would wait for at its end, and which hold this engine."""
         self._passes.clear()
 
     def update(self, learning_rate: float) -> Tensor:
@@ -355,18 +356,3 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
 def autocast(device: torch.device, dtype: str) -> torch.autocast:
     """The context in which a model of train.dtype computes: bf16 or fp16 autocast, or nothing for fp32."""
     return torch.autocast(device.type, AUTOCAST.get(dtype, torch.bfloat16), enabled=dtype in AUTOCAST)
-
-
-@contextmanager
-def damage_told(path: Path | None) -> Iterator[None]:
-    """ValueError, naming the checkpoint, in place of what its state's wrong form leads to."""
-    try:
-        yield
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError, OverflowError, AssertionError) as error:
-        what = f"it has no {error}" if isinstance(error, KeyError) else first_line(error)
-        raise ValueError(f"{path} is damaged: {what}; remove it to go on from one before it") from error
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, or its name."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

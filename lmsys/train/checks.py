@@ -1,0 +1,257 @@
+"""Before the first step: everything that can be known to fail, and the checkpoint that a run goes on from."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from lmsys import cost, parallel
+from lmsys import device as devices
+from lmsys.attention import check_support
+from lmsys.config import PipelineConfig, TrainConfig, to_dict, unknown_name
+from lmsys.parallel import group
+from lmsys.records import writable_dir
+from lmsys.step import blocks
+from lmsys.train import checkpoint
+from lmsys.train.checkpoint import CHECKPOINTS
+from lmsys.train.engine import AUTOCAST
+from lmsys.train.log import METRICS_FILE, SAMPLES_FILE
+
+if TYPE_CHECKING:
+    from lmsys.data.tokenizer import Tokenizer
+
+
+def total_steps(config: PipelineConfig, train_length: int, world_size: int = 1) -> int:
+    """train.steps, or train.epochs as steps: enough to draw that many times the training tokens."""
+    if config.train.steps is not None:
+        return config.train.steps
+    return max(1, math.ceil(config.train.epochs * train_length / tokens_per_step(config, world_size)))
+
+
+def tokens_per_step(config: PipelineConfig, world_size: int) -> int:
+    train: TrainConfig = config.train
+    return train.batch_size * config.model.context_length * train.gradient_accumulation_steps * world_size
+
+
+def check_setup(config: PipelineConfig, world_size: int | None = None) -> torch.device:
+    """The device of a run, after checking that this process can train on it with the kernel and the wrapper of the config.
+
+    Args:
+        world_size: processes that will train; None: those of this process's group.
+    Raises:
+        ValueError: no such device, kernel or wrapper, or one that does not take this model.
+    """
+    settings, model = config.train, config.model
+    device = devices.resolve_device(settings.device)
+    world_size = group.current()[1] if world_size is None else world_size
+    parallel.check_wrapper(settings.ddp_wrapper, world_size)
+    if world_size > 1 and device.type == "cuda" and ":" in settings.device:
+        raise ValueError(
+            f"train.device is '{settings.device}', one GPU for {world_size} processes, each of which needs its own; give auto "
+            "or cuda"
+        )
+    check_support(
+        settings.attention_kernel,
+        device=device,
+        dtype=AUTOCAST.get(settings.dtype, torch.float32),
+        head_dim=model.head_dim,
+        heads=model.num_heads,
+        kv_heads=model.num_heads,
+        backward=True,
+    )
+    if settings.written_backward and settings.attention_kernel not in blocks.ATTENTION:
+        raise unknown_name("attention kernel for train.written_backward", settings.attention_kernel, blocks.ATTENTION)
+    if settings.cuda_graph and device.type != "cuda":
+        raise ValueError(f"train.cuda_graph is for a GPU, and this run is on {device}; set train.cuda_graph=false")
+    if settings.compile and device.type == "cpu" and "triton" in settings.attention_kernel:
+        raise ValueError(
+            f"train.compile cannot compile '{settings.attention_kernel}' on the CPU, where Triton's interpreter runs it; "
+            "set train.compile=false or choose another kernel"
+        )
+    return device
+
+
+def check(
+    config: PipelineConfig,
+    train_tokens: np.ndarray,
+    valid_tokens: np.ndarray,
+    tokenizer: Tokenizer | None = None,
+    run_dir: Path | None = None,
+) -> tuple[torch.device, int]:
+    """Everything that can be known to fail before a run starts. Returns the device and the number of steps.
+
+    In several processes, what they were given is compared; then each checks its device, and rank 0 the data and the folder.
+
+    Raises:
+        ValueError, OSError: as train(); the same in every process.
+    """
+    rank, world_size = group.current()
+    if world_size > 1:
+        given = to_dict(config) | {"run_dir": str(run_dir), "tokenizer": tokenizer is not None}
+        given |= {"training tokens": fingerprint(train_tokens), "validation tokens": fingerprint(valid_tokens)}
+        group.check_same_everywhere(json.dumps(given, indent=1), "what train() was given")
+
+    def check_here() -> torch.device:
+        device = check_setup(config)
+        if rank == 0:
+            _check_data(config, train_tokens, valid_tokens, tokenizer)
+            _check_length(config, len(train_tokens), world_size)
+            if run_dir is not None:
+                _check_folder(config, run_dir)
+        return device
+
+    device = group.by_rank(check_here)[rank]
+    return device, total_steps(config, len(train_tokens), world_size)
+
+
+def _check_data(
+    config: PipelineConfig, train_tokens: np.ndarray, valid_tokens: np.ndarray, tokenizer: Tokenizer | None
+) -> None:
+    model = config.model
+    if model.vocab_size is None:
+        raise ValueError("model.vocab_size is not set: give it the tokenizer's vocabulary size")
+    if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"the tokenizer's vocabulary of {tokenizer.vocab_size} is larger than model.vocab_size {model.vocab_size}; raise it"
+        )
+    for name, tokens in (("training", train_tokens), ("validation", valid_tokens)):
+        if len(tokens) <= model.context_length:
+            raise ValueError(
+                f"the {name} data have {len(tokens)} tokens, fewer than one context of {model.context_length} and its next "
+                "token; give more text or lower model.context_length"
+            )
+        low, high = _extremes(tokens)
+        if low < 0 or high >= model.vocab_size:
+            raise ValueError(
+                f"the {name} data hold token id {low if low < 0 else high}, outside the model's vocabulary of "
+                f"{model.vocab_size}; raise model.vocab_size or use the tokenizer of these tokens"
+            )
+
+
+def _check_length(config: PipelineConfig, train_length: int, world_size: int) -> None:
+    steps = total_steps(config, train_length, world_size)
+    if config.optim.warmup_steps > steps:
+        raise ValueError(
+            f"optim.warmup_steps {config.optim.warmup_steps} is more than the run's {steps} steps; lower it, or train longer"
+        )
+
+
+def _check_folder(config: PipelineConfig, run_dir: Path) -> None:
+    free = shutil.disk_usage(writable_dir(run_dir)).free
+    needed = 12 * cost.model_parameters(config.model)  # weights and two moments in fp32
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"a checkpoint needs {needed / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free",
+            str(run_dir),
+        )
+
+
+def fingerprint(tokens: np.ndarray) -> dict[str, int]:
+    """Length and CRC-32 of the first and last 2^18 tokens: tells other data from the same ones without reading all."""
+    crc = 0
+    for part in (tokens[: 1 << 18], tokens[-(1 << 18) :]):
+        crc = zlib.crc32(np.asarray(part, dtype="<i8").tobytes(), crc)
+    return {"length": len(tokens), "crc32": crc}
+
+
+def _extremes(tokens: np.ndarray, block: int = 1 << 24) -> tuple[int, int]:
+    """The smallest and the largest id, read a block at a time: a memory map can be larger than memory."""
+    blocks = [tokens[start : start + block] for start in range(0, len(tokens), block)]
+    return min(int(part.min()) for part in blocks), max(int(part.max()) for part in blocks)
+
+
+# --- Resuming ---
+
+
+def resume_point(
+    config: PipelineConfig, train_tokens: np.ndarray, run_dir: Path | None, say: Callable[[str], None]
+) -> checkpoint.Checkpoint | None:
+    """The newest good checkpoint of the run folder, checked to fit; None to start anew.
+
+    Rank 0 finds and verifies it; the others read the same one. Starting anew (train.resume false) moves the earlier run's
+    files to previous/, in place of what was put there before.
+    """
+    if run_dir is None:
+        return None
+    if not config.train.resume:
+        group.from_rank0(lambda: put_aside(run_dir, say))
+        return None
+    rank, world_size = group.current()
+
+    def newest() -> Path | None:
+        checkpoint.recover(run_dir / CHECKPOINTS)
+        return checkpoint.latest(run_dir / CHECKPOINTS)
+
+    path = group.from_rank0(newest)
+    if path is None:
+        return None
+
+    def read() -> None:
+        nonlocal saved
+        if rank != 0 and not path.is_dir():
+            raise ValueError(f"rank {rank} sees no {path}: give a run_dir on a file system that all processes share")
+        saved = checkpoint.load(path, verify=rank == 0)
+        differing = _differences(saved, config, world_size)
+        if saved.extra.get("train_tokens") != fingerprint(train_tokens):
+            differing.append("the training tokens are other ones")
+        if differing:
+            raise ValueError(
+                f"cannot resume from {path}: {'; '.join(differing)}. Restore that, choose another run_dir, or set "
+                "train.resume=false to start anew"
+            )
+
+    saved: checkpoint.Checkpoint | None = None
+    group.by_rank(read)
+    return saved
+
+
+def _differences(saved: checkpoint.Checkpoint, config: PipelineConfig, world_size: int) -> list[str]:
+    """What a checkpoint's run and this one give differently of what decides the computation. The length may change, and how
+    a step's sequences are shared among processes and micro-batches."""
+    old, new = saved.config, to_dict(config)
+    for section in ("model", "optim", "train"):
+        if not isinstance(old.get(section), dict):
+            raise ValueError(f"{saved.path} is damaged: its config has no section '{section}'")
+    keys = [(section, key) for section in ("model", "optim") for key in new[section]] + [("train", "seed")]
+    differing = [
+        f"{section}.{key} is {new[section][key]} and was {old[section].get(key)}"
+        for section, key in keys
+        if old[section].get(key) != new[section][key]
+    ]
+    names = ("batch_size", "gradient_accumulation_steps")
+    was, now = (
+        {"the number of processes": processes} | {f"train.{name}": train.get(name) for name in names}
+        for processes, train in ((saved.extra.get("world_size", 1), old["train"]), (world_size, new["train"]))
+    )
+    if not all(type(value) is int for value in was.values()):
+        raise ValueError(f"{saved.path} is damaged: of {', '.join(was)}, one is not a number")
+    if math.prod(was.values()) != math.prod(now.values()):
+        changed = ", ".join(f"{name} is {now[name]} and was {was[name]}" for name in was if was[name] != now[name])
+        differing.append(
+            f"a step has {math.prod(now.values())} sequences and had {math.prod(was.values())} ({changed}; their product must "
+            "stay)"
+        )
+    return differing
+
+
+def put_aside(run_dir: Path, say: Callable[[str], None]) -> None:
+    old = [path for name in (METRICS_FILE, SAMPLES_FILE, CHECKPOINTS) if (path := run_dir / name).exists()]
+    if not old:
+        return
+    aside = run_dir / "previous"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    for path in old:
+        os.rename(path, aside / path.name)
+    say(f"starting anew; the earlier run's files are in {aside}")
