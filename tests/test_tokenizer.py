@@ -544,35 +544,3 @@ def test_parts_that_do_not_fit_together(trained):
         Tokenizer(trained.vocab, trained.merges, END_OF_TEXT)
     with pytest.raises(ValueError, match="surrogate"):
         Tokenizer(trained.vocab, trained.merges, ["\ud800"])
-
-
-# --- The benchmark -----------------------------------------------------------------------------------
-
-
-def test_benchmark(text, tmp_path):
-    from lmsys.records import SCHEMAS, read_results
-
-    path = write(tmp_path / "text.txt", text)
-    rows = bench.run(tmp_path, text_path=path, vocab_size=400, encode_mb=0.05, num_workers=2, repeats=1)
-    assert [row["status"] for row in rows] == ["ok"] * 8, rows
-    assert set(SCHEMAS[bench.NAME]) <= set(rows[0])
-    assert len({row["tokens"] for row in rows if row["task"] == "encode"}) == 1
-    assert all(row["seconds"] > 0 and row["mb_per_s"] > 0 for row in rows)
-    assert len(read_results(tmp_path / f"{bench.NAME}.csv")) == 8
-    assert "tiktoken encode_batch" in bench.table(rows)
-
-
-def test_benchmark_of_bad_input(tmp_path):
-    with pytest.raises(ValueError, match="no text file"):
-        bench.benchmark(tmp_path / "none.txt", repeats=1)
-    with pytest.raises(ValueError, match="at least 257"):
-        bench.benchmark(tmp_path / "none.txt", vocab_size=256)
-    (tmp_path / "bad.txt").write_bytes(b"abc\xff")
-    with pytest.raises(ValueError, match=r"cannot train on .*bad.txt.*offset 3"):
-        bench.benchmark(tmp_path / "bad.txt", repeats=1)
-
-
-def test_benchmark_text(tmp_path):
-    path = bench.write_text(tmp_path / "t", 0.2)
-    assert 0.2e6 <= path.stat().st_size < 0.25e6
-    assert path.read_text(encoding="utf-8").count(END_OF_TEXT) > 20

@@ -1,14 +1,14 @@
 """The tokenizer benchmark: training and encoding beside `tokenizers` and `tiktoken`, on one text in one run.
 
-Each sample has a fresh process, so all caches start cold; rounds of samples take turns, so that a busy machine slows all
-alike. The timed region of training is from the file to vocabulary and merges; of encoding, from what the implementation
-takes (ours the file, the others a string or documents in memory) to token ids in memory. All encoders get the vocabulary
-that ours trained, and the ids must be equal. tiktoken is measured in the ways that it offers: `encode` (one thread, lists),
-`encode_batch` (threads, documents to lists) and `encode_to_numpy` (threads, megabytes to arrays); `tokenizers` trains from
-the file, and encodes with `encode_batch_fast` over documents, on its own threads.
+Each sample has a fresh process, so all caches start cold; rounds of samples take turns, so that a busy machine slows
+all alike. The timed region of training is from the file to vocabulary and merges; of encoding, from what the
+implementation takes (ours the file, the others a string or documents in memory) to token ids in memory. All encoders
+get the vocabulary that ours trained, and the ids must be equal. tiktoken is measured in the ways that it offers:
+`encode` (one thread, lists), `encode_batch` (threads, documents to lists) and `encode_to_numpy` (threads, megabytes to
+arrays); `tokenizers` trains from the file, and encodes with `encode_batch_fast` over documents, on its own threads.
 
-Peak memory is of the whole process and its children, pages that they share counted once (PSS), sampled from outside every
-50 ms; only Linux tells it. Where a text is held in memory, it is in there.
+Peak memory is of the whole process and its children, pages that they share counted once (PSS), sampled from outside
+every 50 ms; only Linux tells it. Where a text is held in memory, it is in there.
 """
 
 from __future__ import annotations
@@ -30,15 +30,12 @@ from typing import Any
 
 import numpy as np
 
+from lmsys.bench.experiment import Experiment, Notebook, Parameters, Point, Row, require_numbers
 from lmsys.config import END_OF_TEXT, require
 from lmsys.data.bpe import train_bpe
 from lmsys.data.pretokens import PRETOKEN, find_chunk_boundaries
 from lmsys.data.tokenizer import Tokenizer
-from lmsys.records import ResultWriter, markdown_table, writable_dir
 
-NAME = "tokenizer_benchmark_results"
-EXTRA_COLUMNS = ("tokens", "note")
-TEXT_MB = 52.0
 _GROWTH = 4  # ours also trains on the text this many times over: memory must not follow
 _SAMPLE_INTERVAL_S = 0.05
 _ENCODERS = ("lmsys", "tiktoken encode", "tiktoken encode_batch", "tiktoken encode_to_numpy", "tokenizers")
@@ -52,12 +49,13 @@ def _words(text: str) -> list[str]:
 
 
 _COMMON = _words(
-    "the of and to a in that is was he for it with as his on be at by had not are but from or have an they which one you "
-    "were her all she there would their we him been has when who will more no if out so said what up its about into than "
-    "them can only other new some could time these two may then do first any my now such like our over man me even most "
-    "made after also did many before must through back years where much your way well down should because each just those "
-    "people how too little state good very make world still own see men work long get here between both life being under "
-    "never day same another know while last might us great old year off come since against go came right used take three"
+    "the of and to a in that is was he for it with as his on be at by had not are but from or have an they which one "
+    "you were her all she there would their we him been has when who will more no if out so said what up its about "
+    "into than them can only other new some could time these two may then do first any my now such like our over man "
+    "me even most made after also did many before must through back years where much your way well down should "
+    "because each just those people how too little state good very make world still own see men work long get here "
+    "between both life being under never day same another know while last might us great old year off come since "
+    "against go came right used take three"
 )
 _ONSETS = _words("b bl br c ch cl cr d dr f fl fr g gl gr h j k l m n p ph pl pr qu r s sc sh sl sp st str t th tr v w")
 _VOWELS = _words("a e i o u a e i o ai ea ee ie oa oo ou")
@@ -65,9 +63,10 @@ _CODAS = ["", "", "", *_words("b ck d g l ll m n nd ng nt p r rd rn rt s ss st t
 _ENDINGS = ["", "", "", "", *_words("s ed ing er ers ly ness tion able ment ful al ist ity")]
 
 
-def write_text(path: str | Path, text_mb: float = TEXT_MB, *, seed: int = 0) -> Path:
+def write_text(path: str | Path, text_mb: float, *, seed: int = 0) -> Path:
     """Write about text_mb (1e6 bytes) of text with the statistics of English: documents between end-of-text tokens,
-    sentences and punctuation, and 60,000 words, the common ones English and shorter than the rare. A word's frequency falls
+    sentences and punctuation, and 60,000 words, the common ones English and shorter than the rare. A word's frequency
+    falls
     with its rank r as in English: as 1/r among the first 5,000, then as 1/r^2 (Ferrer i Cancho and Sole, 2001)."""
     rng = random.Random(seed)
     words = dict.fromkeys(_COMMON)
@@ -108,87 +107,74 @@ def _paragraph(rng: random.Random, words: Sequence[str], weights: Sequence[float
 # --- The benchmark ----------------------------------------------------------------------------------
 
 
-def run(folder: str | Path, **settings: Any) -> list[dict[str, Any]]:
-    """benchmark(**settings), written to the folder as tokenizer_benchmark_results.csv and .json."""
-    method = {
-        "timer": "time.perf_counter",
-        "warmup": 0,
-        "samples": settings.get("repeats", 3),
-        "statistic": "median, 20th and 80th percentile",
-        "memory": f"peak PSS of the process and its children, every {_SAMPLE_INTERVAL_S} s",
-    }
-    with ResultWriter(NAME, folder, method=method, parameters=settings, extra_columns=EXTRA_COLUMNS) as writer:
-        rows = benchmark(**settings)
-        for row in rows:
-            writer.write(row)
-    return rows
+def check(p: Parameters) -> None:
+    """Raises ValueError: a number out of range, or a text that is not there."""
+    require(
+        p.vocab_size >= 257, f"vocab_size is {p.vocab_size}; it takes at least 257: 256 bytes and the special token"
+    )
+    require_numbers(p, {"repeats": 1, "workers": 1})
+    require(p.encode_mb > 0, f"encode_mb is {p.encode_mb}; it must be positive")
+    require(p.text is None or Path(p.text).is_file(), f"no text file at {p.text}; give --text a UTF-8 file")
 
 
-def benchmark(
-    text_path: str | Path | None = None,
-    *,
-    vocab_size: int = 10_000,
-    encode_mb: float = 20,
-    num_workers: int | None = 2,
-    repeats: int = 3,
-) -> list[dict[str, Any]]:
-    """Time training and encoding, and check that the ids are the same.
+NOTEBOOK = Notebook(
+    "tokenizer_benchmark",
+    {
+        "smoke": {"text_mb": 0.2, "encode_mb": 0.1, "vocab_size": 300, "repeats": 1},
+        "cpu": {"text_mb": 5.0, "encode_mb": 2.0, "vocab_size": 1000, "repeats": 3},
+        "full": {"text_mb": 52.0, "encode_mb": 20.0, "vocab_size": 10_000, "repeats": 3},
+    },
+    check,
+)
 
-    Args:
-        text_path: a UTF-8 file with documents between end-of-text tokens; None: one of TEXT_MB is made (write_text).
-        encode_mb: how much of its beginning is encoded, 1e6 bytes.
-        num_workers: processes or threads of each implementation; None: one for each core.
-        repeats: samples of each figure.
-    Returns:
-        A row for each implementation and task with the columns of the schema tokenizer_benchmark_results, the number of
-        tokens and a note; status is error where ids differ, unsupported where a package is not installed.
-    Raises:
-        ValueError: settings out of range; a text that ours cannot train on.
-    """
-    require(vocab_size >= 257, f"vocab_size is {vocab_size}; it must be at least 257: 256 bytes and the special token")
-    require(repeats >= 1, f"repeats is {repeats}; it must be at least 1")
-    require(encode_mb > 0, f"encode_mb is {encode_mb}; it must be positive")
-    workers = num_workers or os.cpu_count() or 1
-    with tempfile.TemporaryDirectory(prefix="lmsys-tokenizer-") as folder:
-        folder = writable_dir(folder)
-        text = Path(text_path) if text_path is not None else write_text(folder / "text.txt")
-        bounds = find_chunk_boundaries(text, chunk_bytes=int(encode_mb * 1e6), special_tokens=[END_OF_TEXT])
-        part, larger = folder / "part.txt", folder / "larger.txt"
+
+def points(p: Parameters) -> list[Point]:
+    return [{"task": task, "vocab_size": p.vocab_size} for task in ("train", "encode")]
+
+
+def measure_point(point: Point, p: Parameters) -> list[Row]:
+    """A row for each implementation of a task, their samples taking turns; encode checks that all ids are the same."""
+    with tempfile.TemporaryDirectory(prefix="lmsys-tokenizer-") as name:
+        folder = Path(name)
+        text = Path(p.text) if p.text is not None else write_text(folder / "text.txt", p.text_mb, seed=p.seed)
+        job = {"folder": name, "text": str(text), "vocab_size": p.vocab_size, "workers": p.workers, "task": "train"}
+        ours = {**job, "implementation": "lmsys"}
+        bounds = find_chunk_boundaries(text, chunk_bytes=int(p.encode_mb * 1e6), special_tokens=[END_OF_TEXT])
+        if point["task"] == "train":
+            larger = folder / "larger.txt"
+            _copy(text, larger, bounds[-1], times=_GROWTH)
+            sampled = _sample([ours, {**job, "implementation": "tokenizers"}], p.repeats)
+            return [_row(*each) for each in (*sampled, *_sample([{**ours, "text": str(larger)}], 1))]
+        trained = _in_process(ours)  # all encoders get its vocabulary
+        require(trained["status"] == "ok", f"cannot train on {text}: {trained.get('note')}")
+        part = folder / "part.txt"
         _copy(text, part, bounds[1])
-        job = {"folder": str(folder), "text": str(text), "vocab_size": vocab_size, "workers": workers}
-
-        train = _sample([{**job, "task": "train", "implementation": name} for name in ("lmsys", "tokenizers")], repeats)
-        failed = next((result["note"] for result in train[0][1] if result["status"] != "ok"), None)
-        require(failed is None, f"cannot train on {text}: {failed}")
-        _copy(text, larger, bounds[-1], times=_GROWTH)
-        more = _sample([{**job, "task": "train", "implementation": "lmsys", "text": str(larger)}], 1)
-        larger.unlink()
         job |= {"task": "encode", "text": str(part)}
-        encode = _sample([{**job, "implementation": name} for name in _ENCODERS], repeats)
-        rows = [_row(*sampled) for sampled in (*train, *more, *encode)]
-    digest = encode[0][1][0].get("digest")  # ours: the first encoder
-    for row, (_, results) in zip(rows[-len(encode) :], encode, strict=True):
+        sampled = _sample([{**job, "implementation": name} for name in _ENCODERS], p.repeats)
+    rows = [_row(*each) for each in sampled]
+    digest = sampled[0][1][0].get("digest")  # ours: the first encoder
+    for row, (_, results) in zip(rows, sampled, strict=True):
         if row["status"] == "ok" and any(result["digest"] != digest for result in results):
             row |= {"status": "error", "note": "its ids are not those of lmsys"}
     return rows
 
 
-def table(rows: Iterable[Mapping[str, Any]]) -> str:
-    """The rows as a Markdown table."""
-    columns = {
-        "task": "task",
-        "implementation": "implementation",
-        "workers": "workers",
-        "text_mb": "text, MB",
-        "seconds": "seconds",
-        "mb_per_s": "MB/s",
-        "peak_mib": "peak, MiB",
-        "status": "status",
-        "note": "note",
-    }
-    return markdown_table(
-        [{key: round(v, 2) if isinstance(v := row.get(key), float) else v for key in columns} for row in rows], columns
-    )
+BENCHMARK = Experiment(
+    name="tokenizer_benchmark_results",
+    columns=(
+        *("implementation", "task", "workers", "vocab_size", "text_mb", "status"),
+        *("seconds", "p20_s", "p80_s", "samples", "mb_per_s", "peak_mib", "tokens", "note"),
+    ),
+    points=points,
+    measure=measure_point,
+    method=lambda p: {
+        "timer": "time.perf_counter",
+        "warmup": 0,
+        "samples": p.repeats,
+        "statistic": "median, 20th and 80th percentile",
+        "memory": f"peak PSS of the process and its children, every {_SAMPLE_INTERVAL_S} s",
+    },
+)
 
 
 def _copy(source: Path, target: Path, size: int, times: int = 1) -> None:
@@ -241,7 +227,7 @@ def _pss_bytes(pid: int) -> int:
 
 def _row(job: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The row of a job from its samples."""
-    row = {key: job[key] for key in ("implementation", "task", "workers", "vocab_size")}
+    row = {key: job[key] for key in ("implementation", "workers")}
     bad = next((result for result in results if result["status"] != "ok"), None)
     if bad:
         return {**row, "status": bad["status"], "note": bad["note"]}
