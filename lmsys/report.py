@@ -1,8 +1,6 @@
 """The report: notebooks executed by papermill, and the site that jupyter-book builds from them.
 
-As a Sphinx extension (named in _config.yml) this module fills the numbers of the book's pages from artifacts/ while the
-site is built: a page writes `<!-- fill: NAME -->` and FILLS[NAME]() takes its place. The README's numbers stand between the
-same marker and `<!-- end -->`, and are brought up to date by build_site().
+As a Sphinx extension (named in _config.yml) this module writes formulas as MathML; lmsys.values fills in the numbers.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lmsys import records
+from lmsys import records, values
 from lmsys.config import resolve_scale, unknown_name
 from lmsys.records import HEADLINE_MACHINE
 
@@ -204,7 +202,7 @@ def build_site() -> Path:
     Raises:
         OSError: jupyter-book failed; its output says why.
     """
-    fill_readme()
+    values.refresh_readme()
     book = records.REPOSITORY / "book"
     command = "import sys; from jupyter_book.cli.main import main; sys.exit(main())"  # the package has no __main__
     done = subprocess.run(
@@ -214,26 +212,6 @@ def build_site() -> Path:
     if done.returncode != 0:
         raise OSError(f"jupyter-book build book failed with exit code {done.returncode}")
     return book / "_build" / "html" / "index.html"
-
-
-def fill_readme() -> bool:
-    """Refresh the README's numbers from artifacts/; return whether the file changed."""
-    readme = records.REPOSITORY / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    new = filled(text)
-    if new != text:
-        records.write_text(readme, new)
-    return new != text
-
-
-def filled(text: str) -> str:
-    """A text with what stands between `<!-- fill: NAME -->` and `<!-- end -->` made anew."""
-    return re.sub(
-        r"<!-- fill: (\w+) -->\n.*?<!-- end -->",
-        lambda match: f"<!-- fill: {match[1]} -->\n{fill(match[1])}\n<!-- end -->",
-        text,
-        flags=re.DOTALL,
-    )
 
 
 def setup(app) -> dict[str, Any]:

@@ -55,12 +55,6 @@ def test_unknown_names_are_errors():
         report.fill("x")
 
 
-def test_the_readme_holds_the_numbers_of_the_artifacts():
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    assert "<!-- fill: attention_headline -->" in readme
-    assert report.filled(readme) == readme, "run: python -m lmsys report --site_only"
-
-
 def test_committed_notebooks_and_stamps_are_clean():
     """What is committed of the reference machines holds no traceback and no path of the machine it ran on."""
     for path in (REPOSITORY / "book").glob("h200*/*.ipynb"):
