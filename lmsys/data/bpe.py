@@ -14,10 +14,10 @@ import os
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
 from itertools import pairwise
 from operator import add
-from typing import Any
+
+from tqdm import tqdm
 
 from lmsys.config import END_OF_TEXT, require
 from lmsys.data.pretokens import (
@@ -86,7 +86,7 @@ def _count_pretokens(path: str | os.PathLike, special_tokens: Sequence[str], wor
     step = -(-chunks // tasks)
     spans = [bounds[i : i + step + 1] for i in range(0, chunks, step)]
     counts: Counter[str] = Counter()
-    with _progress_bar(progress, bounds[-1], "counting words", unit="B", unit_scale=True) as bar:
+    with tqdm(total=bounds[-1], desc="counting words", unit="B", unit_scale=True, disable=not progress) as bar:
         state = (os.fspath(path), special_tokens)
         results = map_in_order(_count_span, state, spans, min(workers, len(spans)))
         for span, counted in zip(spans, results, strict=True):
@@ -136,7 +136,7 @@ def _learn_merges(
     heapq.heapify(heap)
     merges: dict[tuple[bytes, bytes], None] = {}
 
-    with _progress_bar(progress, vocab_size - len(vocab), "learning merges") as bar:
+    with tqdm(total=vocab_size - len(vocab), desc="learning merges", disable=not progress) as bar:
         while heap and len(vocab) < vocab_size:
             entry = heapq.heappop(heap)
             pair = entry[-1]
@@ -171,7 +171,7 @@ def _merge_pair(
     """Replace pair by merged in all words and update the counts around it. Returns the pairs that occur more often now."""
     left, right = pair
     grown: set[str] = set()
-    for index in places.pop(pair):
+    for index in set(places.pop(pair)):  # a word once, however often it has the pair
         if pair not in words[index]:
             continue
         word = words[index] = words[index].replace(pair, merged)
@@ -200,11 +200,3 @@ def _merge_pair(
 def _descending(token: bytes) -> str:
     """A key that orders byte strings the other way round."""
     return "".join(chr(255 - byte) for byte in token) + "\u0100"
-
-
-@contextmanager
-def _progress_bar(show: bool, total: int, what: str, **options: Any):
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc=what, disable=not show, **options) as bar:
-        yield bar

@@ -1,12 +1,11 @@
 """The tokenizer: encoding and decoding by a byte-level byte-pair encoding, and its files.
 
 The pre-tokenization pattern is GPT-2's (Radford et al., 2019, section 2.2). Encoding merges, in each pre-token, all
-occurrences of the pair that was learned first, until no learned pair is left (Sennrich, Haddow and Birch, 2016); lmsys.data.bpe
-learns the pairs. It remembers how pieces are encoded, in bounded caches: a short text looks its pieces up in a dict, a long
-one by arrays (lmsys.data.pieces), and new pieces of that are merged all at once, a merge of each word a round.
+occurrences of the pair that was learned first, until no learned pair is left (Sennrich, Haddow and Birch, 2016);
+lmsys.data.bpe learns the pairs. How pieces are encoded is remembered in bounded caches: a short text looks its pieces up in
+a dict, a long one by arrays (lmsys.data.pieces), and new pieces are merged all at once, a merge of each word a round.
 
-Limits: at most 1,114,112 token ids (the range of `chr`). A Tokenizer is for one thread at a time; encode_file_chunks uses
-processes.
+Limits: at most 1,114,112 token ids. A Tokenizer is for one thread at a time; encode_file_chunks uses processes.
 """
 
 from __future__ import annotations
@@ -15,11 +14,10 @@ import heapq
 import json
 import os
 import sys
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
-from itertools import compress, islice, pairwise, repeat
-from operator import add, is_
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +42,26 @@ from lmsys.data.pretokens import (
 from lmsys.data.workers import map_in_order, resolve_workers
 from lmsys.records import write_json
 
-_MAX_CACHED_LENGTH = 64  # longer pieces are rare, and not kept
-_SHORT_WORD = 128  # bytes; above, merging keeps a heap instead of searching the word for each merge
-_NEVER = sys.maxsize  # the rank of a pair that is not merged
-_NEVERS = repeat(_NEVER)
 SHORT_TEXT = 8192  # characters; above, pieces are looked up by arrays
-_UTF_32 = f"utf-32-{sys.byteorder[0]}e"  # with it, the characters of a word are its token ids in four bytes each
+_MAX_CACHED_LENGTH = 64  # longer pieces are rare, and not kept
+_SHORT_WORD = 128  # bytes; longer words are merged one by one, with a heap
+_NEVER = sys.maxsize  # the rank of a pair that is not merged
 _FORMAT = "lmsys byte-level BPE 1"
+
+# GPT-2's printable character for each byte: itself where it is a visible Latin-1 character, else the next from U+0100.
+_VISIBLE = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+_HIDDEN = [byte for byte in range(256) if byte not in _VISIBLE]
+_PRINTABLE = {byte: chr(byte) for byte in _VISIBLE} | {byte: chr(256 + n) for n, byte in enumerate(_HIDDEN)}
+_BYTES = {character: byte for byte, character in _PRINTABLE.items()}
+
+
+def _to_printable(token: bytes) -> str:
+    return "".join(map(_PRINTABLE.__getitem__, token))
+
+
+def _from_printable(text: str) -> bytes:
+    """Raises KeyError at a character that stands for no byte."""
+    return bytes(map(_BYTES.__getitem__, text))
 
 
 class Tokenizer:
@@ -86,44 +97,33 @@ class Tokenizer:
         require(
             not missing, f"the vocabulary lacks {len(missing)} of the 256 single bytes, first {bytes(missing[:1])!r}"
         )
-        for token in self.special_tokens:
-            if token.encode() not in self._ids:
-                index = max(self.vocab) + 1
-                self.vocab[index] = token.encode()
-                self._ids[token.encode()] = index
+        for token in map(str.encode, self.special_tokens):
+            if token not in self._ids:
+                self._ids[token] = max(self.vocab) + 1
+                self.vocab[self._ids[token]] = token
 
-        # A word in the making is a str whose characters are token ids.
         self.merges: list[tuple[bytes, bytes]] = [(left, right) for left, right in merges]
-        self._ranks: dict[str, int] = {}  # pair -> when it was learned
-        self._replacements: list[tuple[str, str]] = []  # rank -> (pair, what it becomes)
+        self._ranks: dict[int, int] = {}  # key of a pair, left id * MAX_IDS + right id -> when it was learned
         for rank, (left, right) in enumerate(self.merges):
             for token in (left, right, left + right):
                 if token not in self._ids:
                     raise ValueError(f"merge {rank}, {left!r} and {right!r}: the vocabulary lacks {token!r}")
-            pair = chr(self._ids[left]) + chr(self._ids[right])
-            self._ranks.setdefault(pair, rank)
-            self._replacements.append((pair, chr(self._ids[left + right])))
-        pairs = _code_points("".join(self._ranks)).reshape(-1, 2)
-        keys = pairs[:, 0] * MAX_IDS + pairs[:, 1]
-        order = np.argsort(keys)
-        self._pair_keys = np.append(keys[order], _NEVER)  # the same for arrays; the last entry is no pair
-        self._key_ranks = np.append(np.fromiter(self._ranks.values(), np.int64, len(keys))[order], _NEVER)
-        self._merged_ids = _code_points("".join(merged for _, merged in self._replacements))
+            self._ranks.setdefault(self._ids[left] * MAX_IDS + self._ids[right], rank)
+        # The same for arrays, sorted by key; the last entry is no pair.
+        keys = sorted(self._ranks)
+        self._pair_keys = np.array([*keys, _NEVER])
+        self._key_ranks = np.array([*map(self._ranks.get, keys), _NEVER])
+        self._merged_ids = np.array([self._ids[left + right] for left, right in self.merges], np.int64)
         self._byte_ids = np.array([self._ids[bytes([byte])] for byte in range(256)])
-        self._byte_symbols = {byte: chr(self._ids[bytes([byte])]) for byte in range(256)}
 
         self.vocab_size: int = max(self.vocab) + 1  # the highest id + 1
         self.token_dtype = np.uint16 if self.vocab_size <= 65_536 else np.uint32  # the smallest that holds all ids
-        # UTF-16 and UTF-32 are the ids themselves, in two or four bytes: below 65,536 UTF-16 takes one unit a character.
-        self._packing = f"utf-{np.dtype(self.token_dtype).itemsize * 8}-{sys.byteorder[0]}e"
+        self._typecode = np.dtype(self.token_dtype).char
         self._special = special_pattern(self.special_tokens)
         self._special_bytes = special_pattern(self.special_tokens, bytes)
         self._longest_special = max(map(len, self.special_tokens), default=0)
-        # Caches of packed ids: for pre-tokens, for the pieces of short texts, and for those of long ones.
-        self._pretokens: dict[str, bytes] = {}
-        self._special_pieces = {token: self._pack(chr(self.token_id(token))) for token in self.special_tokens}
-        self._pieces: dict[str, bytes] = dict(self._special_pieces)  # no other piece is a special token
-        self._table = PieceTable(self.token_dtype, self._encode_new, MAX_PIECES)
+        self._pieces: dict[str, bytes] = {}  # the pieces of short texts -> their ids as an array's bytes
+        self._table = PieceTable(self.token_dtype, self._encode_new, MAX_PIECES)  # and those of long ones
 
     def __reduce__(self):
         return Tokenizer, (self.vocab, self.merges, self.special_tokens)
@@ -210,7 +210,7 @@ class Tokenizer:
         yield from map_in_order(_encode_chunk, state, pairwise(bounds), min(workers, len(bounds) - 1))
 
     def _encode_short(self, text: str) -> bytearray:
-        """The packed ids of a text, by a dict."""
+        """The ids of a text as an array's bytes, by a dict."""
         pieces: list[str] = []
         start = 0
         for match in self._special.finditer(text) if self._special else ():
@@ -218,53 +218,50 @@ class Tokenizer:
             pieces.append(match.group())
             start = match.end()
         pieces += PIECE.findall(text, start)
-        packed = list(map(self._pieces.get, pieces))
-        if None in packed:
-            new = {piece: self._encode_piece(piece) for piece in set(compress(pieces, map(is_, packed, repeat(None))))}
-            packed = [new[piece] if ids is None else ids for piece, ids in zip(pieces, packed, strict=True)]
-            _keep(self._pieces, new, self._special_pieces)
-        return bytearray().join(packed)  # writable, as an array from it should be
+        known = list(map(self._pieces.get, pieces))
+        if None in known:
+            missing = {piece for piece, ids in zip(pieces, known, strict=True) if ids is None}
+            new = {piece: self._encode_piece(piece) for piece in missing}
+            known = [new[piece] if ids is None else ids for piece, ids in zip(pieces, known, strict=True)]
+            kept = {piece: ids for piece, ids in new.items() if len(piece) <= _MAX_CACHED_LENGTH}
+            if len(self._pieces) + len(kept) > MAX_PIECES:
+                self._pieces.clear()
+            self._pieces.update(islice(kept.items(), MAX_PIECES))
+        return bytearray().join(known)  # writable, as an array from it should be
+
+    def _encode_piece(self, piece: str) -> bytes:
+        if piece in self.special_tokens:  # no other piece is one
+            ids = [self.token_id(piece)]
+        else:
+            ids = [index for word in split_piece(piece) for index in self._merge(word.encode())]
+        return array(self._typecode, ids).tobytes()
 
     def _encode_long(self, text: str) -> np.ndarray:
         """The ids of a text, by arrays: for a text of more than some thousand characters, several times faster."""
         data = text.encode()
         special = [match.span() for match in self._special_bytes.finditer(data)] if self._special_bytes else []
-        starts = piece_starts(data, text.isascii(), special)
-        return self._table.encode(data, starts)
-
-    def _encode_piece(self, piece: str) -> bytes:
-        """The packed ids of a piece that is no special token."""
-        known = self._pretokens
-        packed = []
-        for pretoken in split_piece(piece):
-            ids = known.get(pretoken)
-            if ids is None:
-                ids = self._pack(self._merge(self._symbols(pretoken)))
-                _keep(known, {pretoken: ids})
-            packed.append(ids)
-        return b"".join(packed)
+        return self._table.encode(data, piece_starts(data, text.isascii(), special))
 
     def _encode_new(self, pieces: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        """(the ids of all pieces, one piece after the other, how many each has); a piece may be a special token."""
-        symbols = self._byte_ids[np.frombuffer(b"".join(pieces), np.uint8)]
+        """(the ids of all pieces, one piece after the other; how many each has). A piece may be a special token."""
         special = {token.encode() for token in self.special_tokens}
         lengths: list[int] = []  # of words, in bytes
         words_of = np.ones(len(pieces), np.int64)  # how many words a piece is
-        ready: dict[int, np.ndarray] = {}  # word -> its ids, where it is not for merging many at once
+        ready: dict[int, list[int]] = {}  # word -> its ids, where it is not for merging many at once
         for index, piece in enumerate(pieces):
             if piece in special:
-                ready[len(lengths)] = np.array([self._ids[piece]])
+                ready[len(lengths)] = [self._ids[piece]]
                 lengths.append(len(piece))
             elif piece[piece[:1] == b" " :].isalpha() and len(piece) <= _SHORT_WORD:  # ASCII letters: one pre-token
                 lengths.append(len(piece))
             else:
-                pretokens = split_piece(piece.decode())
-                words_of[index] = len(pretokens)
-                for pretoken in pretokens:
-                    word = self._symbols(pretoken)
+                words = [pretoken.encode() for pretoken in split_piece(piece.decode())]
+                words_of[index] = len(words)
+                for word in words:
                     if len(word) > _SHORT_WORD:
-                        ready[len(lengths)] = _code_points(self._merge(word))
+                        ready[len(lengths)] = self._merge(word)
                     lengths.append(len(word))
+        symbols = self._byte_ids[np.frombuffer(b"".join(pieces), np.uint8)]
         lengths = np.array(lengths)
         if ready:
             ends = np.cumsum(lengths)
@@ -277,7 +274,7 @@ class Tokenizer:
         return symbols, np.add.reduceat(counts, np.cumsum(words_of) - words_of)
 
     def _merge_many(self, symbols: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """As _merge, for many words at once: in each round, each word's pair that was learned first.
+        """Merge many words at once: in each round, each word's pair that was learned first, at all its places.
 
         Takes the ids of the words' bytes, one word after the other, and how many each has; returns their tokens likewise.
         """
@@ -313,32 +310,19 @@ class Tokenizer:
         is_pair = (self._pair_keys[found] == keys) & (word[at] == word[after]) & (at != after)
         return np.where(is_pair, self._key_ranks[found], _NEVER)
 
-    def _pack(self, word: str) -> bytes:
-        return word.encode(self._packing, "surrogatepass")
-
-    def _symbols(self, pretoken: str) -> str:
-        """The bytes of a pre-token as a word: a str whose characters are token ids."""
-        return pretoken.encode().decode("latin-1").translate(self._byte_symbols)
-
-    def _merge(self, word: str) -> str:
-        """Merge the pair that was learned first, at all its places, until none is left."""
-        if len(word) > _SHORT_WORD:
-            return self._merge_long(word)
-        rank_of = self._ranks.get
-        while len(word) > 1 and (rank := min(map(rank_of, map(add, word, word[1:]), _NEVERS))) != _NEVER:
-            word = word.replace(*self._replacements[rank])
-        return word
-
-    def _merge_long(self, word: str) -> str:
-        """As _merge, in n log n for a word of n bytes: a linked list of symbols, and the places of each rank's pair."""
-        symbols: list[str] = list(word)
+    def _merge(self, word: bytes) -> list[int]:
+        """As _merge_many for one word, in n log n for n bytes: a linked list of symbols, and the places of each pair."""
+        symbols = self._byte_ids[list(word)].tolist()  # -1 where a symbol has gone into the one before it
         after = [*range(1, len(word)), -1]
         before = list(range(-1, len(word) - 1))
-        places: dict[int, list[int]] = {}
+        places: dict[int, list[int]] = {}  # rank -> where its pair is, or was
         heap: list[int] = []  # ranks that have places
 
+        def rank_at(place: int) -> int | None:
+            return self._ranks.get(symbols[place] * MAX_IDS + symbols[after[place]]) if after[place] >= 0 else None
+
         def note(place: int) -> None:
-            rank = self._ranks.get(symbols[place] + symbols[after[place]])
+            rank = rank_at(place)
             if rank is not None:
                 if rank not in places:
                     places[rank] = []
@@ -349,22 +333,20 @@ class Tokenizer:
             note(place)
         while heap:
             rank = heapq.heappop(heap)
-            pair, merged = self._replacements[rank]
-            made = []
+            merged = []
             for place in sorted(places.pop(rank)):
-                right = after[place]
-                if right >= 0 and symbols[place] + symbols[right] == pair:  # it may have gone since it was noted
-                    symbols[place], symbols[right] = merged, ""
+                if symbols[place] >= 0 and rank_at(place) == rank:  # it may have gone since it was noted
+                    right = after[place]
+                    symbols[place], symbols[right] = int(self._merged_ids[rank]), -1
                     after[place] = after[right]
                     if after[place] >= 0:
                         before[after[place]] = place
-                    made.append(place)
-            for place in made:
+                    merged.append(place)
+            for place in merged:
                 if before[place] >= 0:
                     note(before[place])
-                if after[place] >= 0:
-                    note(place)
-        return "".join(symbols)
+                note(place)
+        return [symbol for symbol in symbols if symbol >= 0]
 
     def _last_cut(self, text: str, start: int) -> int:
         """The last place, from start on, where text can be cut whatever follows it; 0 if there is none."""
@@ -404,12 +386,12 @@ class Tokenizer:
     @classmethod
     def load(cls, path: str | os.PathLike) -> Tokenizer:
         """A tokenizer that save() wrote. ValueError, naming the file, where it is missing, damaged or something else."""
-        value = _read_json(path)
-        require(
-            isinstance(value, dict) and value.get("format") == _FORMAT,
-            f"{path}: not a tokenizer saved by this package (its JSON has no 'format': '{_FORMAT}')",
-        )
-        with _damage_named(path):
+        with _naming_damage(path):
+            value = json.loads(Path(path).read_bytes())
+            require(
+                isinstance(value, dict) and value.get("format") == _FORMAT,
+                f"{path}: not a tokenizer saved by this package (its JSON has no 'format': '{_FORMAT}')",
+            )
             vocab = {index: _from_printable(token) for token, index in value["vocab"].items()}
             require(len(vocab) == len(value["vocab"]), "two tokens have the same id")
             merges = [_merge_from_line(line) for line in value["merges"]]
@@ -429,15 +411,15 @@ class Tokenizer:
         """
         special_tokens = check_special_tokens(special_tokens)
         vocab: dict[int, bytes] = {}
-        with _damage_named(vocab_path):
-            for token, index in _read_json(vocab_path).items():
+        with _naming_damage(vocab_path):
+            for token, index in json.loads(Path(vocab_path).read_bytes()).items():
                 vocab[index] = token.encode() if token in special_tokens else _from_printable(token)
-        with _damage_named(merges_path):
-            lines = _read_text(merges_path).split("\n")
+        with _naming_damage(merges_path):
+            lines = Path(merges_path).read_bytes().decode("utf-8").split("\n")
             if lines[0].startswith("#version"):
                 del lines[0]
             merges = [_merge_from_line(line) for line in lines if line.strip()]
-        with _damage_named(f"{vocab_path} and {merges_path}"):
+        with _naming_damage(f"{vocab_path} and {merges_path}"):
             return cls(vocab, merges, special_tokens)
 
     from_gpt2 = from_files
@@ -455,35 +437,18 @@ class Tokenizer:
             same = next(i for i, other in names.items() if other == name and (i != index or vocab[name] == index))
             require(
                 same == index,
-                f"special token {name!r} cannot be exported: tokenizer.json would take it for token {same}, {self.vocab[same]!r}",
+                f"special token {name!r} cannot be exported: tokenizer.json would take it for token {same}, "
+                f"{self.vocab[same]!r}",
             )
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        added = [{"id": index, "content": name, **flags, "special": True} for index, name in sorted(special.items())]
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-        return write_json(
-            path,
-            {
-                "version": "1.0",
-                "truncation": None,
-                "padding": None,
-                "added_tokens": [{"id": index, "content": name, **flags} for index, name in sorted(special.items())],
-                "normalizer": None,
-                "pre_tokenizer": byte_level,
-                "post_processor": None,
-                "decoder": byte_level,
-                "model": {
-                    "type": "BPE",
-                    "dropout": None,
-                    "unk_token": None,
-                    "continuing_subword_prefix": None,
-                    "end_of_word_suffix": None,
-                    "fuse_unk": False,
-                    "byte_fallback": False,
-                    "ignore_merges": False,
-                    "vocab": vocab,
-                    "merges": [[_to_printable(left), _to_printable(right)] for left, right in self.merges],
-                },
-            },
-        )
+        model = {"type": "BPE", **dict.fromkeys(_HF_MODEL_NULL), **dict.fromkeys(_HF_MODEL_FALSE, False)}
+        model["vocab"] = vocab
+        model["merges"] = [[_to_printable(left), _to_printable(right)] for left, right in self.merges]
+        value = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None}
+        value |= {"pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level, "model": model}
+        return write_json(path, value)
 
     @classmethod
     def from_huggingface(cls, path: str | os.PathLike) -> Tokenizer:
@@ -493,20 +458,20 @@ class Tokenizer:
             ValueError: the file is missing or damaged, or anything but byte-level BPE with GPT-2's pattern: names what it has.
         """
 
-        def only(what: str, found: Any, *allowed: Any) -> None:
+        def only(what: str, given: Any, *allowed: Any) -> None:
             require(
-                any(type(found) is type(one) and found == one for one in allowed),
-                f"{path}: {what} is {json.dumps(found)[:80]}, which is not supported: only "
+                any(type(given) is type(one) and given == one for one in allowed),
+                f"{path}: {what} is {json.dumps(given)[:80]}, which is not supported: only "
                 f"{' or '.join(map(json.dumps, allowed))} is, as in byte-level BPE with GPT-2's pattern",
             )
 
-        value = _read_json(path)
-        with _damage_named(path):
+        with _naming_damage(path):
+            value = json.loads(Path(path).read_bytes())
             model, before, after = value["model"], value["pre_tokenizer"] or {}, value.get("post_processor") or {}
             only("the model's type", model.get("type"), "BPE")
-            for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+            for name in _HF_MODEL_NULL:
                 only(f"the model's {name}", model.get(name), None, "", 0.0)
-            for name in ("byte_fallback", "ignore_merges"):
+            for name in _HF_MODEL_FALSE:
                 only(f"the model's {name}", model.get(name), None, False)
             only("the normalizer", value.get("normalizer"), None)
             only("the pre-tokenizer's type", before.get("type"), "ByteLevel")
@@ -519,9 +484,7 @@ class Tokenizer:
                     only(f"{name} of token {token['content']!r}", token.get(name), None, False)
                 special[token["content"]] = token["id"]
             names = model["vocab"] | special
-            vocab = {
-                index: name.encode() if name in special else _from_printable(name) for name, index in names.items()
-            }
+            vocab = {i: name.encode() if name in special else _from_printable(name) for name, i in names.items()}
             require(len(vocab) == len(names), "two tokens have the same id")
             merges = [
                 _merge_from_line(one) if isinstance(one, str) else tuple(map(_from_printable, one))
@@ -530,12 +493,9 @@ class Tokenizer:
             return cls(vocab, merges, list(special))
 
 
-def _keep(known: dict[str, bytes], new: Mapping[str, bytes], always: Mapping[str, bytes] | None = None) -> None:
-    """Add new entries to a cache, without the long ones. A cache that would pass MAX_PIECES is emptied, but for `always`."""
-    if len(known) + len(new) > MAX_PIECES:
-        known.clear()
-        known.update(always or {})
-    known.update(islice(((key, ids) for key, ids in new.items() if len(key) <= _MAX_CACHED_LENGTH), MAX_PIECES))
+# Of a Hugging Face BPE model: what must be absent, and what must be off.
+_HF_MODEL_NULL = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+_HF_MODEL_FALSE = ("byte_fallback", "ignore_merges")
 
 
 def _encode_chunk(state: tuple[Tokenizer, str], bounds: tuple[int, int]) -> tuple[np.ndarray, int]:
@@ -552,56 +512,19 @@ def _merge_from_line(line: str) -> tuple[bytes, bytes]:
     return _from_printable(left), _from_printable(right)
 
 
-def _read_text(path: str | os.PathLike) -> str:
+@contextmanager
+def _naming_damage(path: str | os.PathLike):
+    """A missing file, and content of an unexpected shape, become a ValueError that names the file."""
     try:
-        return Path(path).read_bytes().decode("utf-8")
+        yield
     except FileNotFoundError:
         raise ValueError(f"no tokenizer file at {Path(path).resolve()}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text: {error.reason} at offset {error.start}") from None
-
-
-def _read_json(path: str | os.PathLike) -> Any:
-    try:
-        return json.loads(_read_text(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not a JSON file: {error}") from None
-
-
-@contextmanager
-def _damage_named(path: str | os.PathLike):
-    """Errors from content of an unexpected shape become a ValueError that names the file."""
-    try:
-        yield
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if str(path) in str(error):
             raise
         what = f"lacks or does not know {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path}: not a whole tokenizer file: {what}") from None
-
-
-def _code_points(text: str) -> np.ndarray:
-    """The characters of a text as int64."""
-    return np.frombuffer(text.encode(_UTF_32, "surrogatepass"), np.uint32).astype(np.int64)
-
-
-@cache
-def _byte_to_printable() -> dict[int, str]:
-    """GPT-2's printable character for each byte: itself where it is a visible Latin-1 character, else the next from U+0100."""
-    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + n) for n, byte in enumerate(hidden)}
-
-
-@cache
-def _printable_to_byte() -> dict[str, int]:
-    return {character: byte for byte, character in _byte_to_printable().items()}
-
-
-def _to_printable(token: bytes) -> str:
-    return "".join(map(_byte_to_printable().__getitem__, token))
-
-
-def _from_printable(text: str) -> bytes:
-    """Raises KeyError at a character that stands for no byte."""
-    return bytes(map(_printable_to_byte().__getitem__, text))
