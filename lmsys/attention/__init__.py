@@ -52,6 +52,7 @@ class Kernel:
         slow: ten to a hundred times slower than the rest at long sequences: benchmarks give it few shapes and samples.
         score_arrays: how many arrays of q_len x k_len a forward pass holds at once at the least.
         compiled_per: "shape" or "kind" (head dim, mask, heads) where the first call of each compiles for seconds.
+        label, colour: its name and colour in every figure. A peer, which is not ours, is dashed there.
     """
 
     name: str
@@ -69,6 +70,13 @@ class Kernel:
     slow: bool = False
     score_arrays: int = 0
     compiled_per: str = ""
+    label: str = ""
+    colour: str | None = None
+
+    @property
+    def style(self) -> tuple[str, str | None, bool]:
+        """(label, colour, dashed), as figures take it."""
+        return self.label or self.name, self.colour, not self.ours
 
     def load(self) -> Callable[..., Tensor]:
         """The kernel's function; imports its module."""
@@ -172,6 +180,8 @@ KERNELS: dict[str, Kernel] = {
             _ANY,
             slow=True,
             score_arrays=3,
+            label="naive attention",
+            colour="#8C8C8C",
         ),
         Kernel(
             "vectorized_torch",
@@ -182,6 +192,8 @@ KERNELS: dict[str, Kernel] = {
             _ANY,
             slow=True,
             score_arrays=2,
+            label="vectorized PyTorch",
+            colour="#56B4E9",
         ),
         Kernel(
             "vectorized_torch_compiled",
@@ -193,6 +205,8 @@ KERNELS: dict[str, Kernel] = {
             unavailable=_no_compiler,
             slow=True,
             score_arrays=1,
+            label="vectorized PyTorch, compiled",
+            colour="#0072B2",
         ),
         Kernel(
             "flash_attention_torch",
@@ -202,6 +216,8 @@ KERNELS: dict[str, Kernel] = {
             "flash_attention_torch",
             _ANY,
             slow=True,
+            label="flash, tiled PyTorch",
+            colour="#009E73",
         ),
         Kernel(
             "flash_attention_triton",
@@ -214,6 +230,8 @@ KERNELS: dict[str, Kernel] = {
             unavailable=_no_triton,
             options={"deterministic": (False, True), "path": PATHS},
             compiled_per="kind",
+            label="flash, Triton",
+            colour="#D55E00",
         ),
         Kernel(
             "flash_attention_cuda",
@@ -227,6 +245,8 @@ KERNELS: dict[str, Kernel] = {
             head_dim_multiple=64,
             backward=("cuda",),
             unavailable=_no_cuda_kernel,
+            label="flash, CUDA C++",
+            colour="#C23B5E",
         ),
         Kernel(
             "torch_sdpa_flash",
@@ -237,6 +257,8 @@ KERNELS: dict[str, Kernel] = {
             {"cpu": (_F32, _F16, _BF16, _F64), "cuda": (_F16, _BF16)},
             max_head_dim=256,
             unavailable=_needs_ampere,
+            label="torch SDPA, flash",
+            colour="#9A7B4F",
         ),
         Kernel(
             "torch_sdpa_cudnn",
@@ -248,6 +270,8 @@ KERNELS: dict[str, Kernel] = {
             max_head_dim=128,
             head_dim_multiple=8,
             unavailable=_needs_ampere,
+            label="torch SDPA, cuDNN",
+            colour="#E69F00",
         ),
         Kernel(
             "torch_flex",
@@ -261,6 +285,8 @@ KERNELS: dict[str, Kernel] = {
             backward=("cuda",),
             unavailable=_no_compiler,
             compiled_per="shape",
+            label="torch FlexAttention",
+            colour="#CC79A7",
         ),
         Kernel(
             "flash_attention_4",
@@ -275,6 +301,8 @@ KERNELS: dict[str, Kernel] = {
             backward=("cuda",),
             unavailable=_no_flash_attention_4,
             compiled_per="kind",
+            label="FlashAttention-4",
+            colour="#7A5FC0",
         ),
     )
 }
