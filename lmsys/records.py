@@ -393,6 +393,13 @@ def within_spread(difference: float, *rows: Any) -> bool:
     return abs(difference) < max(row.p80_ms - row.p20_ms for row in rows) / 2
 
 
+def verdict(a: Any, b: Any, time: str = "median_ms") -> str:
+    """What b is beside a, two rows of one run: ahead (faster), behind, or within noise (within_spread)."""
+    if within_spread(a[time] - b[time], a, b):
+        return "within noise"
+    return "ahead" if b[time] < a[time] else "behind"
+
+
 def spread(median: float, p20: float, p80: float) -> str:
     """A median with its 20th and 80th percentile."""
     return f"{significant(median)} [{significant(p20)}, {significant(p80)}]"

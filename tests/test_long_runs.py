@@ -25,8 +25,7 @@ from test_train import TOKENS, Interrupted, computed, config, interrupt_at, one_
 
 from lmsys import pipeline as pipelines
 from lmsys import records, report
-from lmsys.__main__ import main
-from lmsys.bench import faults
+from lmsys.bench import experiment, faults, saving, trainers
 from lmsys.parallel import shards
 from lmsys.parallel.shards import Piece
 from lmsys.train import Stopped, checkpoint, engine, guard, logged
@@ -41,8 +40,8 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    chosen = faults.settings("smoke", kills=3)
-    return faults.Lab(chosen, tmp_path_factory.mktemp("lab"))
+    p = faults.NOTEBOOK.parameters({"scale": "smoke", "kills": 3})
+    return faults.Lab(p, tmp_path_factory.mktemp("lab"))
 
 
 @pytest.mark.parametrize(
@@ -59,11 +58,11 @@ def test_nothing_is_lost(lab, name):
 
 def test_all_processes_skip_what_is_bad_in_one(lab):
     options = {"on_bad_step": "skip", "ddp_wrapper": "flashddp"}
-    whole = lab.start(injection=faults.Injection(draw=6, rank=1), processes=2, **options)
+    whole = lab.start(injection=trainers.Injection(draw=6, rank=1), processes=2, **options)
     assert whole.codes() == [0, 0]
     assert re.findall("step (\\d+) is skipped: (.*) \\(", whole.log()) == [("7", "the loss is nan")]
     assert [row["step"] for row in whole.rows() if row["train_loss"] is None] == [7]
-    stopped = lab.start(injection=faults.Injection(draw=6, rank=1), processes=2, ddp_wrapper="flashddp")
+    stopped = lab.start(injection=trainers.Injection(draw=6, rank=1), processes=2, ddp_wrapper="flashddp")
     assert stopped.codes() == [1, 1] and "the loss is nan at step 7;" in stopped.log()
     # All fail alike: one tells, or more if the first is gone already.
     told = re.findall(r"rank \d of 2 failed: (.*)", stopped.log())
@@ -73,7 +72,7 @@ def test_all_processes_skip_what_is_bad_in_one(lab):
 def test_a_loss_is_noticed(lab):
     """The harness's own check: rows that differ, a missing step, an old checkpoint."""
     finished = lab.start()
-    assert finished.codes() == [0] and lab.same(finished) == "" and lab.whole(finished, lab.chosen.steps) == ""
+    assert finished.codes() == [0] and lab.same(finished) == "" and lab.whole(finished, lab.p.steps) == ""
     other = lab.start(seed=1)
     other.codes()
     assert "of step 1 is" in lab.same(other)
@@ -128,8 +127,8 @@ def test_sigterm_under_torchrun_saves_and_ends(tmp_path):
 
 
 @pytest.mark.parametrize("lost", [False, True])
-def test_the_table_of_faults(lost, output_root, monkeypatch, capsys):
-    """A loss is a row with status error, a sentence, and exit code 1."""
+def test_the_table_of_faults(lost, monkeypatch):
+    """A loss is a row with status error."""
 
     def tried(_lab, tally):
         tally.add(True, 0.5)
@@ -137,24 +136,16 @@ def test_the_table_of_faults(lost, output_root, monkeypatch, capsys):
 
     monkeypatch.setattr(faults, "Lab", lambda *_: None)
     monkeypatch.setitem(faults.FAULTS, "nan", faults.Fault("SIGTERM, or so", tried))
-    timed = {"none": [10.0] * 3, "synchronous": [12.0] * 3, "asynchronous": [10.1] * 3}
-    monkeypatch.setattr(faults, "_saving_times", lambda *_: (timed, timed, timed))
-    monkeypatch.setattr(faults, "ProcessPoolExecutor", ThreadPool)
-    assert main(["faults", "--scale", "smoke", "--kinds", "nan", "--device", "cpu"]) == (1 if lost else 0)
-    frame = records.read_results(output_root / "artifacts/local/faults_results.csv")
-    (row,) = frame.itertuples()
+    p = faults.NOTEBOOK.parameters({"scale": "smoke", "kinds": ["nan"], "device": "cpu", "seed": 1 + lost})
+    (row,) = experiment.run(faults.FAULTS_TRIED, p).itertuples()
     assert (row.tried, row.nothing_lost, row.longest_s) == (2, 1 if lost else 2, 1.5)
-    assert row.status == ("error" if lost else "ok")
-    said = capsys.readouterr().out
-    assert f"nothing was lost in {1 if lost else 2} of them" in said and ("step 7 is another one" in said) == lost
-    assert "saved and ended within 1.5 s" in said and "steps, the time of a step changes by +1.0%" in said
-    assert "10.1 ms when it is written in the background and for 12.0 ms when not: of the time of 500 steps" in said
-    assert "0.20% and 0.24%." in said
-    report_text = (output_root / "artifacts/local/faults_report.md").read_text()
-    assert (
-        "| SIGTERM, or so | 2 |" in report_text
-        and "| asynchronous, every 6 steps | 10.1 [10.1, 10.1] | +1.0% |" in report_text
-    )
+    assert row.status == ("error" if lost else "ok") and ("step 7 is another one" in str(row.note)) == lost
+    timed = {"none": [10.0] * 3, "synchronous": [12.0] * 3, "asynchronous": [10.1] * 3}
+    monkeypatch.setattr(saving, "saving_times", lambda *_: (timed, timed, timed))
+    monkeypatch.setattr(saving, "ProcessPoolExecutor", ThreadPool)
+    rows = experiment.run(saving.SAVING, p).set_index("mode")
+    assert rows.cost_pct.to_dict() == pytest.approx({"none": 0.0, "synchronous": 20.0, "asynchronous": 1.0})
+    assert rows.hold_ms["asynchronous"] == 10.1 and rows.checkpoint_mib["synchronous"] > 0
 
 
 class ThreadPool(futures.ThreadPoolExecutor):
@@ -164,18 +155,18 @@ class ThreadPool(futures.ThreadPoolExecutor):
         super().__init__(count)
 
 
-def test_settings_of_faults():
+def test_parameters_of_faults():
     given = {
-        "unknown fault 'sigkil'. Did you mean 'sigkill'": {"kinds": ["sigkil"]},
-        "kills is 0; it must be at least 1": {"kills": 0},
+        "unknown kind 'sigkil'. Did you mean 'sigkill'": {"kinds": ["sigkil"]},
+        "kills is 0; it must be 1 or more": {"kills": 0},
         "trials is -1": {"trials": -1},
         "rounds is 0": {"rounds": 0},
         "kinds must not be empty": {"kinds": []},
     }
     for message, options in given.items():
         with pytest.raises(ValueError, match=message):
-            faults.settings("smoke", **options)
-    assert set(faults.settings("full", device="cpu").kinds) == set(faults.FAULTS)
+            faults.NOTEBOOK.parameters({"scale": "smoke"} | options)
+    assert set(faults.NOTEBOOK.parameters({"scale": "full", "device": "cpu"}).kinds) == set(faults.FAULTS)
 
 
 # --- Signals, in this process ---------------------------------------------------------------------
@@ -385,7 +376,7 @@ def test_every_operation_of_a_save_can_be_the_last(tmp_path):
     """
     parts = trained()
     names = []
-    with faults.operations(lambda _number, name: names.append(name)):
+    with trainers.operations(lambda _number, name: names.append(name)):
         save(tmp_path / "counted", 5, parts)
         save(tmp_path / "counted", 5, parts)
     assert names.count("rename") == 3 and names.count("flush") == 12 and names.count("write") > 60
@@ -396,7 +387,7 @@ def test_every_operation_of_a_save_can_be_the_last(tmp_path):
         save(folder, 4, parts)
         child = os.fork()
         if child == 0:
-            with faults.Injection(operation=at).installed():
+            with trainers.Injection(operation=at).installed():
                 save(folder, 5, parts, keep_last=1)
                 save(folder, 5, parts, keep_last=1)
             os._exit(1)
@@ -413,13 +404,13 @@ def test_a_full_disk_at_every_kind_of_operation(tmp_path):
     good = save(tmp_path, 5, parts)
     before = content(good)
     names = []
-    with faults.operations(lambda _number, name: names.append(name)):
+    with trainers.operations(lambda _number, name: names.append(name)):
         save(tmp_path / "counted", 5, parts)
     for kind in ("write", "flush", "rename"):
         for step in (5, 6):
             at = len(names) - 1 - names[::-1].index(kind) - (kind == "flush")  # the last flush is after the rename
             with (
-                faults.Injection(operation=at, action="full").installed(),
+                trainers.Injection(operation=at, action="full").installed(),
                 pytest.raises(OSError, match="No space left"),
             ):
                 save(tmp_path, step, parts)
