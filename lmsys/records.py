@@ -521,11 +521,13 @@ def units(frame) -> tuple[str, str]:
 
 
 def table(frame, formats: Mapping[str, str] | None = None, headings: Mapping[str, str] | None = None) -> str:
-    """A DataFrame as Markdown: columns by format strings (three significant digits where there is none), NaN empty."""
+    """A DataFrame as Markdown: columns by format strings, else whole numbers whole, others with three digits; NaN empty."""
 
     def text(name: str, value: Any) -> Any:
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
             return value
+        if isinstance(value, int):
+            return formats[name].format(value) if formats and name in formats else f"{value:,}"
         if math.isnan(value):
             return ""
         return formats[name].format(value) if formats and name in formats else significant(value)
