@@ -24,14 +24,8 @@ DATASET_MODES = ("auto", "tinystories", "local_text", "local_npy", "stories")
 DTYPES = ("fp32", "bf16")
 TRAIN_DTYPES = (*DTYPES, "fp16")  # fp16: with a gradient scaler, for GPUs without bf16
 ON_BAD_STEP = ("stop", "skip")
-FULLY_SHARDED = ("fsdp", "torch_fsdp2")  # wrappers that shard parameters, gradients and optimizer state
 # Of blocks whose backward pass is autograd's: train.written_backward has none of them.
 PLAIN_BLOCK_OPTIONS = ("compile", "compile_rest", "autotune", "fused_rope", "merged_gate", "fused_norm")
-WRAPPER_OPTIONS = {  # settings of train that only some wrappers take
-    "bucket_size_mb": ("flashddp", "torch_ddp"),
-    "communication_dtype": ("overlap", "flashddp", "torch_ddp"),
-    "transport": ("flashddp",),
-}
 TRANSPORTS = ("auto", "nccl", "copy_engine")  # of gradients, see lmsys.parallel.ddp
 END_OF_TEXT = "<|endoftext|>"
 
@@ -278,16 +272,6 @@ class TrainConfig:
         if self.written_backward:
             self._check_written_backward()
         require(
-            not self.fused_optimizer or not (self.sharded_optimizer or self.ddp_wrapper == "torch_fsdp2"),
-            f"train.fused_optimizer does not go with train.sharded_optimizer={str(self.sharded_optimizer).lower()} and train.ddp_wrapper "
-            f"'{self.ddp_wrapper}', whose parameters are not plain tensors; set train.fused_optimizer=false, or use flashddp or fsdp",
-        )
-        require(
-            not self.bf16_parameters or self.ddp_wrapper not in FULLY_SHARDED,
-            f"train.bf16_parameters keeps fp32 values in the optimizer, and train.ddp_wrapper '{self.ddp_wrapper}' keeps them in its shards; "
-            "set train.bf16_parameters=false",
-        )
-        require(
             not self.bf16_parameters or (self.fused_optimizer and self.dtype == "bf16"),
             f"train.bf16_parameters needs train.dtype=bf16 (it is {self.dtype}) and train.fused_optimizer=true, which keeps them in "
             "fp32 beside",
@@ -300,49 +284,65 @@ class TrainConfig:
                 not getattr(self, name),
                 f"train.written_backward has blocks of its own, to which train.{name} does not apply; set one of them to false",
             )
-        require(
-            self.ddp_wrapper != "torch_fsdp2",
-            "train.written_backward reads plain tensors, which train.ddp_wrapper 'torch_fsdp2' does not give; use fsdp",
-        )
         require(self.dtype != "fp16", "train.written_backward computes in fp32 or bf16; train.dtype is fp16")
-        in_bf16 = self.bf16_parameters or self.ddp_wrapper == "fsdp"
-        require(
-            self.dtype != "bf16" or (in_bf16 and self.residual_dtype in (None, "bf16")),
-            "train.written_backward computes in the dtype of the matrices, all of it: with train.dtype=bf16 set train.bf16_parameters=true "
-            "(or train.ddp_wrapper=fsdp, which gathers them in bf16), and leave train.residual_dtype out",
-        )
 
     def _check_parallel(self) -> None:
-        """ValueError where settings of data parallelism cannot go together; the wrapper's name is checked when it is used."""
-        wrapper = f"train.ddp_wrapper '{self.ddp_wrapper}'"
+        """ValueError where settings do not go with the wrapper, whose entry in lmsys.parallel says what it takes."""
+        from lmsys import parallel  # where importing the table imports this module
+
+        wrapper, named = parallel.get_wrapper(self.ddp_wrapper), f"train.ddp_wrapper '{self.ddp_wrapper}'"
+        sharding = f"{named} with train.sharded_optimizer={str(self.sharded_optimizer).lower()}"
+        in_parts = wrapper.sharded or self.sharded_optimizer
         if self.sharded_optimizer:
             require(
-                self.ddp_wrapper not in FULLY_SHARDED,
-                f"train.sharded_optimizer shards what {wrapper} has sharded already; set train.sharded_optimizer=false",
+                not wrapper.sharded,
+                f"train.sharded_optimizer shards what {named} has sharded already; set train.sharded_optimizer=false",
             )
             require(
-                self.ddp_wrapper != "none",
-                "train.sharded_optimizer shares the optimizer's state among processes and train.ddp_wrapper 'none' is for "
-                "one; set train.ddp_wrapper=flashddp, or train.sharded_optimizer=false",
+                wrapper.replicated,
+                f"train.sharded_optimizer shares the optimizer's state among processes and {named} is for one; set "
+                "train.ddp_wrapper=flashddp, or train.sharded_optimizer=false",
             )
         require(
-            self.dtype != "fp16" or not (self.sharded_optimizer or self.ddp_wrapper in FULLY_SHARDED),
-            f"train.dtype 'fp16' skips steps whose gradients overflow, which each process must see whole; with {wrapper} and "
-            f"train.sharded_optimizer={str(self.sharded_optimizer).lower()} it sees its part: use train.dtype=bf16, or flashddp",
+            self.dtype != "fp16" or not in_parts,
+            "train.dtype 'fp16' skips steps whose gradients overflow, which each process must see whole; with "
+            f"{sharding} it sees its part: use train.dtype=bf16, or flashddp",
         )
         require(
-            not self.cuda_graph or not (self.sharded_optimizer or self.ddp_wrapper in FULLY_SHARDED),
-            f"train.cuda_graph captures passes that leave gradients where they were, not those of {wrapper} with "
-            f"train.sharded_optimizer={str(self.sharded_optimizer).lower()}; set one of them to false, or take flashddp",
+            not self.cuda_graph or (wrapper.capturable and not self.sharded_optimizer),
+            "train.cuda_graph captures passes that leave gradients where they were, not those of "
+            f"{sharding}; set one of them to false, or take flashddp",
         )
         require(
             self.sharded_optimizer or not self.reduce_scatter_gradients,
             "train.reduce_scatter_gradients is an option of train.sharded_optimizer; set that to true as well",
         )
-        for name, takers in WRAPPER_OPTIONS.items():
+        require(
+            not self.fused_optimizer or (wrapper.plain_tensors and not self.sharded_optimizer),
+            f"train.fused_optimizer does not go with {sharding}, whose parameters are not plain tensors; set "
+            "train.fused_optimizer=false, or use flashddp or fsdp",
+        )
+        require(
+            not self.bf16_parameters or not wrapper.sharded,
+            f"train.bf16_parameters keeps fp32 values in the optimizer, and {named} keeps them in its shards; set "
+            "train.bf16_parameters=false",
+        )
+        require(
+            not self.written_backward or wrapper.plain_tensors,
+            f"train.written_backward reads plain tensors, which {named} does not give; use fsdp",
+        )
+        in_bf16 = (self.bf16_parameters or wrapper.sharded) and self.residual_dtype in (None, "bf16")
+        require(
+            not (self.written_backward and self.dtype == "bf16") or in_bf16,
+            "train.written_backward computes in the dtype of the matrices, all of it: with train.dtype=bf16 set "
+            "train.bf16_parameters=true (or train.ddp_wrapper=fsdp, which gathers them in bf16), and leave "
+            "train.residual_dtype out",
+        )
+        for name in sorted({option for known in parallel.WRAPPERS.values() for option in known.options}):
             require(
-                getattr(self, name) is None or self.ddp_wrapper in takers,
-                f"train.{name} is an option of {', '.join(takers)}, and {wrapper} does not take it; leave it out",
+                getattr(self, name) is None or name in wrapper.options,
+                f"train.{name} is an option of {', '.join(parallel.takers(name))}, and {named} does not take it; "
+                "leave it out",
             )
         require(
             self.bucket_size_mb is None or self.bucket_size_mb >= 0,

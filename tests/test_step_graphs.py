@@ -206,7 +206,7 @@ def test_captured_gradients_take_the_copy_engines_where_there_are_some(monkeypat
     given = {}
     monkeypatch.setattr(engine.graphs, "on_own_stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(engine.parallel, "wrap", lambda model, name, **given_: given.update(given_) or model)
+    monkeypatch.setattr("lmsys.parallel.wrap", lambda model, name, **given_: given.update(given_) or model)
     for captured in (True, False):
         given.clear()
         config = pipeline_config("smoke", overrides=["train.ddp_wrapper=flashddp", "model.vocab_size=64"])

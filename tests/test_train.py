@@ -260,9 +260,9 @@ def test_fp16_skips_a_step_whose_gradients_overflow(tmp_path):
             self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-14)
 
         def update(self, learning_rate):
-            before = [p.detach().clone() for p in self.parameters]
+            before = [p.detach().clone() for p in self.strategy.parameters]
             norm = super().update(learning_rate)
-            weights.append(all(torch.equal(a, b) for a, b in zip(before, self.parameters, strict=True)))
+            weights.append(all(torch.equal(a, b) for a, b in zip(before, self.strategy.parameters, strict=True)))
             scales.append(self.scaler.get_scale())
             return norm
 

@@ -1,15 +1,19 @@
 """Data-parallel wrappers: their registry, and the way from a name to a wrapped module.
 
-A wrapper makes replicas of a module in several processes train as one: it broadcasts parameters and buffers from rank 0,
-and its finish_gradient_synchronization(), called after backward and before the optimizer step, leaves every process with
-the gradients' mean. `none` is one process and leaves the module as it is.
+A wrapper makes replicas of a module in several processes train as one: it broadcasts parameters and buffers from rank
+0, and its finish_gradient_synchronization(), called after backward and before the optimizer step, leaves every process
+with the gradients' mean. `none` is one process and leaves the module as it is.
+
+What others need to know of a wrapper is data in its entry; nobody tests its name. A new wrapper is an entry here and a
+module beside this one. Importing this imports no torch.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lmsys.config import unknown_name
@@ -17,18 +21,50 @@ from lmsys.config import unknown_name
 if TYPE_CHECKING:
     from torch import nn
 
+ZERO1 = "+zero1"  # after a wrapper's name in results: with the sharded optimizer
+_ZERO1_COLOUR = "#882255"
+
 
 @dataclass(frozen=True)
 class Wrapper:
-    """One entry of WRAPPERS. wrap(module, **options) returns the module to train."""
+    """One entry of WRAPPERS.
+
+    Attributes:
+        wrap: (module, **options) -> the module to train.
+        label, colour: in tables and figures. peer: PyTorch's own, which ours are compared with.
+        many_processes: True: needs more than one process; False: is for exactly one.
+        options: settings of train that are arguments of its own.
+        sharded: each process holds its part of parameters, gradients and optimizer state. The module then has
+            clip_grad_norm_, full_state_dict, gather_optimizer_state and scatter_optimizer_state, takes compute_dtype,
+            and its no_sync() still communicates, as it gathers parameters.
+        plain_tensors: its parameters are plain tensors, as kernels of our own read them.
+        captured_options: defaults of its options where the pass is captured as a CUDA graph.
+    """
 
     description: str
-    many_processes: bool  # True: needs more than one process; False: is for exactly one
     wrap: Callable[..., nn.Module]
+    label: str
+    colour: str
+    peer: bool = False
+    many_processes: bool = True
+    options: tuple[str, ...] = ()
+    sharded: bool = False
+    plain_tensors: bool = True
+    captured_options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def replicated(self) -> bool:
+        """Each of several processes has all parameters and gradients, as the sharded optimizer (ZeRO-1) expects it."""
+        return self.many_processes and not self.sharded
+
+    @property
+    def capturable(self) -> bool:
+        """Its gradients stay where a captured pass left them: it trains in CUDA graphs."""
+        return not self.sharded
 
 
 def _lazy(module: str, name: str) -> Callable[..., nn.Module]:
-    """What `name` of lmsys.parallel.MODULE makes of a module; imported, and torch.distributed with it, when it is first called."""
+    """What `name` of lmsys.parallel.MODULE makes of a module; imported with its first call, torch.distributed too."""
 
     def wrap(wrapped: nn.Module, **options: Any) -> nn.Module:
         return getattr(importlib.import_module(f"lmsys.parallel.{module}"), name)(wrapped, **options)
@@ -37,36 +73,97 @@ def _lazy(module: str, name: str) -> Callable[..., nn.Module]:
 
 
 WRAPPERS: dict[str, Wrapper] = {
-    "none": Wrapper("one process, nothing to synchronize", many_processes=False, wrap=lambda module: module),
-    "naive": Wrapper("one all-reduce a parameter, after backward", True, _lazy("ddp", "Naive")),
-    "flat": Wrapper("one all-reduce of all gradients, after backward", True, _lazy("ddp", "Flat")),
-    "overlap": Wrapper("one asynchronous all-reduce a parameter, during backward", True, _lazy("ddp", "Overlap")),
-    "flashddp": Wrapper("buckets in order of arrival, during backward", True, _lazy("ddp", "FlashDDP")),
-    "torch_ddp": Wrapper("torch's DistributedDataParallel", True, _lazy("ddp", "TorchDDP")),
-    "fsdp": Wrapper("fully sharded parameters, gradients and optimizer state", True, _lazy("fsdp", "fully_shard")),
-    "torch_fsdp2": Wrapper("torch's fully_shard", True, _lazy("fsdp", "torch_fsdp2")),
+    "none": Wrapper(
+        "one process, nothing to synchronize",
+        lambda module: module,
+        label="one process",
+        colour="#999999",
+        many_processes=False,
+    ),
+    "naive": Wrapper(
+        "one all-reduce a parameter, after backward", _lazy("ddp", "Naive"), label="naive", colour="#56B4E9"
+    ),
+    "flat": Wrapper(
+        "one all-reduce of all gradients, after backward", _lazy("ddp", "Flat"), label="flat", colour="#0072B2"
+    ),
+    "overlap": Wrapper(
+        "one asynchronous all-reduce a parameter, during backward",
+        _lazy("ddp", "Overlap"),
+        label="overlap",
+        colour="#009E73",
+        options=("communication_dtype",),
+    ),
+    "flashddp": Wrapper(
+        "buckets in order of arrival, during backward",
+        _lazy("ddp", "FlashDDP"),
+        label="FlashDDP",
+        colour="#D55E00",
+        options=("bucket_size_mb", "communication_dtype", "transport"),
+        captured_options={"transport": "auto"},  # copies are the fastest once the host does not launch each
+    ),
+    "torch_ddp": Wrapper(
+        "torch's DistributedDataParallel",
+        _lazy("ddp", "TorchDDP"),
+        label="PyTorch DDP",
+        colour="#F0C808",
+        peer=True,
+        options=("bucket_size_mb", "communication_dtype"),
+    ),
+    "fsdp": Wrapper(
+        "fully sharded parameters, gradients and optimizer state",
+        _lazy("fsdp", "fully_shard"),
+        label="FSDP",
+        colour="#CC79A7",
+        sharded=True,
+    ),
+    "torch_fsdp2": Wrapper(
+        "torch's fully_shard",
+        _lazy("fsdp", "torch_fsdp2"),
+        label="PyTorch FSDP2",
+        colour="#E69F00",
+        peer=True,
+        sharded=True,
+        plain_tensors=False,
+    ),
 }
+
+
+def get_wrapper(name: str) -> Wrapper:
+    """The entry of a name, or ValueError."""
+    if name not in WRAPPERS:
+        raise unknown_name("ddp_wrapper", name, WRAPPERS)
+    return WRAPPERS[name]
+
+
+def drawn_as(name: str) -> Wrapper:
+    """What tables and figures show of a wrapper of a result: of NAME+zero1 with a label and a colour of its own."""
+    wrapper = get_wrapper(name.removesuffix(ZERO1))
+    if not name.endswith(ZERO1):
+        return wrapper
+    return dataclasses.replace(wrapper, label=f"{wrapper.label} + ZeRO-1", colour=_ZERO1_COLOUR)
+
+
+def takers(option: str) -> list[str]:
+    """The wrappers that take an option."""
+    return [name for name, wrapper in WRAPPERS.items() if option in wrapper.options]
 
 
 def check_wrapper(name: str, world_size: int) -> None:
     """Raise ValueError unless the wrapper exists and fits the number of processes."""
-    if name not in WRAPPERS:
-        raise unknown_name("ddp_wrapper", name, WRAPPERS)
-    many = [known for known, wrapper in WRAPPERS.items() if wrapper.many_processes]
-    if world_size == 1 and name in many:
+    many_processes = get_wrapper(name).many_processes
+    if world_size == 1 and many_processes:
         raise ValueError(
             f"ddp_wrapper '{name}' averages gradients between processes and needs more than one; "
             "this run has 1 (start it with torchrun, or use none)"
         )
-    if world_size > 1 and name not in many:
+    if world_size > 1 and not many_processes:
+        many = ", ".join(known for known, wrapper in WRAPPERS.items() if wrapper.many_processes)
         raise ValueError(
             f"ddp_wrapper '{name}' is for one process and this run has {world_size}, which would train apart; "
-            f"start it without torchrun, or use one of {', '.join(many)}"
+            f"start it without torchrun, or use one of {many}"
         )
 
 
 def wrap(module: nn.Module, wrapper: str, **options: Any) -> nn.Module:
     """The module under a wrapper of WRAPPERS; for `none`, the module itself. Call check_wrapper first."""
-    if wrapper not in WRAPPERS:
-        raise unknown_name("ddp_wrapper", wrapper, WRAPPERS)
-    return WRAPPERS[wrapper].wrap(module, **options)
+    return get_wrapper(wrapper).wrap(module, **options)

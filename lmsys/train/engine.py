@@ -1,7 +1,7 @@
-"""One process's part of the training: the model under its wrapper, the optimizer, and what they do in a step.
+"""One process's part of the training: the model, its wrapper and optimizer, and what they do in a step.
 
-lmsys.train.loop drives it; benchmarks time it. Everything here is the same in one process and in several: a wrapper or the sharded
-optimizer communicates, and what is asked of an engine is whole on rank 0.
+lmsys.train.loop drives it and every benchmark of a training step times it, so that what is published is what trains.
+Everything here is the same in one process and in several: what differs is in lmsys.train.strategies.
 """
 
 from __future__ import annotations
@@ -9,24 +9,24 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lmsys import parallel
-from lmsys.config import FULLY_SHARDED, PipelineConfig, TrainConfig
-from lmsys.data import BatchSampler, sequential_batches
+from lmsys.config import PipelineConfig
+from lmsys.data import sequential_batches
 from lmsys.generate import generate_text
 from lmsys.model import TransformerLM, cross_entropy
 from lmsys.parallel import group
 from lmsys.step import blocks, graphs
-from lmsys.step.optimizer import AdamW, FusedAdamW, clip_factor, clip_grad_norm, parameter_groups, to_low_precision
+from lmsys.step.optimizer import parameter_groups, to_low_precision
 from lmsys.train import checkpoint
 from lmsys.train.checkpoint import damage_told
+from lmsys.train.strategies import strategy
 
 if TYPE_CHECKING:
     from lmsys.data.tokenizer import Tokenizer
@@ -34,21 +34,49 @@ if TYPE_CHECKING:
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by train.dtype
 
 
-class Engine:
-    """One process's part of the training: the model under its wrapper, the optimizer, and what they do in a step.
+class Batches(Protocol):
+    """Where a step's batches come from: lmsys.data.BatchSampler, or what a benchmark has on the device."""
 
-    All processes call each method at the same point of the run; what it returns is whole on rank 0.
+    def next(self) -> tuple[np.ndarray | Tensor, np.ndarray | Tensor]:
+        """Inputs and targets, (B, T) int64 each."""
+
+
+class _Part(NamedTuple):
+    """One of the forward and backward passes of a step; a captured pass is one of these."""
+
+    first: bool
+    communicates: bool
+    share: int  # the loss is divided by this
+
+
+class Engine:
+    """One process's part of the training. All processes call each method at the same point of the run.
+
+    Args:
+        saved: continue from this checkpoint.
+        prepare: called with the fresh model before it is wrapped, for what is no setting (activation checkpointing,
+            what each block keeps for its written backward pass).
+        wrapper_options: arguments of the wrapper that are no settings.
+    Attributes:
+        model, module, optimizer: the plain model, the wrapped one, and what updates it.
+        phase: a context around each part of a step, by name: forward, backward, synchronize, optimizer (clipping too).
+        capture_after: steps before the passes are captured, where train.cuda_graph is set.
     """
 
-    def __init__(self, config: PipelineConfig, device: torch.device, saved: checkpoint.Checkpoint | None):
+    def __init__(
+        self,
+        config: PipelineConfig,
+        device: torch.device,
+        saved: checkpoint.Checkpoint | None = None,
+        *,
+        prepare: Callable[[TransformerLM], Any] | None = None,
+        **wrapper_options: Any,
+    ):
         settings = config.train
         self.config, self.device = config, device
-        self.rank, self.world_size = group.current()
-        self.fully_sharded = settings.ddp_wrapper in FULLY_SHARDED
-        # Whether what whole_state() gives on the CPU is a copy: gathered from several processes, or from GPUs.
-        self.gathers = self.fully_sharded and self.world_size > 1
-        self.gathers |= settings.sharded_optimizer and device.type == "cuda"
-        self._passes: dict[tuple[bool, bool], graphs.GraphedPass] = {}  # by whether it is a step's first and its last
+        self.phase: Callable[[str], AbstractContextManager] = lambda name: nullcontext()
+        self.capture_after = graphs.WARMUP
+        self._passes: dict[_Part, graphs.GraphedPass] = {}
         self._steps = 0  # that this engine has taken
         if settings.cuda_graph:
             graphs.on_own_stream(device)
@@ -69,139 +97,77 @@ class Engine:
         if settings.written_backward:  # which computes in the matrices' own dtype
             self.autocast_dtype = "fp32"
             blocks.select(self.model, [blocks.NO_PRODUCTS_AGAIN] * config.model.num_layers)
-        self.masters = {}  # fp32 values of what becomes bf16 here, for the optimizer
+        if prepare is not None:
+            prepare(self.model)
+        kind = strategy(settings)
+        masters: dict[nn.Parameter, Tensor] = {}  # fp32 values of what becomes bf16 here, for the optimizer
         if settings.bf16_parameters:
-            group.broadcast_from_rank0(self.model.parameters())  # in fp32, which the wrapper will not see
-            self.masters = to_low_precision(self.model, torch.bfloat16)
-        self.gradient_scale: Tensor | None = None  # of clipping, where the optimizer applies it
+            if kind.several(settings):  # in fp32, which the wrapper will not see
+                group.broadcast_from_rank0(self.model.parameters())
+            masters = to_low_precision(self.model, torch.bfloat16)
         self.loss_function = cross_entropy
         if settings.compile:
             self.model.compile_blocks(mode="max-autotune-no-cudagraphs" if settings.autotune else None)
             self.loss_function = torch.compile(cross_entropy)
         if settings.compile_rest:
             self.model.compile_rest()
-        self.module = parallel.wrap(self.model, settings.ddp_wrapper, **_wrapper_options(settings))
-        self.parameters = list(self.module.parameters())
-        self.optimizer = self._make_optimizer()
+        self.strategy = kind(config, self.model, masters, wrapper_options)
+        self.module, self.optimizer = self.strategy.module, self.strategy.optimizer
+        self.rank, self.world_size = group.current() if kind.several(settings) else (0, 1)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.dtype == "fp16")
         if saved:
             with damage_told(saved.path):
-                self._check_optimizer(saved.optimizer, shapes)
-                self._load_optimizer(saved.optimizer)
+                _check_optimizer(self.optimizer, saved.optimizer, shapes)
+                self.strategy.load_optimizer(saved.optimizer)
                 if saved.extra.get("scaler"):
                     self.scaler.load_state_dict(saved.extra["scaler"])
 
-    def _make_optimizer(self) -> torch.optim.Optimizer:
-        optim = self.config.optim
-        groups = parameter_groups(self.module, optim.weight_decay)
-        options = {"lr": optim.learning_rate, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
-        if self.config.train.sharded_optimizer:
-            from lmsys.parallel.zero1 import ShardedOptimizer
+    def close(self) -> None:
+        """Let go of captured passes, which the process group would wait for at its end, and which hold this engine."""
+        self._passes.clear()
 
-            return ShardedOptimizer(
-                groups, AdamW, reduce_scatter_gradients=self.config.train.reduce_scatter_gradients, **options
-            )
-        if self.config.train.fused_optimizer:
-            masters, self.masters = self.masters, {}
-            return FusedAdamW(groups, masters=masters, **options)
-        return AdamW(groups, **options)
+    # --- A step ---
 
-    def _check_optimizer(self, state: dict[str, Any], shapes: list[torch.Size]) -> None:
-        """ValueError unless a state is of parameters of these shapes and has this optimizer's options."""
-        ours, theirs = self.optimizer.param_groups, state["param_groups"]
-        indices = [index for options in theirs for index in options["params"]]
-        if len(ours) != len(theirs) or indices != list(range(len(shapes))):
-            raise ValueError(f"its optimizer is of {len(indices)} parameters in {len(theirs)} groups")
-        for mine, saved in zip(ours, theirs, strict=True):
-            for name in ("betas", "eps", "weight_decay"):
-                if json.dumps(mine[name]) != json.dumps(saved.get(name)):
-                    raise ValueError(f"its optimizer's {name} is {saved.get(name)!r} and this run's {mine[name]}")
-        for index, values in state["state"].items():
-            if not 0 <= index < len(shapes):
-                raise ValueError(f"its optimizer has a state of parameter {index} of {len(shapes)}")
-            moments = {name for name, value in values.items() if isinstance(value, Tensor) and value.ndim}
-            for name in {"exp_avg", "exp_avg_sq"} | moments:
-                moment = values[name]
-                if moment.shape != shapes[index] or not moment.is_floating_point():
-                    raise ValueError(
-                        f"its optimizer's {name} of parameter {index} is {tuple(moment.shape)} of {moment.dtype}, the "
-                        f"parameter {tuple(shapes[index])}"
-                    )
-            if not float(values["step"]) >= 1:
-                raise ValueError(f"its optimizer's step of parameter {index} is {values['step']}")
+    def accumulate(self, batches: Batches, *, micro_batches: int | None = None, communicate: bool = True) -> Tensor:
+        """Forward and backward over this process's batches of a step, gradients synchronized. Returns its mean loss.
 
-    def _load_optimizer(self, state: dict[str, Any]) -> None:
-        if self.fully_sharded:
-            self.module.scatter_optimizer_state(self.optimizer, state)
-        elif self.config.train.sharded_optimizer:
-            self.optimizer.load_full_state_dict(state)
-        else:
-            self.optimizer.load_state_dict(state)
-
-    def whole_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Weights and optimizer state in the format of one process."""
-        if self.fully_sharded:
-            weights = checkpoint.each_once(self.module.full_state_dict())
-            return weights, self.module.gather_optimizer_state(self.optimizer)
-        weights = checkpoint.model_weights(self.model)
-        if isinstance(self.optimizer, FusedAdamW):
-            masters, named = self.optimizer.masters(), dict(self.model.named_parameters())
-            weights = {name: masters.get(named.get(name), weight) for name, weight in weights.items()}
-        if self.config.train.sharded_optimizer:
-            return weights, self.optimizer.full_state_dict()
-        return weights, self.optimizer.state_dict()
-
-    def accumulate(self, sampler: BatchSampler) -> Tensor:
-        """Forward and backward over this process's batches of a step, gradients synchronized. Returns its mean loss."""
-        count = self.config.train.gradient_accumulation_steps
+        Args:
+            micro_batches: in place of train.gradient_accumulation_steps.
+            communicate: False leaves each process with the gradients of its own batches, to time what that costs.
+        """
+        count = micro_batches or self.config.train.gradient_accumulation_steps
         step_loss = torch.zeros((), device=self.device)
         for index in range(count):
-            batch = [to_device(array, self.device) for array in sampler.next()]
-            step_loss += self._pass_of(index == 0, index == count - 1)(*batch)
+            batch = [to_device(array, self.device) for array in batches.next()]
+            step_loss += self._pass_of(_Part(index == 0, communicate and index == count - 1, count))(*batch)
         self._steps += 1
         return step_loss
 
-    def _pass_of(self, is_first: bool, is_last: bool) -> Callable[[Tensor, Tensor], Tensor]:
-        """A step's pass over a batch, captured where the config says so and the first steps are over."""
-        run = functools.partial(self._pass, is_last=is_last)
-        if not self.config.train.cuda_graph or self._steps < graphs.WARMUP:
+    def _pass_of(self, part: _Part) -> Callable[[Tensor, Tensor], Tensor]:
+        """A pass over a batch, captured where the config says so and the first steps are over."""
+        run = functools.partial(self._pass, part)
+        if not self.config.train.cuda_graph or self._steps < self.capture_after:
             return run
-        if (is_first, is_last) not in self._passes:
-            self._passes[is_first, is_last] = graphs.GraphedPass(run, self.parameters, pool=self._pool)
-        return self._passes[is_first, is_last]
+        if part not in self._passes:
+            self._passes[part] = graphs.GraphedPass(run, self.strategy.parameters, pool=self._pool)
+        return self._passes[part]
 
-    def _pass(self, inputs: Tensor, targets: Tensor, is_last: bool) -> Tensor:
-        """Forward and backward over a batch; after a step's last one, gradients synchronized. Returns its share of the loss."""
-        with self._communicating(is_last):
-            with autocast(self.device, self.autocast_dtype):
-                loss = self._loss(inputs, targets) / self.config.train.gradient_accumulation_steps
-            self.scaler.scale(loss).backward()
-        if is_last and self.config.train.reduce_scatter_gradients:
-            self.optimizer.finish_gradient_synchronization()
-        elif is_last and self.world_size > 1:
-            self.module.finish_gradient_synchronization()
+    def _pass(self, part: _Part, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Forward and backward over a batch, and the synchronization of gradients. Returns its share of the loss."""
+        with self.strategy.sync() if part.communicates else self.strategy.no_sync():
+            with self.phase("forward"), autocast(self.device, self.autocast_dtype):
+                loss = self._loss(inputs, targets) / part.share
+            with self.phase("backward"):
+                self.scaler.scale(loss).backward()
+        if part.communicates:
+            with self.phase("synchronize"):
+                self.strategy.finish()
         return loss.detach()
 
     def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         if self.config.train.fused_loss:
             return self.module(inputs, targets)
         return self.loss_function(self.module(inputs), targets)
-
-    @contextmanager
-    def _communicating(self, is_last: bool) -> Iterator[None]:
-        """A step's last backward pass communicates, through the wrapper or the optimizer; those before it only add up."""
-        with ExitStack() as stack:
-            if self.config.train.reduce_scatter_gradients:
-                stack.enter_context(self.module.no_sync())
-                if not is_last:
-                    stack.enter_context(self.optimizer.no_sync())
-            elif self.world_size > 1 and not is_last:
-                stack.enter_context(self.module.no_sync())
-            yield
-
-    def close(self) -> None:
-        """Let go of captured passes, which the process group would wait for at its end, and which hold this engine."""
-        self._passes.clear()
 
     def update(self, learning_rate: float) -> Tensor:
         """Clip the gradients and take the optimizer's step. Returns the global gradient norm before clipping."""
@@ -211,56 +177,34 @@ class Engine:
 
     def clip(self) -> Tensor:
         """Clip the gradients. Returns their global norm before that."""
-        max_norm = self.config.optim.max_grad_norm
-        if isinstance(self.optimizer, FusedAdamW):
-            measured = self._clip(0)
-            self.gradient_scale = clip_factor(measured, max_norm) if max_norm > 0 else None
-            return measured
-        return self._clip(max_norm)
-
-    def _clip(self, max_norm: float) -> Tensor:
-        self.scaler.unscale_(self.optimizer)
-        if self.fully_sharded:
-            norm = self.module.clip_grad_norm_(max_norm)
-        elif self.config.train.sharded_optimizer:
-            norm = self.optimizer.clip_grad_norm_(max_norm)
-        elif isinstance(self.optimizer, FusedAdamW):
-            norm = self.optimizer.gradient_norm()
-        else:
-            norm = clip_grad_norm(self.parameters, max_norm)
-        return norm
+        with self.phase("optimizer"):
+            self.scaler.unscale_(self.optimizer)
+            return self.strategy.clip(self.config.optim.max_grad_norm)
 
     def apply(self, learning_rate: float) -> None:
         """Take the optimizer's step with the clipped gradients."""
-        for options in self.optimizer.param_groups:
-            options["lr"] = learning_rate
-        fused = isinstance(self.optimizer, FusedAdamW)
-        self.scaler.step(self.optimizer, **({"gradient_scale": self.gradient_scale} if fused else {}))
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        with self.phase("optimizer"):
+            self.strategy.step(self.scaler, learning_rate)
+        self.discard()
 
     def discard(self) -> None:
-        """Drop the gradients: the step leaves weights and optimizer as they were."""
+        """Drop the gradients. Without apply(), the step leaves weights and optimizer as they were."""
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def tensors(self, pairs: list[list[float]] | None) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Losses and gradient norms that a checkpoint holds as numbers, on the device."""
-        if not pairs:
-            return (), ()
-        losses, norms = torch.tensor(pairs, dtype=torch.float32, device=self.device).unbind(1)
-        return tuple(losses), tuple(norms)
+    # --- Between steps ---
 
-    def evaluate(self, tokens: np.ndarray) -> float:
-        """The validation loss over eval_batches times the sequences of a step, which the processes share."""
+    def evaluate(self, tokens: np.ndarray, max_batches: int | None = None) -> float:
+        """The validation loss over max_batches, else eval_batches times the sequences of a step, which processes share."""
         settings = self.config.train
+        batches_a_step = settings.gradient_accumulation_steps * self.world_size
         return evaluate(
             self.model,
             tokens,
             batch_size=settings.batch_size,
-            max_batches=settings.eval_batches * settings.gradient_accumulation_steps * self.world_size,
+            max_batches=max_batches or settings.eval_batches * batches_a_step,
             dtype=self.autocast_dtype,
-            forward=self.module if self.fully_sharded else None,
+            forward=self.strategy.forward,
             fused_loss=settings.fused_loss,
             rank=self.rank,
             world_size=self.world_size,
@@ -268,9 +212,8 @@ class Engine:
 
     def samples(self, tokenizer: Tokenizer) -> list[dict[str, str]]:
         """Each prompt with the text that the model writes after it, on rank 0; empty elsewhere."""
-        settings = self.config.generate
-        model = self._whole_model()
-        if self.rank != 0:
+        settings, model = self.config.generate, self.strategy.whole_model()
+        if model is None:
             return []
         with autocast(self.device, self.autocast_dtype if model is self.model else self.config.train.dtype):
             return [
@@ -278,31 +221,30 @@ class Engine:
                 for prompt in settings.prompts
             ]
 
-    def _whole_model(self) -> TransformerLM | None:
-        """The model, to be called on rank 0 alone. Of a sharded one, a copy there, for which its GPU must have room."""
-        if not self.fully_sharded:
-            return self.model
-        weights = self.module.full_state_dict()
-        if self.rank != 0:
-            return None
-        with self.device:
-            copy = TransformerLM(self.config.model, attention_kernel=self.config.train.attention_kernel)
-        checkpoint.load_weights(copy, checkpoint.each_once(weights))
-        return copy
 
-
-def _wrapper_options(settings: TrainConfig) -> dict[str, Any]:
-    """The wrapper's own arguments, of those that the config sets."""
-    options: dict[str, Any] = {
-        name: getattr(settings, name) for name in ("bucket_size_mb", "transport") if getattr(settings, name) is not None
-    }
-    if settings.cuda_graph and settings.ddp_wrapper == "flashddp":
-        options.setdefault("transport", "auto")  # copies are the fastest once the host does not launch each
-    if settings.communication_dtype == "bf16":
-        options["communication_dtype"] = torch.bfloat16
-    if settings.ddp_wrapper in FULLY_SHARDED and settings.dtype == "bf16":
-        options["compute_dtype"] = torch.bfloat16
-    return options
+def _check_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], shapes: list[torch.Size]) -> None:
+    """ValueError unless a state is of parameters of these shapes and has the optimizer's options."""
+    ours, theirs = optimizer.param_groups, state["param_groups"]
+    indices = [index for options in theirs for index in options["params"]]
+    if len(ours) != len(theirs) or indices != list(range(len(shapes))):
+        raise ValueError(f"its optimizer is of {len(indices)} parameters in {len(theirs)} groups")
+    for mine, saved in zip(ours, theirs, strict=True):
+        for name in ("betas", "eps", "weight_decay"):
+            if json.dumps(mine[name]) != json.dumps(saved.get(name)):
+                raise ValueError(f"its optimizer's {name} is {saved.get(name)!r} and this run's {mine[name]}")
+    for index, values in state["state"].items():
+        if not 0 <= index < len(shapes):
+            raise ValueError(f"its optimizer has a state of parameter {index} of {len(shapes)}")
+        moments = {name for name, value in values.items() if isinstance(value, Tensor) and value.ndim}
+        for name in {"exp_avg", "exp_avg_sq"} | moments:
+            moment = values[name]
+            if moment.shape != shapes[index] or not moment.is_floating_point():
+                raise ValueError(
+                    f"its optimizer's {name} of parameter {index} is {tuple(moment.shape)} of {moment.dtype}, the "
+                    f"parameter {tuple(shapes[index])}"
+                )
+        if not float(values["step"]) >= 1:
+            raise ValueError(f"its optimizer's step of parameter {index} is {values['step']}")
 
 
 @torch.no_grad()
@@ -347,8 +289,10 @@ def evaluate(
 # --- Small parts ----------------------------------------------------------------------------------
 
 
-def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+def to_device(array: np.ndarray | Tensor, device: torch.device) -> Tensor:
     """The array on the device; the host does not wait for the copy."""
+    if isinstance(array, Tensor):
+        return array.to(device)
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 

@@ -169,7 +169,7 @@ def train(
     with damage_told(last_checkpoint):
         guard = Guard(settings, sampler, saved.extra.get("guard") if saved else None)
         # Of the steps since the last row, on the device. A run that a signal ended goes on with those that had no row yet.
-        losses, norms = ([*values] for values in engine.tensors(saved.extra.get("since_row") if saved else None))
+        losses, norms = _on_device(saved.extra.get("since_row") if saved else None, device)
     del saved  # its tensors are in the model and the optimizer now
     first_step = 1 if resumed_from is None else resumed_from + 1
     step = first_step
@@ -177,7 +177,7 @@ def train(
 
     def save(step: int, valid_loss: float | None, since_row: list[tuple[float, float]]) -> None:
         """Save on rank 0, in the background if so set; all processes give their part."""
-        weights, optimizer = engine.whole_state()
+        weights, optimizer = engine.strategy.whole_state()
         content = {"steps": steps, "train_tokens": fingerprint(train_tokens), "world_size": world_size}
         content |= {"scaler": engine.scaler.state_dict(), "guard": guard.state_dict(), "since_row": since_row}
 
@@ -193,7 +193,7 @@ def train(
                     extra=content,
                     valid_loss=valid_loss,
                 ),
-                owned=engine.gathers,
+                owned=engine.strategy.copies_state,
             )
 
         group.from_rank0(save_here)
@@ -307,6 +307,12 @@ def train(
     if requests.number is not None or step < steps:
         raise _stopped(requests.number or signal.SIGTERM, step, steps, last_checkpoint, say)
     return History(log.rows, log.samples, last_checkpoint, resumed_from, guard.skipped)
+
+
+def _on_device(pairs: list[list[float]] | None, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+    """Losses and gradient norms that a checkpoint holds as numbers."""
+    losses, norms = torch.tensor(pairs or [], dtype=torch.float32, device=device).reshape(-1, 2).unbind(1)
+    return list(losses), list(norms)
 
 
 def _means(losses: list[Tensor], norms: list[Tensor]) -> list[list[float]]:
