@@ -337,7 +337,7 @@ def lines(
             at = points[x].map(ticks.index) if named else points[x]
             width = 1.3 + 0.7 * (len(looks) - 1 - number) if nested else 1.7
             line = LINE_STYLES[kinds.index(key[1]) % len(LINE_STYLES)] if rest else look.line
-            marker = "o" if len(points) <= 40 and not nested else None
+            marker = "o" if line == "none" or (len(points) <= 40 and not nested) else None
             axis.plot(at, points[y], color=look.colour, linestyle=line, linewidth=width, marker=marker, markersize=4)
             if low and high and spread == "band":
                 axis.fill_between(at, points[low], points[high], color=look.colour, alpha=0.18, linewidth=0)
