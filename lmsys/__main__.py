@@ -83,9 +83,10 @@ def pipeline(arguments: argparse.Namespace) -> None:
     )
     folder = artifacts_dir(arguments.machine)
     result = pipelines.run(config, skip_data=arguments.skip_data)
-    for sentence in pipelines.conclusions(result):
-        print(sentence)
-    _print_written(pipelines.write_report(result, folder))
+    for story in result.stories:
+        print(f"{story['text']}\n")
+    metrics, figure = pipelines.write_report(result, folder)
+    _print_written([metrics, figure.path])
 
 
 def train(arguments: argparse.Namespace) -> None:

@@ -1,8 +1,9 @@
 """The pipeline: text -> tokenizer -> token files -> a trained model -> evaluation -> stories.
 
-Each stage before training writes its outputs to the run folder and notes, in stages.json, the settings and inputs they came
-from. A stage whose outputs are there and match is skipped, and says so. Training resumes from its newest checkpoint; it runs in
-this process, or in several under torchrun, which this one starts and follows. All else happens here, once.
+Each stage before training writes its outputs to the run folder and notes, in stages.json, the settings and inputs they
+came from. A stage whose outputs are there and match is skipped, and says so. Training resumes from its newest
+checkpoint; it runs in this process, or in several under torchrun, which this one starts and follows. All else happens
+here, once.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -21,16 +21,37 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from lmsys import config as cfg
 from lmsys import cost, records
 from lmsys.config import PipelineConfig, require
+from lmsys.data import (
+    RandomTokenDataset,
+    TextFileDataset,
+    choose_mode,
+    find_input,
+    input_file,
+    load_tokens,
+    prepare_corpus,
+    tokenize_to_npy,
+)
+from lmsys.data.tokenizer import Tokenizer
+from lmsys.device import device_name, resolve_device
+from lmsys.generate import generate_text
+from lmsys.parallel import WRAPPERS, group
+from lmsys.train import CHECKPOINTS, History, check_setup, checkpoint, init_wandb, logged, train
+from lmsys.train.engine import autocast
+from lmsys.train.engine import evaluate as mean_loss
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from lmsys.data.tokenizer import Tokenizer
+    from lmsys.figures import Saved
     from lmsys.model import TransformerLM
-    from lmsys.train import History
+
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default_pipeline.json"
 
 
 @dataclass(frozen=True)
@@ -55,9 +76,6 @@ class PipelineResult:
     stages: list[StageReport] = field(default_factory=list)
 
 
-DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default_pipeline.json"
-
-
 def settings(
     scale: str | None = None,
     config: str | Path | None = None,
@@ -71,7 +89,11 @@ def settings(
 ) -> PipelineConfig:
     """The config of a pipeline run: preset of the scale < config file < overrides < the other arguments.
 
-    config: a JSON file, the package's default_pipeline.json if None. text_path: your own text (dataset_mode local_text).
+    Args:
+        config: a JSON file, the package's default_pipeline.json if None.
+        text_path: your own text (dataset_mode local_text).
+        run_dir: None: the config's. Where that is the preset's, a text of your own has runs/<name of the text> instead,
+            so that it does not meet the checkpoints of another text.
     """
     flags = {
         "data.dataset_mode": "local_text" if text_path else None,
@@ -82,7 +104,10 @@ def settings(
         "train.processes": processes,
         "run_dir": run_dir,
     }
-    return cfg.pipeline_config(scale, DEFAULT_CONFIG if config is None else config, overrides or (), flags)
+    built = cfg.pipeline_config(scale, DEFAULT_CONFIG if config is None else config, overrides or (), flags)
+    if run_dir is None and built.data.text_path and built.run_dir == cfg.pipeline_preset(built.scale)["run_dir"]:
+        built = dataclasses.replace(built, run_dir=f"runs/{Path(built.data.text_path).stem}")
+    return built
 
 
 def check(config: PipelineConfig, *, skip_data: bool = False) -> None:
@@ -91,13 +116,10 @@ def check(config: PipelineConfig, *, skip_data: bool = False) -> None:
     Raises:
         ValueError, OSError: one line that says what was given, what is allowed and how to mend it.
     """
-    from lmsys.data import choose_mode, input_file
-    from lmsys.train import check_setup
-
     require(
         not _under_torchrun(),
-        "the pipeline starts its processes itself: run it without torchrun, with train.ddp_wrapper and train.processes; what "
-        "torchrun can start is `train`",
+        "the pipeline starts its processes itself: run it without torchrun, with train.ddp_wrapper and "
+        "train.processes; what torchrun can start is `train`",
     )
     check_setup(config, _processes(config))
     if not skip_data:
@@ -134,11 +156,6 @@ def run(
     Raises:
         ValueError, OSError: bad input, before anything is run or lost.
     """
-    from lmsys.device import resolve_device
-    from lmsys.generate import generate_text
-    from lmsys.train import init_wandb, train
-    from lmsys.train.engine import autocast
-
     check(config, skip_data=skip_data)
     run_dir = records.output_path(config.run_dir)
     reports: list[StageReport] = []
@@ -157,41 +174,39 @@ def run(
     wandb_run = init_wandb(config, run_dir)
     try:
         inputs = {"train_tokens": train_tokens, "valid_tokens": valid_tokens, "tokenizer": tokenizer}
+        inputs |= {"run_dir": run_dir, "wandb_run": wandb_run}
         processes = _processes(config)
         if processes == 1:
-            history = train(config, **inputs, run_dir=run_dir, progress=progress, wandb_run=wandb_run)
+            history = train(config, progress=progress, **inputs)
         else:
-            history = _train_in_processes(
-                config, processes, **inputs, run_dir=run_dir, say=say if progress else _quiet, wandb_run=wandb_run
-            )
-        last = history.rows[-1]
-        parameters = cost.model_parameters(config.model)
-        detail = f"{parameters:,} parameters, step {last['step']}, {last['tokens']:,} tokens"
+            history = _train_in_processes(config, processes, say=say if progress else None, **inputs)
+        step, resumed_from = history.rows[-1]["step"], history.resumed_from
+        detail = (
+            f"{cost.model_parameters(config.model):,} parameters, step {step}, {history.rows[-1]['tokens']:,} tokens"
+        )
         if processes > 1:
             detail += f", in {processes} processes"
-        ran = history.resumed_from is None or history.resumed_from < last["step"]
-        if not ran:
+        finished = resumed_from is not None and resumed_from >= step
+        if finished:
             detail += "; the run was finished already"
-        elif history.resumed_from is not None:
-            detail += f", resumed from step {history.resumed_from}"
-        report("training", "ran" if ran else "skipped", start, detail)
+        elif resumed_from is not None:
+            detail += f", resumed from step {resumed_from}"
+        report("training", "skipped" if finished else "ran", start, detail)
 
         start = time.perf_counter()
         model = load_model(history.checkpoint, config.train.device, config.train.attention_kernel)
         evaluation = evaluate(config, model, valid_tokens, bytes_per_token)
-        said = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in evaluation.items())
-        report("evaluation", "ran", start, said)
+        detail = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in evaluation.items())
+        report("evaluation", "ran", start, detail)
 
         start = time.perf_counter()
         stories = []
-        if tokenizer is not None:
-            with autocast(resolve_device(config.train.device), config.train.dtype):  # as it was trained
-                for prompt in config.generate.prompts:
-                    text = generate_text(model, tokenizer, prompt, config.generate)
-                    stories.append({"prompt": prompt, "text": text})
+        with autocast(resolve_device(config.train.device), config.train.dtype):  # as it was trained
+            for prompt in config.generate.prompts if tokenizer else ():
+                stories.append({"prompt": prompt, "text": generate_text(model, tokenizer, prompt, config.generate)})
         records.write_json(run_dir / "stories.json", stories)
-        done = f"{len(stories)} stories" if tokenizer else "no tokenizer given (tokenizer.path): no stories"
-        report("generation", "ran" if stories else "skipped", start, done)
+        detail = f"{len(stories)} stories" if tokenizer else "no tokenizer given (tokenizer.path): no stories"
+        report("generation", "ran" if stories else "skipped", start, detail)
         if wandb_run is not None:
             wandb_run.summary.update(evaluation)
     finally:
@@ -201,20 +216,11 @@ def run(
 
 
 def evaluate(config: PipelineConfig, model, valid_tokens, bytes_per_token: float | None) -> dict[str, float]:
-    """Validation loss in nats a token over up to 100 batches, its perplexity, and bits per byte where the text is known."""
-    from lmsys.train.engine import evaluate as mean_loss
-
-    loss = mean_loss(
-        model,
-        valid_tokens,
-        batch_size=config.train.batch_size,
-        max_batches=max(100, config.train.eval_batches),
-        dtype=config.train.dtype,
-    )
+    """Validation loss in nats a token over up to 100 batches, its perplexity, bits per byte where the text is known."""
+    batches = {"batch_size": config.train.batch_size, "max_batches": max(100, config.train.eval_batches)}
+    loss = mean_loss(model, valid_tokens, dtype=config.train.dtype, **batches)
     result = {"valid_loss": loss, "perplexity": math.exp(loss)}
-    if bytes_per_token:
-        result["bits_per_byte"] = loss / math.log(2) / bytes_per_token
-    return result
+    return result | ({"bits_per_byte": loss / math.log(2) / bytes_per_token} if bytes_per_token else {})
 
 
 # --- Training in several processes ----------------------------------------------------------------
@@ -231,22 +237,16 @@ def _processes(config: PipelineConfig) -> int:
     Raises:
         ValueError: more than there are GPUs, or one with a wrapper that needs more.
     """
-    import torch
-
-    from lmsys.device import resolve_device
-    from lmsys.parallel import WRAPPERS
-
-    settings = config.train
-    if settings.ddp_wrapper not in WRAPPERS:
-        raise cfg.unknown_name("ddp_wrapper", settings.ddp_wrapper, WRAPPERS)
-    needs_several = WRAPPERS[settings.ddp_wrapper].many_processes
-    gpus = torch.cuda.device_count() if resolve_device(settings.device).type == "cuda" else 0
-    count = settings.processes
+    wrapper, count = config.train.ddp_wrapper, config.train.processes
+    if wrapper not in WRAPPERS:
+        raise cfg.unknown_name("ddp_wrapper", wrapper, WRAPPERS)
+    needs_several = WRAPPERS[wrapper].many_processes
+    gpus = torch.cuda.device_count() if resolve_device(config.train.device).type == "cuda" else 0
     if count is None:
         count = max(1, gpus) if needs_several else 1
     require(
         count > 1 or not needs_several,
-        f"ddp_wrapper '{settings.ddp_wrapper}' needs more than one process, and this run has 1 on a machine with {gpus} GPU(s) "
+        f"ddp_wrapper '{wrapper}' needs more than one process, and this run has 1 on a machine with {gpus} GPU(s) "
         "to use; give train.processes (--processes), also on a CPU with train.device=cpu, or ddp_wrapper none",
     )
     require(
@@ -265,26 +265,25 @@ def _train_in_processes(
     valid_tokens: np.ndarray,
     tokenizer: Tokenizer | None,
     run_dir: Path,
-    say: Callable[[str], None],
     wandb_run: Any,
+    say: Callable[[str], None] | None,
 ) -> History:
     """Run `train` on the token files under torchrun, passing on its lines to say and its rows to wandb as they come.
 
     Raises:
         ChildProcessError: a process failed; says the first error.
     """
-    from lmsys.parallel import group
-    from lmsys.train import CHECKPOINTS, History, checkpoint, logged
-
     resumed = checkpoint.latest(run_dir / CHECKPOINTS) if config.train.resume else None
     resumed_from = None if resumed is None else checkpoint.step_of(resumed)
     given = records.writable_dir(run_dir / "training")  # what its processes are given
     if tokenizer is not None:
         tokenizer.save(given / "tokenizer.json")
-    data = {"dataset_mode": "local_npy", "text_path": None, "valid_text_path": None}
-    data |= {"train_tokens_path": str(train_tokens.filename), "valid_tokens_path": str(valid_tokens.filename)}
     settings = cfg.to_dict(config)
-    settings["data"] |= data
+    settings["data"] |= {"dataset_mode": "local_npy", "text_path": None, "valid_text_path": None}
+    settings["data"] |= {
+        "train_tokens_path": str(train_tokens.filename),
+        "valid_tokens_path": str(valid_tokens.filename),
+    }
     settings["tokenizer"]["path"] = str(given / "tokenizer.json") if tokenizer is not None else None
     records.write_json(given / "config.json", settings)
     arguments = ["train", "--config", str(given / "config.json"), *(["--resume"] if config.train.resume else [])]
@@ -293,7 +292,8 @@ def _train_in_processes(
 
     def on_line(line: str) -> None:
         nonlocal last
-        say(line)
+        if say is not None:
+            say(line)
         if wandb_run is None or not line.startswith("step "):  # before the first, the file may be an earlier run's
             return
         for row in logged(run_dir)[0]:
@@ -314,10 +314,6 @@ def _train_in_processes(
     return History(*logged(run_dir), checkpoint.latest(run_dir / CHECKPOINTS), resumed_from)
 
 
-def _quiet(_line: str) -> None:
-    """Say nothing."""
-
-
 # --- The stages before training -------------------------------------------------------------------
 
 
@@ -326,94 +322,66 @@ def _with_vocabulary(config: PipelineConfig, tokenizer: Tokenizer | None) -> Pip
     if tokenizer is None:
         return config
     size = config.model.vocab_size or tokenizer.vocab_size
-    require(
-        size >= tokenizer.vocab_size,
-        f"model.vocab_size {size} is below the tokenizer's {tokenizer.vocab_size}: raise it, or leave it out",
-    )
+    least = f"model.vocab_size {size} is below the tokenizer's {tokenizer.vocab_size}: raise it, or leave it out"
+    require(size >= tokenizer.vocab_size, least)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
 
 def prepare(config: PipelineConfig, run_dir: Path, stages: Stages, progress: bool):
     """Stages data, tokenizer and tokens. Returns (tokenizer, training tokens, validation tokens, bytes a token)."""
-    from lmsys.data import input_file, load_tokens, prepare_corpus, tokenize_to_npy
-    from lmsys.data.tokenizer import Tokenizer
-
+    data, vocabulary, workers = config.data, config.tokenizer, config.tokenizer.num_workers
     corpus_file, tokenizer_file = run_dir / "corpus.json", run_dir / "tokenizer.json"
-    token_files = [run_dir / "train.npy", run_dir / "valid.npy"]
-    paths = [
-        config.data.text_path,
-        config.data.valid_text_path,
-        config.data.train_tokens_path,
-        config.data.valid_tokens_path,
-    ]
+    files = [run_dir / "train.npy", run_dir / "valid.npy"]
 
     def make_corpus() -> str:
-        corpus = prepare_corpus(config.data, run_dir, progress=progress)
+        corpus = prepare_corpus(data, run_dir, progress=progress)
         # Files of the run folder are named relative to it, so that the folder can be moved.
         named = {key: value and _relative(value, run_dir) for key, value in dataclasses.asdict(corpus).items()}
         records.write_json(corpus_file, named | {"mode": corpus.mode, "reason": corpus.reason})
         return f"{corpus.mode}: {corpus.reason}"
 
-    def corpus_outputs() -> list[Path]:
-        return [corpus_file, *(text for text in _texts(run_dir) if text)]
+    def make_tokenizer() -> str:
+        if vocabulary.path:
+            source = input_file(vocabulary.path, "tokenizer.path")
+            tokenizer, how = Tokenizer.load(source), f"loaded from {source}"
+        else:
+            options = {"num_workers": workers, "progress": progress}
+            tokenizer = Tokenizer.train(texts[0], vocabulary.vocab_size, vocabulary.special_tokens, **options)
+            how = f"trained on {texts[0].name}"
+        tokenizer.save(tokenizer_file)
+        return f"vocabulary of {tokenizer.vocab_size:,}, {how}"
 
-    settings = {"data": cfg.to_dict(config.data), "inputs": [_input_state(path) for path in paths]}
-    corpus_key = stages.run("data", settings, corpus_outputs, make_corpus)
-    corpus = json.loads(corpus_file.read_text(encoding="utf-8"))
-    texts = _texts(run_dir)
+    def make_tokens() -> str:
+        counts = [
+            tokenize_to_npy(text, tokenizer, out, num_workers=workers, progress=progress)
+            for text, out in zip(texts, files, strict=True)
+        ]
+        return f"{counts[0]:,} training and {counts[1]:,} validation tokens"
 
+    paths = data.text_path, data.valid_text_path, data.train_tokens_path, data.valid_tokens_path
+    inputs = {"data": cfg.to_dict(data), "inputs": [_input_state(path) for path in paths]}
+    corpus_key = stages.run("data", inputs, lambda: [corpus_file, *filter(None, _texts(run_dir))], make_corpus)
+    corpus, texts = json.loads(corpus_file.read_text(encoding="utf-8")), _texts(run_dir)
     if corpus["mode"] == "local_npy":
         files = [run_dir / corpus["train_tokens"], run_dir / corpus["valid_tokens"]]
-        tokenizer = (
-            Tokenizer.load(input_file(config.tokenizer.path, "tokenizer.path")) if config.tokenizer.path else None
-        )
+        tokenizer = Tokenizer.load(input_file(vocabulary.path, "tokenizer.path")) if vocabulary.path else None
         require(
             tokenizer is not None or config.model.vocab_size is not None,
             "token files were found: give tokenizer.path (their tokenizer) or model.vocab_size",
         )
     else:
-        files = token_files
-
-        def make_tokenizer() -> str:
-            if config.tokenizer.path:
-                source = input_file(config.tokenizer.path, "tokenizer.path")
-                tokenizer, how = Tokenizer.load(source), f"loaded from {source}"
-            else:
-                tokenizer = Tokenizer.train(
-                    texts[0],
-                    config.tokenizer.vocab_size,
-                    config.tokenizer.special_tokens,
-                    num_workers=config.tokenizer.num_workers,
-                    progress=progress,
-                )
-                how = f"trained on {texts[0].name}"
-            tokenizer.save(tokenizer_file)
-            return f"vocabulary of {tokenizer.vocab_size:,}, {how}"
-
-        settings = {
-            "vocab_size": config.tokenizer.vocab_size,
-            "special_tokens": list(config.tokenizer.special_tokens),
-            "path": _input_state(config.tokenizer.path),
-            "corpus": corpus_key,
-        }
-        key = stages.run("tokenizer", settings, lambda: [tokenizer_file], make_tokenizer)
+        inputs = {"vocab_size": vocabulary.vocab_size, "special_tokens": list(vocabulary.special_tokens)}
+        inputs |= {"path": _input_state(vocabulary.path), "corpus": corpus_key}
+        key = stages.run("tokenizer", inputs, lambda: [tokenizer_file], make_tokenizer)
         tokenizer = Tokenizer.load(tokenizer_file)
-
-        def make_tokens() -> str:
-            counts = [
-                tokenize_to_npy(text, tokenizer, out, num_workers=config.tokenizer.num_workers, progress=progress)
-                for text, out in zip(texts, token_files, strict=True)
-            ]
-            return f"{counts[0]:,} training and {counts[1]:,} validation tokens"
-
-        stages.run("tokens", {"tokenizer": key}, lambda: token_files, make_tokens)
+        stages.run("tokens", {"tokenizer": key}, lambda: files, make_tokens)
     vocab_size = tokenizer.vocab_size if config.model.vocab_size is None else config.model.vocab_size
     tokens = [load_tokens(file, vocab_size=vocab_size, context_length=config.model.context_length) for file in files]
     return tokenizer, *tokens, _bytes_per_token(texts[1], tokens[1])
 
 
 def _texts(run_dir: Path) -> list[Path | None]:
-    """The training and the validation text that corpus.json, which the data stage wrote, names; None for token files."""
+    """The training and validation text that corpus.json, which the data stage wrote, names; None for token files."""
     corpus = json.loads((run_dir / "corpus.json").read_text(encoding="utf-8"))
     return [run_dir / corpus[key] if corpus[key] else None for key in ("train_text", "valid_text")]
 
@@ -424,9 +392,6 @@ def _bytes_per_token(text: Path | None, tokens) -> float | None:
 
 def _existing(run_dir: Path, report: Callable):
     """The tokenizer and token files of the run folder as they are, for skip_data."""
-    from lmsys.data import load_tokens
-    from lmsys.data.tokenizer import Tokenizer
-
     files = [run_dir / name for name in ("tokenizer.json", "train.npy", "valid.npy")]
     missing = [str(file) for file in files if not file.is_file()]
     require(not missing, f"skip_data takes what an earlier run left, but there is no {' and no '.join(missing)}")
@@ -439,8 +404,6 @@ def _existing(run_dir: Path, report: Callable):
 
 def _input_state(path: str | Path | None) -> list[Any] | None:
     """What tells one state of an input from another: its path as given, size and CRC-32; None where there is none."""
-    from lmsys.data import find_input
-
     found = None if path is None else find_input(path)
     return None if found is None else [str(path), found.stat().st_size, _crc32(found)]
 
@@ -460,10 +423,10 @@ def _relative(path: str | Path, folder: Path) -> str:
 
 
 class Stages:
-    """stages.json of a run folder: for each stage the settings that its outputs came from, and the state of the outputs.
+    """stages.json of a run folder: for each stage the settings that its outputs came from, and their state.
 
-    frozen: the folder has checkpoints that training will continue. A stage whose settings changed is then refused before it
-    writes over what those checkpoints were trained with; one whose outputs are lost is made again, which gives the same.
+    frozen: the folder has checkpoints that training will continue. A stage whose settings changed is then refused
+    before it writes over what those checkpoints were trained with; one whose outputs are lost is made again, the same.
     """
 
     def __init__(self, run_dir: Path, report: Callable[[str, str, float, str], None], *, frozen: bool):
@@ -478,7 +441,7 @@ class Stages:
     def run(
         self, name: str, settings: dict[str, Any], outputs: Callable[[], Sequence[Path]], make: Callable[[], str]
     ) -> str:
-        """Run make() unless the stage's outputs are there and match; return a key of this state for the stages after it."""
+        """Run make() unless the stage's outputs are there and match; return a key of this state for those after it."""
         start = time.perf_counter()
         settings = json.loads(json.dumps(settings))
         earlier = self.done.get(name)
@@ -488,31 +451,24 @@ class Stages:
         else:
             require(
                 matches or earlier is None or not self.frozen,
-                f"the checkpoints in {self.run_dir} were trained with other settings of the stage '{name}' (or its input "
-                "changed): restore those, give another run_dir, or train.resume=false to train anew",
+                f"the checkpoints in {self.run_dir} were trained with other settings of the stage '{name}' (or its "
+                "input changed): restore those, give another run_dir, or train.resume=false to train anew",
             )
             detail = make()
-            states = [
-                {
-                    "path": _relative(path, self.run_dir),
-                    "bytes": path.stat().st_size,
-                    "mtime_ns": path.stat().st_mtime_ns,
-                    "crc32": _crc32(path),
-                }
-                for path in outputs()
-            ]
+            states = [self._state(path) | {"crc32": _crc32(path)} for path in outputs()]
             self.done[name] = {"settings": settings, "outputs": states, "detail": detail}
             records.write_json(self.file, self.done)
             self.report(name, "ran", start, detail)
         contents = [(output["path"], output["bytes"], output["crc32"]) for output in self.done[name]["outputs"]]
         return hashlib.sha256(json.dumps([settings, contents]).encode()).hexdigest()[:16]
 
+    def _state(self, path: Path) -> dict[str, Any]:
+        status = path.stat()
+        return {"path": _relative(path, self.run_dir), "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+
     def _is_there(self, output: dict[str, Any]) -> bool:
         path = self.run_dir / output["path"]
-        return path.is_file() and (path.stat().st_size, path.stat().st_mtime_ns) == (
-            output["bytes"],
-            output["mtime_ns"],
-        )
+        return path.is_file() and self._state(path).items() <= output.items()
 
 
 # --- The parts by themselves ----------------------------------------------------------------------
@@ -537,16 +493,15 @@ def train_alone(
     Under torchrun this is one of several processes, which join a process group.
 
     Args:
-        size: see config.MODEL_SIZES; None: the file's model, else small. context_length, vocab_size: of the model; None: the
-        file's, else 512 and the size's own, or the tokenizer's for a text. text: a UTF-8 file; None for the token files
-        data.train_tokens_path and data.valid_tokens_path if the config has them, else num_tokens random tokens.
+        size: see config.MODEL_SIZES; None: the file's model, else small.
+        context_length, vocab_size: of the model; None: the file's, else 512 and the size's own, or the tokenizer's for
+            a text.
+        text: a UTF-8 file; None for the token files data.train_tokens_path and data.valid_tokens_path if the config has
+            them, else num_tokens random tokens.
         tokenizer_path: of the text or the token files; without it a tokenizer is trained on the text.
         resume: continue the newest checkpoint of the run folder.
         file, overrides, flags: as for config.pipeline_config; without steps or epochs in any, one epoch.
     """
-    from lmsys.parallel import group
-    from lmsys.train import train
-
     config = _alone_settings(size, context_length, vocab_size, tokenizer_path, file, overrides, flags or {}, resume)
     run_dir = records.writable_dir(records.output_path(config.run_dir))
     if text is None:
@@ -555,14 +510,8 @@ def train_alone(
         data = _tokens_of_text(config, text, run_dir, fixed_vocabulary=vocab_size is not None, progress=progress)
     config, train_tokens, valid_tokens, tokenizer = data
     with group.process_group(config.train.device) if _under_torchrun() else nullcontext():
-        return train(
-            config,
-            train_tokens=train_tokens,
-            valid_tokens=valid_tokens,
-            tokenizer=tokenizer,
-            run_dir=run_dir,
-            progress=progress,
-        )
+        inputs = {"train_tokens": train_tokens, "valid_tokens": valid_tokens, "tokenizer": tokenizer}
+        return train(config, **inputs, run_dir=run_dir, progress=progress)
 
 
 def _alone_settings(
@@ -577,18 +526,11 @@ def _alone_settings(
 ) -> PipelineConfig:
     """The config of train_alone: its defaults lie under the overrides, and only where the file says nothing."""
     given = {} if file is None else cfg.read_json(file)
-    flags = {key: value for key, value in flags.items() if value is not None} | {
-        "train.resume": resume,
-        "tokenizer.path": tokenizer_path,
-    }
-    defaults = {}
-    if "run_dir" not in given:
-        defaults["run_dir"] = f"runs/train-{size or 'small'}"
-    named = [
-        *flags,
-        *(text.partition("=")[0].strip() for text in overrides),
-        *(f"train.{key}" for key in given.get("train", {})),
-    ]
+    flags = {key: value for key, value in flags.items() if value is not None}
+    flags |= {"train.resume": resume, "tokenizer.path": tokenizer_path}
+    defaults = {} if "run_dir" in given else {"run_dir": f"runs/train-{size or 'small'}"}
+    named = [*flags, *(text.partition("=")[0].strip() for text in overrides)]
+    named += [f"train.{key}" for key in given.get("train", {})]
     if not {"train.steps", "train.epochs"} & set(named):
         defaults["train.epochs"] = 1.0
     if file is None:
@@ -606,39 +548,27 @@ Data = tuple[PipelineConfig, "np.ndarray", "np.ndarray", "Tokenizer | None"]
 
 
 def _given_tokens(config: PipelineConfig, num_tokens: int) -> Data:
-    """The config's token files and their tokenizer, else random tokens: (config, training, validation tokens, tokenizer)."""
-    from lmsys.data import RandomTokenDataset, input_file, load_tokens
-    from lmsys.data.tokenizer import Tokenizer
-
-    data = config.data
-    if data.train_tokens_path is None and data.valid_tokens_path is None:
+    """The config's token files and their tokenizer, else random tokens: (config, training, validation, tokenizer)."""
+    paths = {f"data.{name}": getattr(config.data, name) for name in ("train_tokens_path", "valid_tokens_path")}
+    if not any(paths.values()):
         require(config.model.vocab_size is not None, "random tokens need model.vocab_size")
         tokens = RandomTokenDataset(num_tokens, config.model.vocab_size, seed=config.train.seed).tokens
         return config, *_split(config, tokens), None
-    require(
-        data.train_tokens_path is not None and data.valid_tokens_path is not None,
-        "give both data.train_tokens_path and data.valid_tokens_path (--train_tokens, --valid_tokens)",
-    )
-    files = [
-        input_file(data.train_tokens_path, "data.train_tokens_path"),
-        input_file(data.valid_tokens_path, "data.valid_tokens_path"),
-    ]
+    require(all(paths.values()), f"give both {' and '.join(paths)} (--train_tokens, --valid_tokens)")
+    tokens = [load_tokens(input_file(path, setting)) for setting, path in paths.items()]
     path = config.tokenizer.path
     tokenizer = None if path is None else Tokenizer.load(input_file(path, "tokenizer.path"))
-    return _with_vocabulary(config, tokenizer), *map(load_tokens, files), tokenizer
+    return _with_vocabulary(config, tokenizer), *tokens, tokenizer
 
 
 def _tokens_of_text(
     config: PipelineConfig, text: str, run_dir: Path, *, fixed_vocabulary: bool, progress: bool
 ) -> Data:
     """A text, tokenized by the config's tokenizer, else by one trained on it: as _given_tokens()."""
-    from lmsys.data import TextFileDataset, input_file
-    from lmsys.data.tokenizer import Tokenizer
-
     require(
         not _under_torchrun(),
-        "a text is tokenized once, not by each process under torchrun: give the pipeline the text, which starts its processes "
-        "itself, or give --train_tokens and --valid_tokens",
+        "a text is tokenized once, not by each process under torchrun: give the pipeline the text, which starts its "
+        "processes itself, or give --train_tokens and --valid_tokens",
     )
     source = input_file(text, "--text")
     if config.tokenizer.path:
@@ -656,7 +586,8 @@ def _split(config: PipelineConfig, tokens: np.ndarray) -> tuple[np.ndarray, np.n
     held_out = max(config.model.context_length + 1, int(len(tokens) * config.data.valid_fraction))
     require(
         len(tokens) >= 2 * held_out,
-        f"{len(tokens):,} tokens are too few to train on and to validate with at context_length {config.model.context_length}",
+        f"{len(tokens):,} tokens are too few to train on and to validate with at context_length "
+        f"{config.model.context_length}",
     )
     return tokens[:-held_out], tokens[-held_out:]
 
@@ -666,9 +597,6 @@ def load_run(path: str | Path, tokenizer_path: str | Path | None = None, *, devi
 
     tokenizer_path: a tokenizer.json; None for the run folder's own.
     """
-    from lmsys.data.tokenizer import Tokenizer
-    from lmsys.train import checkpoint
-
     path = Path(path).expanduser()
     path = path if path.exists() else records.output_path(path)
     require(path.is_dir(), f"no checkpoint or run folder at {path}")
@@ -682,100 +610,29 @@ def load_run(path: str | Path, tokenizer_path: str | Path | None = None, *, devi
 
 def load_model(path: str | Path, device: str = "auto", attention_kernel: str = "vectorized_torch") -> TransformerLM:
     """The model of a checkpoint, on a device, ready to evaluate and to generate."""
-    from lmsys.device import resolve_device
-    from lmsys.train import checkpoint
-
     model, _ = checkpoint.load_model(path, attention_kernel=attention_kernel)
     return model.to(resolve_device(device)).eval()
 
 
-# --- What a run says ------------------------------------------------------------------------------
+# --- Results --------------------------------------------------------------------------------------
 
 
-def conclusions(result: PipelineResult) -> list[str]:
-    """What a run shows, in sentences made from its numbers."""
-    rows, model = result.history.frame(), result.config.model
-    losses = rows.dropna(subset=["valid_loss"])
-    said = [
-        f"A model of {cost.model_parameters(model):,} parameters read {int(rows.tokens.iloc[-1]):,} tokens; its validation loss "
-        f"went from {losses.valid_loss.iloc[0]:.3f} at step {int(losses.step.iloc[0])} "
-        f"to {losses.valid_loss.iloc[-1]:.3f} nats a token "
-        f"(an untrained guess over its {model.vocab_size:,} tokens costs {math.log(model.vocab_size):.3f})."
-    ]
-    speed = rows.tokens_per_s.dropna()
-    if not speed.empty:
-        text = f"Training ran at a median of {speed.median():,.0f} tokens/s"
-        mfu = rows.mfu.dropna()
-        said.append(
-            text
-            + (
-                f", {100 * mfu.median():.1f}% MFU."
-                if not mfu.empty
-                else "; MFU is not given, this device's peak being unknown."
-            )
-        )
-    if "bits_per_byte" in result.evaluation:
-        said.append(
-            f"On held-out text it needs {result.evaluation['bits_per_byte']:.3f} bits a byte "
-            f"(perplexity {result.evaluation['perplexity']:.2f} a token)."
-        )
-    best = losses.valid_loss.min()
-    if losses.valid_loss.iloc[-1] > 1.02 * best:
-        at = int(losses.step.iloc[losses.valid_loss.argmin()])
-        said.append(f"It overfits: the validation loss was lowest, {best:.3f}, at step {at}.")
-    return said
+def write_report(result: PipelineResult, folder: str | Path) -> tuple[Path, Saved]:
+    """Write pipeline_metrics.csv with its stamp and the figure pipeline_loss to folder; return both."""
+    from lmsys import figures  # matplotlib
 
-
-def write_report(result: PipelineResult, folder: str | Path) -> list[Path]:
-    """Write pipeline_metrics.csv with its .json, pipeline_loss.png and pipeline_report.md to folder; return their paths."""
-    from lmsys import plots
-    from lmsys.device import device_name, resolve_device
-
-    folder = Path(folder)
     device = device_name(resolve_device(result.config.train.device))
-    method = {
-        "timer": "time.perf_counter around the steps since the row before, synchronized at each row",
-        "device": device,
-    }
-    with records.ResultWriter(
-        "pipeline_metrics",
-        folder,
-        method=method,
-        parameters=cfg.to_dict(result.config),
-    ) as writer:
+    timer = "time.perf_counter around the steps since the row before, synchronized at each row"
+    method, parameters = {"timer": timer, "device": device}, cfg.to_dict(result.config)
+    with records.ResultWriter("pipeline_metrics", folder, method=method, parameters=parameters) as writer:
         for row in result.history.rows:
             writer.write(row)
-    figure = plots.loss_curve(result.history.frame(), f"{result.config.train.attention_kernel} on {device}")
-    written = [writer.path, plots.save(figure, folder / "pipeline_loss.png")]
-    text = ["# Pipeline", "", f"Measured on {device}.", ""]
-    text += [f"- {sentence}" for sentence in conclusions(result)]
-    text += ["", "## Stages", "", stages_table(result), "## Samples", "", samples_page(result)]
-    written.append(records.write_text(folder / "pipeline_report.md", "\n".join(text)))
-    return written
-
-
-def stages_table(result: PipelineResult) -> str:
-    """The stages of a run as a Markdown table."""
-    columns = {"name": "stage", "status": "status", "seconds": "seconds", "detail": "what it did"}
-    lines = [dataclasses.asdict(stage) | {"seconds": round(stage.seconds, 1)} for stage in result.stages]
-    return records.markdown_table(lines, columns)
-
-
-def samples_page(result: PipelineResult) -> str:
-    """The first prompt's samples in the order of their steps, then the final stories, as Markdown."""
-    if not result.stories:
-        return "No tokenizer was given, so no text can be sampled."
-    prompt = result.config.generate.prompts[0]
-    parts = []
-    for sample in result.history.samples:
-        if sample["prompt"] == prompt:
-            parts += [f"**Step {sample['step']}**", "", *_quote(sample["text"]), ""]
-    for story in result.stories[1:]:
-        parts += [f"**The end, another prompt: “{story['prompt']}”**", "", *_quote(story["text"]), ""]
-    return "\n".join(parts)
-
-
-def _quote(text: str) -> list[str]:
-    """A block quote that shows text as it is: Markdown's own signs escaped, line ends kept."""
-    escaped = re.sub(r"([\\`*_{}\[\]<>#$|~])", r"\\\1", text.strip())
-    return [f"> {line}  " if line.strip() else ">" for line in escaped.splitlines()]
+    names = {"train_loss": "training", "valid_loss": "validation", "tokens_per_s": "training speed"}
+    rows = result.history.frame().melt("step", list(names), "series").dropna()
+    rows["panel"] = rows.series.map(lambda name: "tokens/s" if name == "tokens_per_s" else "loss, nats a token")
+    title = f"{result.config.train.attention_kernel} on {device}"
+    figure = figures.lines(
+        rows.replace({"series": names}), "step", "value", "series", panel="panel", share_y=False, title=title, ylabel=""
+    )
+    alt = "Training and validation loss, and tokens per second, against the step"
+    return writer.path, figures.save(figure, Path(folder) / "pipeline_loss.png", alt)

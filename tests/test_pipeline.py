@@ -73,13 +73,12 @@ def test_text_to_stories(finished):
 
 def test_report_and_metrics_presence(finished, tmp_path):
     result = finished[1]
-    written = pipeline.write_report(result, tmp_path)
-    assert {path.name for path in written} == {"pipeline_metrics.csv", "pipeline_loss.png", "pipeline_report.md"}
+    metrics, figure = pipeline.write_report(result, tmp_path)
+    assert (metrics.name, figure.path.name) == ("pipeline_metrics.csv", "pipeline_loss.png") and figure.path.exists()
     frame = read_results(tmp_path / "pipeline_metrics.csv")
     assert tuple(frame.columns) == SCHEMAS["pipeline_metrics"] and len(frame) == 4
     stamp = json.loads((tmp_path / "pipeline_metrics.json").read_text())
     assert stamp["parameters"]["train"]["steps"] == 4
-    assert all(sentence in (tmp_path / "pipeline_report.md").read_text() for sentence in pipeline.conclusions(result))
 
 
 def test_stages_that_match_are_skipped_and_say_so(again):
@@ -127,7 +126,7 @@ def test_training_goes_on_in_several_processes(again, monkeypatch):
         def finish(self):
             pass
 
-    monkeypatch.setattr("lmsys.train.init_wandb", lambda *_: Run())
+    monkeypatch.setattr("lmsys.pipeline.init_wandb", lambda *_: Run())
     settings = [
         "processes=2",
         "batch_size=2",
@@ -156,7 +155,7 @@ def test_how_many_processes(monkeypatch):
     def count(gpus, **train):
         monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
         kind = "cuda" if gpus else "cpu"
-        monkeypatch.setattr("lmsys.device.resolve_device", lambda _name: torch.device(kind))
+        monkeypatch.setattr("lmsys.pipeline.resolve_device", lambda _name: torch.device(kind))
         return pipeline._processes(build(PipelineConfig, {"train": train}))
 
     assert count(8) == count(0) == 1  # no wrapper was chosen
@@ -196,6 +195,14 @@ def test_your_own_text_and_a_model_that_generates(tmp_path, output_root):
     assert model.config == result.config.model and tokenizer.vocab_size == result.config.model.vocab_size
     with pytest.raises(ValueError, match="no tokenizer at"):
         pipeline.load_run(output_root / "runs/mine/checkpoints/step-00000004", tmp_path / "none.json")
+
+
+def test_a_text_of_your_own_has_a_run_folder_of_its_own():
+    assert pipeline.settings("smoke", text_path="some/my.txt").run_dir == "runs/my"
+    assert (
+        pipeline.settings("smoke", text_path="my.txt", run_dir="runs/pipeline-smoke").run_dir == "runs/pipeline-smoke"
+    )
+    assert pipeline.settings("smoke", overrides=["run_dir=runs/here"], text_path="my.txt").run_dir == "runs/here"
 
 
 def test_token_files_need_a_tokenizer_or_a_vocabulary(tmp_path):
