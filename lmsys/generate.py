@@ -1,17 +1,18 @@
-"""Writing text with a model: temperature, top-k, top-p (nucleus; Holtzman et al., arXiv 1904.09751, section 3.1), a key-value cache.
+"""Writing text with a model: temperature, top-k, top-p (nucleus; Holtzman et al., arXiv 1904.09751, section 3.1), a
+cache.
 
-A prompt is read in one pass (prefill), which leaves its keys and values in the cache; then each new token reads itself alone
-(decode). Several prompts are read and continued together, each as if it were alone. Without the cache, every new token
-reads its whole window anew: the same logits to rounding, and so the same tokens, several times slower.
+A prompt is read in one pass (prefill), which leaves its keys and values in the cache; then each new token reads itself
+alone (decode). Several prompts are read and continued together, each as if it were alone. Without the cache, every new
+token reads its whole window anew: the same logits to rounding, and so the same tokens, several times slower.
 
-Past context_length: a prompt is cut to its last context_length tokens. When a text outgrows context_length, its window is
-cut to its last half, which is read anew at positions from 0, and grows again. Positions are in the cached keys, so that a
-window that slid by one token would have to be read anew for each; this way a token costs one more read token on average,
-and sees between a half and all of context_length. With and without the cache, windows are the same.
+Past context_length: a prompt is cut to its last context_length tokens. When a text outgrows context_length, its window
+is cut to its last half, which is read anew at positions from 0, and grows again. Positions are in the cached keys, so
+that a window that slid by one token would have to be read anew for each; this way a token costs one more read token on
+average, and sees between a half and all of context_length. With and without the cache, windows are the same.
 
-Windows that are read are padded to a power of two, which causal attention makes harmless, so that a kernel sees few shapes.
-Sampling uses a generator of its own for each text on the CPU: it does not touch the random state of training, and the same
-logits give the same text on every device. The price is one wait for the device a token.
+Windows that are read are padded to a power of two, which causal attention makes harmless, so that a kernel sees few
+shapes. Sampling uses a generator of its own for each text on the CPU: it does not touch the random state of training,
+and the same logits give the same text on every device. The price is one wait for the device a token.
 
 Legend: B texts, T tokens, H heads, D head_dim, d d_model, V vocabulary.
 """
@@ -35,9 +36,8 @@ if TYPE_CHECKING:
     from lmsys.model import TransformerLM
 
 _SHORTEST_WINDOW = 16  # tokens
-_LIKELIEST = (
-    1024  # tokens that hold the nucleus nearly always; a full sort of 50,304 takes 4 ms on a CPU core, this 0.1
-)
+# Tokens that hold the nucleus nearly always; a full sort of 50,304 takes 4 ms on a CPU core, this 0.1.
+_LIKELIEST = 1024
 
 
 # --- Sampling -------------------------------------------------------------------------------------
@@ -83,14 +83,15 @@ def _draw(probabilities: Tensor, generator: torch.Generator) -> int:
 
 
 class KeyValueCache:
-    """Keys and values of what B texts have been read, (layers, B, H, max_len, D) each, allocated once, at the first read.
+    """Keys and values of what B texts have been read, (layers, B, H, max_len, D) each, allocated once, at the first
+    read.
 
     lengths: how many tokens each text has there. Places beyond are zeros or left over, and masked.
 
     Args:
-        cuda_graph: replay a step as one launch. A step of few texts is some forty small kernels a layer, whose launches take
-            longer than their work. The recorded step reads all max_len places, as its shapes cannot change, and not under
-            autocast, whose casts of the weights it would repeat.
+        cuda_graph: replay a step as one launch. A step of few texts is some forty small kernels a layer, whose launches
+            take longer than their work. The recorded step reads all max_len places, as its shapes cannot change, and
+            not under autocast, whose casts of the weights it would repeat.
     """
 
     def __init__(self, model: TransformerLM, batch: int, max_len: int, *, cuda_graph: bool = False):
@@ -106,13 +107,11 @@ class KeyValueCache:
     def _hold(self, lengths: list[int]) -> None:
         self.lengths = lengths
         self._rows = torch.arange(len(lengths), device=self.device)
-        self._inputs = torch.zeros(
-            2, len(lengths), dtype=torch.int64, device=self.device
-        )  # tokens, and their positions
+        self._inputs = torch.zeros(2, len(lengths), dtype=torch.int64, device=self.device)  # tokens, their positions
         self._recorded: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
 
     def read(self, rows: Sequence[int], windows: Sequence[Sequence[int]]) -> Tensor:
-        """Forget texts `rows` and read their windows in one pass: what the head reads after each one's last token, (R, d)."""
+        """Forget texts `rows`, read their windows in one pass: what the head reads after each last token, (R, d)."""
         index = torch.tensor(rows, device=self.device)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -140,7 +139,7 @@ class KeyValueCache:
         return hidden
 
     def _step(self, span: int) -> Tensor:
-        """Read _inputs, with the first `span` places of the cache in sight. Done twice, it leaves what it leaves done once."""
+        """Read _inputs, with the first `span` places of the cache in sight. Done twice, it leaves the same as once."""
         tokens, positions = self._inputs
         beyond = (torch.arange(span, device=self.device) > positions[:, None])[:, None, None]  # (B, 1, 1, span)
 
@@ -195,7 +194,8 @@ def _read(
 
 @dataclass(frozen=True)
 class Generation:
-    """tokens: the new ids of each prompt, without stop_id. Prefill ends with the first logits; decode is all that follows.
+    """tokens: the new ids of each prompt, without stop_id. Prefill ends with the first logits; decode is all that
+    follows.
 
     decode_tokens counts those that a step gave logits for: over all prompts, without each one's first.
     """
@@ -234,7 +234,7 @@ def generate_batch(
         seed: of each text's own generator: a text does not depend on what is written beside it.
         vocab_size: sample only ids below it, for a model whose vocabulary is padded beyond its tokenizer's.
         use_cache: False reads each window anew for every token. cuda_graph: see KeyValueCache.
-        on_token: called with the index of a prompt and its new id, as soon as it is drawn; with None at that prompt's end.
+        on_token: called with the index of a prompt and its new id, as soon as it is drawn; with None at its end.
     Raises:
         ValueError: no ids, or one outside the model's vocabulary.
         FloatingPointError: logits that are not finite.
@@ -308,7 +308,7 @@ def _checked(prompt: Sequence[int], vocab_size: int) -> list[int]:
 
 
 def generate(model: TransformerLM, ids: Sequence[int], **settings) -> list[int]:
-    """generate_batch for one sequence of token ids. Returns the new ids alone, without the prompt and without stop_id."""
+    """generate_batch for one sequence of token ids. Returns the new ids, without the prompt and stop_id."""
     return generate_batch(model, [ids], **settings).tokens[0]
 
 
@@ -325,11 +325,11 @@ def generate_texts(
     cuda_graph: bool = False,
     write: Callable[[str], None] | None = None,
 ) -> tuple[list[str], Generation]:
-    """The prompts and their continuations up to <|endoftext|>. An empty prompt starts at <|endoftext|>, as a new text does.
+    """The prompts and their continuations up to <|endoftext|>. An empty prompt starts at <|endoftext|>, as a text does.
 
     Args:
-        write: called with the texts piece by piece as they are written: one text after the other, a blank line after each.
-            A piece ends at a whole character; bytes that are not UTF-8 become U+FFFD.
+        write: called with the texts piece by piece as they are written: one text after the other, a blank line after
+            each. A piece ends at a whole character; bytes that are not UTF-8 become U+FFFD.
     Raises:
         ValueError: the tokenizer is not the model's, or lacks <|endoftext|>.
     """
@@ -338,14 +338,11 @@ def generate_texts(
         len(end) == 1, f"the tokenizer has no special token {END_OF_TEXT}, with which texts end; give one that has it"
     )
     ids = [tokenizer.encode(prompt) for prompt in prompts]
+    sampling = {name: getattr(config, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
     written = generate_batch(
         model,
         [one or end for one in ids],
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        seed=config.seed,
+        **sampling,
         stop_id=end[0],
         vocab_size=tokenizer.vocab_size,
         use_cache=use_cache,
@@ -361,7 +358,7 @@ def generate_text(model: TransformerLM, tokenizer: Tokenizer, prompt: str, confi
 
 
 class _InOrder:
-    """on_token for texts that grow at once and are to be read one after the other: what comes too early waits for its turn."""
+    """on_token for texts that grow at once and are read one after the other: what comes early waits for its turn."""
 
     def __init__(self, tokenizer: Tokenizer, prompts: Sequence[str], write: Callable[[str], None]):
         self._tokenizer, self._write = tokenizer, write

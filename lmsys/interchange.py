@@ -6,16 +6,17 @@
     tokenizer.json           byte-level BPE, with GPT-2's pre-tokenization pattern
     tokenizer_config.json    the tokenizer's class, and <|endoftext|> as begin and end
 
-Our model is a Llama (Touvron et al., arXiv 2302.13971, section 2.2) with two differences of layout. Q, K and V are one matrix
-here. And RoPE rotates neighbours (2i, 2i+1) of a head here, elements i and i + D/2 there: the rows of Q and K of each head are
-put in the order 0, 2, 4, ..., 1, 3, 5, ..., which changes no score, as queries and keys are permuted alike.
+Our model is a Llama (Touvron et al., arXiv 2302.13971, section 2.2) with two differences of layout. Q, K and V are one
+matrix here. And RoPE rotates neighbours (2i, 2i+1) of a head here, elements i and i + D/2 there: the rows of Q and K of
+each head are put in the order 0, 2, 4, ..., 1, 3, 5, ..., which changes no score, as both are permuted alike.
 
-Import takes what our model can hold: no biases, as many key heads as query heads, no RoPE scaling, RMSNorm's eps of 1e-5, a
-byte-level tokenizer with GPT-2's pattern that ends texts with <|endoftext|>. Everything else is refused by name. Weights
-in bf16 or fp16 become fp32. Files are JSON and safetensors, nothing is unpickled, and shapes are compared with the config
-before a tensor is read. Both directions write a folder that appears whole or not at all.
+Import takes what our model can hold: no biases, as many key heads as query heads, no RoPE scaling, RMSNorm's eps of
+1e-5, a byte-level tokenizer with GPT-2's pattern that ends texts with <|endoftext|>. Everything else is refused by
+name. Weights in bf16 or fp16 become fp32. Files are JSON and safetensors, nothing is unpickled, and shapes are compared
+with the config before a tensor is read. Both directions write a folder that appears whole or not at all.
 
-A vocabulary that is padded beyond the tokenizer's stays so. Our generation never samples the padding; transformers' may.
+A vocabulary that is padded beyond the tokenizer's stays so. Our generation never samples the padding; transformers'
+may.
 """
 
 from __future__ import annotations
@@ -40,27 +41,33 @@ from lmsys.model import TransformerLM
 from lmsys.records import flush, naming, write_json
 from lmsys.train import checkpoint
 
-CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE, TOKENIZER_FILE = (
-    "config.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "tokenizer.json",
-)
+CONFIG_FILE, TOKENIZER_FILE = "config.json", "tokenizer.json"
+WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 _EPS = 1e-5  # of our RMSNorm
 _LONGEST = 2**20  # tokens of context that an imported model may have: RoPE's tables are held in memory for each
 _FLOATS = ("F32", "F16", "BF16")
 
-# Our name of a weight of layer N -> theirs. attn.qkv_proj is made of three.
-_LAYER = {
-    "ln1": "input_layernorm",
-    "attn.output_proj": "self_attn.o_proj",
-    "ln2": "post_attention_layernorm",
-    "ffn.w1": "mlp.gate_proj",
-    "ffn.w3": "mlp.up_proj",
-    "ffn.w2": "mlp.down_proj",
-}
-_QKV = tuple(f"self_attn.{name}_proj" for name in "qkv")
-_OUTER = {"token_embeddings": "model.embed_tokens", "ln_final": "model.norm", "lm_head": "lm_head"}
+
+def _weights(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...], tuple[int, ...]]]:
+    """(our name, their names, the shape of each of theirs) of every weight. One by one: a config may say billions."""
+    d, f, v = config.d_model, config.d_ff, config.vocab_size
+    layer_weights = (
+        ("ln1", ("input_layernorm",), (d,)),
+        ("attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), (d, d)),
+        ("attn.output_proj", ("self_attn.o_proj",), (d, d)),
+        ("ln2", ("post_attention_layernorm",), (d,)),
+        ("ffn.w1", ("mlp.gate_proj",), (f, d)),
+        ("ffn.w3", ("mlp.up_proj",), (f, d)),
+        ("ffn.w2", ("mlp.down_proj",), (d, f)),
+    )
+    yield "token_embeddings.weight", ("model.embed_tokens.weight",), (v, d)
+    yield "ln_final.weight", ("model.norm.weight",), (d,)
+    if not config.tie_embeddings:  # else the head is the embedding
+        yield "lm_head.weight", ("lm_head.weight",), (v, d)
+    for layer in range(config.num_layers):
+        for ours, theirs, shape in layer_weights:
+            names = tuple(f"model.layers.{layer}.{name}.weight" for name in theirs)
+            yield f"layers.{layer}.{ours}.weight", names, shape
 
 
 # --- Export ---------------------------------------------------------------------------------------
@@ -78,22 +85,16 @@ def export_llama(model: TransformerLM, tokenizer: Tokenizer, folder: str | Path)
     end = tokenizer.token_id(END_OF_TEXT)
     require(
         tokenizer.vocab_size <= config.vocab_size,
-        f"the tokenizer's {tokenizer.vocab_size} tokens are more than the model's {config.vocab_size}; give the model's own",
+        f"the tokenizer's {tokenizer.vocab_size} tokens are more than the model's {config.vocab_size}; "
+        "give the model's own",
     )
     ends = {"bos_token_id": end, "eos_token_id": end}
     with _new_folder(folder) as temporary:
         write_json(temporary / CONFIG_FILE, llama_config(config) | ends)
         write_json(temporary / "generation_config.json", {"do_sample": True, **ends})
-        write_json(
-            temporary / "tokenizer_config.json",
-            {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "bos_token": END_OF_TEXT,
-                "eos_token": END_OF_TEXT,
-                "model_max_length": config.context_length,
-                "clean_up_tokenization_spaces": False,
-            },
-        )
+        special = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "model_max_length": config.context_length}
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", **special, "clean_up_tokenization_spaces": False}
+        write_json(temporary / "tokenizer_config.json", settings)
         tokenizer.export_huggingface(temporary / TOKENIZER_FILE)
         try:
             save_file(llama_weights(model), temporary / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -103,7 +104,7 @@ def export_llama(model: TransformerLM, tokenizer: Tokenizer, folder: str | Path)
 
 
 def llama_config(config: ModelConfig) -> dict[str, Any]:
-    """A model's shape as transformers' LlamaConfig names it. rope_parameters is transformers 5's, rope_theta also that of before."""
+    """A model's shape as transformers' LlamaConfig names it. rope_parameters is of transformers 5, rope_theta of 4."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -129,15 +130,13 @@ def llama_config(config: ModelConfig) -> dict[str, Any]:
 
 def llama_weights(model: TransformerLM) -> dict[str, Tensor]:
     """A model's weights, fp32 and on the CPU, under transformers' names; a tied head once, as the embedding."""
-    config, weights = model.config, checkpoint.model_weights(model)
-    made = {f"{_OUTER[name]}.weight": weights[f"{name}.weight"] for name in _OUTER if f"{name}.weight" in weights}
-    for layer in range(config.num_layers):
-        here, there = f"layers.{layer}.", f"model.layers.{layer}."
-        made |= {f"{there}{_LAYER[name]}.weight": weights[f"{here}{name}.weight"] for name in _LAYER}
-        q, k, v = weights[f"{here}attn.qkv_proj.weight"].chunk(3)
-        for name, part in zip(_QKV, (_halves(q, config), _halves(k, config), v), strict=True):
-            made[f"{there}{name}.weight"] = part
-    return {name: tensor.float().cpu().contiguous() for name, tensor in made.items()}
+    weights, exported = checkpoint.model_weights(model), {}
+    for ours, theirs, _ in _weights(model.config):
+        parts = weights[ours].chunk(len(theirs))
+        if len(parts) == 3:
+            parts = _halves(parts[0], model.config), _halves(parts[1], model.config), parts[2]
+        exported |= {name: part.float().cpu().contiguous() for name, part in zip(theirs, parts, strict=True)}
+    return exported
 
 
 def _halves(weight: Tensor, config: ModelConfig) -> Tensor:
@@ -237,7 +236,8 @@ def model_config(values: Mapping[str, Any], source: str = CONFIG_FILE) -> ModelC
     only("head_dim", built.head_dim, f"our heads have hidden_size / num_attention_heads = {built.head_dim} elements")
     require(
         built.context_length <= _LONGEST,
-        f"{source}: 'max_position_embeddings' is {built.context_length}, which is not supported: at most {_LONGEST}; set it lower",
+        f"{source}: 'max_position_embeddings' is {built.context_length}, which is not supported: at most {_LONGEST}; "
+        "set it lower",
     )
     return built
 
@@ -253,7 +253,8 @@ def _rope_theta(values: Mapping[str, Any], source: str) -> float:
         kind = rope.get("rope_type", rope.get("type", "default"))
         require(
             kind == "default",
-            f"{source}: RoPE of type {json.dumps(kind)} in '{section}' is not supported: our model has plain RoPE, 'default'",
+            f"{source}: RoPE of type {json.dumps(kind)} in '{section}' is not supported: our model has plain RoPE, "
+            "'default'",
         )
         partial = rope.get("partial_rotary_factor", 1)
         require(
@@ -282,7 +283,8 @@ def _check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, ends: Any, sourc
     end = tokenizer.token_id(END_OF_TEXT)
     require(
         ends is None or end in (ends if isinstance(ends, list) else [ends]),
-        f"{source / CONFIG_FILE}: 'eos_token_id' is {json.dumps(ends)}, and {END_OF_TEXT}, with which our texts end, is {end}",
+        f"{source / CONFIG_FILE}: 'eos_token_id' is {json.dumps(ends)}, and {END_OF_TEXT}, with which our texts "
+        f"end, is {end}",
     )
 
 
@@ -293,16 +295,13 @@ def import_weights(source: str | Path, config: ModelConfig) -> dict[str, Tensor]
         ValueError: names the tensor or file that is missing, too many, damaged, or of another shape than the config's.
     """
     with ExitStack() as opened:
-        take = _open_weights(Path(source), config, opened)
-        made = {
-            name: take(f"{_OUTER[name]}.weight") for name in _OUTER if name != "lm_head" or not config.tie_embeddings
-        }
-        for layer in range(config.num_layers):
-            here, there = f"layers.{layer}.", f"model.layers.{layer}."
-            made |= {f"{here}{name}": take(f"{there}{_LAYER[name]}.weight") for name in _LAYER}
-            q, k, v = (take(f"{there}{name}.weight") for name in _QKV)
-            made[f"{here}attn.qkv_proj"] = torch.cat([_pairs(q, config), _pairs(k, config), v])
-    return {f"{name}.weight": tensor for name, tensor in made.items()}
+        take, imported = _open_weights(Path(source), config, opened), {}
+        for ours, theirs, _ in _weights(config):
+            parts = [take(name) for name in theirs]
+            if len(parts) == 3:
+                parts[:2] = _pairs(parts[0], config), _pairs(parts[1], config)
+            imported[ours] = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return imported
 
 
 def _open_weights(folder: Path, config: ModelConfig, opened: ExitStack) -> Callable[[str], Tensor]:
@@ -317,9 +316,12 @@ def _open_weights(folder: Path, config: ModelConfig, opened: ExitStack) -> Calla
             require(name not in files, f"{path}: {name} is also in {files.get(name, [''])[0]}")
             files[name] = path, file
     wanted = {}
-    for name, shape in _shapes(config):
-        require(name in files, f"{folder}: no file has the tensor {name}, of a model with the shape in {CONFIG_FILE}")
-        wanted[name] = shape
+    for _, names, shape in _weights(config):
+        for name in names:
+            require(
+                name in files, f"{folder}: no file has the tensor {name}, of a model with the shape in {CONFIG_FILE}"
+            )
+            wanted[name] = shape
     for name, (path, file) in files.items():
         if name not in wanted:
             # Older files hold RoPE's frequencies, and a tied head twice; neither is a weight of its own.
@@ -350,27 +352,12 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(names.values()))]
 
 
-def _shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Their name and the shape of every weight; one by one, as a config may say that there are billions."""
-    d, f, v = config.d_model, config.d_ff, config.vocab_size
-    yield "model.embed_tokens.weight", (v, d)
-    yield "model.norm.weight", (d,)
-    if not config.tie_embeddings:
-        yield "lm_head.weight", (v, d)
-    shapes = dict.fromkeys((*_QKV, "self_attn.o_proj"), (d, d))
-    shapes |= {"mlp.gate_proj": (f, d), "mlp.up_proj": (f, d), "mlp.down_proj": (d, f)}
-    shapes |= {"input_layernorm": (d,), "post_attention_layernorm": (d,)}
-    for layer in range(config.num_layers):
-        for name, shape in shapes.items():
-            yield f"model.layers.{layer}.{name}.weight", shape
-
-
 # --- Files ----------------------------------------------------------------------------------------
 
 
 @contextmanager
 def _new_folder(path: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that becomes it, flushed to the disk, when the block ends well, and goes when it does not."""
+    """A temporary folder that becomes `path`, flushed to the disk, when the block ends well, and else goes."""
     path = Path(path).expanduser().resolve()
     require(
         not path.exists() or (path.is_dir() and not any(path.iterdir())),

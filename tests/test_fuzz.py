@@ -1,7 +1,8 @@
 """Damaged and hostile inputs: configs, checkpoints and token files, mutated at random.
 
-Each case ends in a clear error of one line (ValueError, OSError, FloatingPointError: what the command tells) or in a correct run;
-never in another exception, in a hang, or with a changed file. Seeds are fixed: a failure names its case, which can be run alone.
+Each case ends in a clear error of one line (ValueError, OSError, FloatingPointError: what the command tells) or in a
+correct run; never in another exception, in a hang, or with a changed file. Seeds are fixed: a failure names its case,
+which can be run alone.
 """
 
 import copy
@@ -106,7 +107,7 @@ def state_of(folder: Path) -> dict[str, str]:
 
 
 def scrambled(generator: random.Random, content: bytes) -> bytes:
-    """Bytes with one of: a bit flipped, a byte replaced, a stretch cut out, doubled or moved, an end cut off, bytes put in."""
+    """Bytes with one of: a bit flipped, a byte replaced, a stretch cut out, doubled or moved, an end cut off, or more."""
     result = bytearray(content)
     at = generator.randrange(len(result)) if result else 0
     length = min(generator.choice((1, 2, 7, 64, 1024)), len(result) - at)

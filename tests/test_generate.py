@@ -1,4 +1,4 @@
-"""Sampling: its filters on known distributions, its determinism, its limits. The cache: the tokens of the path without it."""
+"""Sampling: its filters on known distributions, its determinism, its limits. The cache: the same tokens without it."""
 
 import pytest
 import torch

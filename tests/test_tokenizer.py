@@ -1,4 +1,4 @@
-"""The tokenizer: against byte-pair encoding written out plainly, against tiktoken and `tokenizers`, and on bad input."""
+"""The tokenizer: against byte-pair encoding written plainly, against tiktoken and `tokenizers`, and on bad input."""
 
 import itertools
 import json
@@ -29,8 +29,8 @@ from lmsys.data.tokenizer import SHORT_TEXT, Tokenizer
 SHARED = Path(os.environ.get("LMSYS_SHARED_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 GPT2 = SHARED / "gpt2_vocab.json", SHARED / "gpt2_merges.txt"
 NASTY = (
-    "naïve café, “quotes” — 中文，日本語。 \u3000\u3000x\u00a0 \u2028\n\r\n\r\n \t tab\x00nul\x1c\x1d it's IT'S we'll 'tis "
-    "🙃👩‍👩‍👧‍👦 e\u0301 \U0010ffff ﷺ ١٢٣ x²   \n\n  three   spaces\n"
+    "naïve café, “quotes” — 中文，日本語。 \u3000\u3000x\u00a0 \u2028\n\r\n\r\n \t tab\x00nul\x1c\x1d it's IT'S "
+    "we'll 'tis 🙃👩‍👩‍👧‍👦 e\u0301 \U0010ffff ﷺ ١٢٣ x²   \n\n  three   spaces\n"
     + END_OF_TEXT
     + "\n\n"
     + END_OF_TEXT
@@ -159,7 +159,7 @@ def test_training_agrees_with_the_plain_algorithm(tmp_path):
 
 
 def test_training_on_a_long_word(tmp_path):
-    """Without spaces a text is one word: 200 KB of it took a minute when it was visited once for each place of a pair."""
+    """Without spaces a text is one word: 200 KB took a minute when each place of a pair was a visit of the whole."""
     letters = "".join(random.Random(2).choices("ACGT", k=200_000))
     text = letters[:3000]
     assert train_bpe(write(tmp_path / "t", text), 300, num_workers=1)[1] == plain_train(text, 300, [END_OF_TEXT])

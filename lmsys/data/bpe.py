@@ -1,10 +1,11 @@
 """Training a byte-level byte-pair encoding, with pre-tokens counted in parallel.
 
-Source: Sennrich, Haddow and Birch, "Neural Machine Translation of Rare Words with Subword Units" (2016), section 3.2, over
-bytes. Pairs are counted within pre-tokens; the most frequent pair becomes a token, ties go to the lexicographically greater
-pair of byte strings. A word is a `str` whose characters are token ids, so merging a pair is `str.replace`, which goes left
-to right as it must. Counts are updated only where the merged pair occurs, and the next pair comes from a heap with lazy
-deletion. Memory grows with the number of distinct pre-tokens of the text, not with its length.
+Source: Sennrich, Haddow and Birch, "Neural Machine Translation of Rare Words with Subword Units" (2016), section 3.2,
+over bytes. Pairs are counted within pre-tokens; the most frequent pair becomes a token, ties go to the
+lexicographically greater pair of byte strings. A word is a `str` whose characters are token ids, so merging a pair is
+`str.replace`, which goes left to right as it must. Counts are updated only where the merged pair occurs, and the next
+pair comes from a heap with lazy deletion. Memory grows with the number of distinct pre-tokens of the text, not with its
+length.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ def train_bpe(
     least = 256 + max(1, len(special_tokens))
     require(
         least <= vocab_size <= MAX_IDS,
-        f"vocab_size is {vocab_size}; it must be at least {least}, 256 bytes and {least - 256} more, and at most {MAX_IDS}",
+        f"vocab_size is {vocab_size}; it must be at least {least}, 256 bytes and {least - 256} more, "
+        f"and at most {MAX_IDS}",
     )
     counts = _count_pretokens(input_path, special_tokens, resolve_workers(num_workers), progress)
     vocab = {byte: bytes([byte]) for byte in range(256)}
@@ -168,7 +170,7 @@ def _merge_pair(
     counts: dict[str, int],
     places: dict[str, list[int]],
 ) -> set[str]:
-    """Replace pair by merged in all words and update the counts around it. Returns the pairs that occur more often now."""
+    """Replace pair by merged in all words and update the counts around it. Returns the pairs that are now more."""
     left, right = pair
     grown: set[str] = set()
     for index in set(places.pop(pair)):  # a word once, however often it has the pair

@@ -1,6 +1,6 @@
 """Corpora, token files and batches: from a `dataset_mode` to the arrays that training reads.
 
-text --prepare_corpus--> train.txt, valid.txt --tokenize_to_npy--> train.npy, valid.npy --BatchSampler--> (inputs, targets)
+text --prepare_corpus--> train.txt, valid.txt --tokenize_to_npy--> train.npy, valid.npy --BatchSampler--> batches
 
 A token file is a 1-D `.npy` of uint16 or uint32 ids, opened as a read-only memory map, so its size is not bounded by
 memory. TinyStories is Eldan and Li 2023 (arXiv:2305.07759), read from the Hugging Face hub with `datasets`; the
@@ -225,7 +225,7 @@ def check_text(path: str | Path) -> int:
 
 
 def _split_text(text: Path, train: Path, valid: Path, valid_fraction: float) -> None:
-    """Hold out about the last valid_fraction of a text, cut after a document separator, else a line, else a character."""
+    """Hold out about the last valid_fraction of a text, cut after a document, else a line, else a character."""
     size = text.stat().st_size
     with text.open("rb") as source:
         with mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ) as view:
@@ -305,7 +305,8 @@ def _stream_tinystories(split: str) -> Iterator[str]:
                 yield row["text"]
     except Exception as error:  # the hub, its client and the parquet reader each have their own
         raise OSError(
-            f"the download of TinyStories' split '{split}' broke off ({_first_line(error)}); try again, or {_OTHER_MODES}"
+            f"the download of TinyStories' split '{split}' broke off ({_first_line(error)}); try again, or "
+            f"{_OTHER_MODES}"
         ) from error
 
 
@@ -422,9 +423,9 @@ def _windows(tokens: np.ndarray, starts: Iterable[int], length: int) -> tuple[np
 class BatchSampler:
     """Seeded random windows of a token array, the same whatever the number of processes and micro-batches.
 
-    Draw number n takes micro_batches * world_size * batch_size window starts from a generator seeded with (seed, n). They
-    are cut into blocks of batch_size, and micro-batch m of rank r is block m * world_size + r: together, the ranks and
-    micro-batches of a draw see what one process with the whole batch would. The state is n.
+    Draw number n takes micro_batches * world_size * batch_size window starts from a generator seeded with (seed, n).
+    They are cut into blocks of batch_size, and micro-batch m of rank r is block m * world_size + r: together, the ranks
+    and micro-batches of a draw see what one process with the whole batch would. The state is n.
 
     Args:
         tokens: shape (tokens,), any integer dtype. batch_size: B, windows a micro-batch and rank. context_length: T.
@@ -493,8 +494,8 @@ class BatchSampler:
         for name, value in self._identity().items():
             require(
                 state.get(name) == value,
-                f"the sampler's state has {name} {state.get(name)} and this run has {value}: it cannot continue exactly; "
-                "keep the setting, or start a new run",
+                f"the sampler's state has {name} {state.get(name)} and this run has {value}: it cannot continue "
+                "exactly; keep the setting, or start a new run",
             )
         draws = state.get("draws")
         require(isinstance(draws, int) and draws >= 0, f"the sampler's state has draws {draws!r}; expected 0 or more")

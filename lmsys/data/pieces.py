@@ -18,9 +18,9 @@ def piece_starts(data: bytes, is_ascii: bool, special: Sequence[tuple[int, int]]
     """Where the pieces of a UTF-8 text begin; the spans of special tokens are pieces of their own.
 
     Cuts as PIECE does, before whitespace that follows non-whitespace and before the last whitespace of a run, and also
-    inside a word where the pattern surely ends a pre-token: between letters, digits and other characters, except after an
-    apostrophe, and after whitespace other than a space. All of it only where the characters in question are ASCII. Most
-    pieces are then one pre-token; none is part of one.
+    inside a word where the pattern surely ends a pre-token: between letters, digits and other characters, except after
+    an apostrophe, and after whitespace other than a space. All of it only where the characters in question are ASCII.
+    Most pieces are then one pre-token; none is part of one.
     """
     characters = np.frombuffer(data, np.uint8)
     space = np.ones(len(data) + 2, bool)  # with the text's two ends
@@ -44,7 +44,7 @@ def piece_starts(data: bytes, is_ascii: bool, special: Sequence[tuple[int, int]]
     return np.flatnonzero(cut)
 
 
-# By byte. Kinds: 1 letter, 2 digit, 3 other ASCII, 4 whitespace that no pre-token begins with and goes on; 0 no cut here.
+# By byte. Kinds: 1 letter, 2 digit, 3 other ASCII, 4 whitespace that no pre-token begins with and goes on; 0 none.
 _IS_SPACE = np.array([chr(byte) in "\t\n\v\f\r " for byte in range(256)])
 _KIND = np.array(
     [0 if b > 127 or _IS_SPACE[b] else 1 if chr(b).isalpha() else 2 if chr(b).isdigit() else 3 for b in range(256)],
@@ -57,8 +57,8 @@ _KIND_BEFORE[[ord(" "), ord("'")]] = 0
 class PieceTable:
     """Encodes the pieces of a text by arrays: bytes of a piece -> entry -> its ids in a pool.
 
-    Pieces of up to 15 bytes are keys of two 64-bit numbers, the bytes and their count, in a hash table with linear probing;
-    longer ones are in a dict. The table is emptied when it is full.
+    Pieces of up to 15 bytes are keys of two 64-bit numbers, the bytes and their count, in a hash table with linear
+    probing; longer ones are in a dict. The table is emptied when it is full.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class PieceTable:
         return entries
 
     def _insert(self, low: np.ndarray, high: np.ndarray, missing: np.ndarray, entry: int) -> Iterator[np.ndarray]:
-        """Put the missing keys into the table with the entries from `entry` on. Yields a place of each, in their order."""
+        """Put the missing keys into the table with the entries from `entry` on. Yields a place of each, in order."""
         while len(missing):
             slots, found = self._find(low[missing], high[missing])
             missing, slots = missing[~found], slots[~found]
@@ -151,7 +151,7 @@ class PieceTable:
         self._pool = np.append(self._pool, ids.astype(self._pool.dtype))
 
     def _find(self, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(slot, whether it holds the key) for each key; where it does not, the slot is the free one that would take it."""
+        """(slot, whether it holds the key) for each key; where it does not, it is the free slot that would take it."""
         slots = (((low ^ (high * _HASH_HIGH)) * _HASH_LOW) >> self._shift).astype(np.int64)
         found = (self._low[slots] == low) & (self._high[slots] == high)
         left = np.flatnonzero(~found & (self._high[slots] != 0))

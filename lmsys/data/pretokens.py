@@ -1,10 +1,10 @@
 r"""Pre-tokens: GPT-2's pattern, the faster cuts that agree with it, special tokens, and files cut into chunks.
 
-Text is first cut into *pieces*, `\s?\S+|\s+(?!\S)`, by the standard library's `re`; GPT-2's pattern, three times slower,
-sees each distinct piece once. This changes nothing: a match of GPT-2's pattern is whitespace only, or non-whitespace after
-at most one space, so a pre-token always ends where whitespace follows non-whitespace; a run of whitespace before
-non-whitespace is matched without its last character; and the lookahead, the only part of the pattern that sees beyond its
-match, finds at the end of a piece what allows the same match as in the whole text.
+Text is first cut into *pieces*, `\s?\S+|\s+(?!\S)`, by the standard library's `re`; GPT-2's pattern, three times
+slower, sees each distinct piece once. This changes nothing: a match of GPT-2's pattern is whitespace only, or
+non-whitespace after at most one space, so a pre-token always ends where whitespace follows non-whitespace; a run of
+whitespace before non-whitespace is matched without its last character; and the lookahead, the only part of the pattern
+that sees beyond its match, finds at the end of a piece what allows the same match as in the whole text.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ def find_chunk_boundaries(
 
     A cut lies at the start of a special token or, where none comes within 64 KiB, before ASCII whitespace that follows
     a character other than whitespace, where a pre-token always ends (see the top of the module). No occurrence of a
-    special token lies across a cut, so no character and no special token is split. Text without such a place stays one chunk.
+    special token lies across a cut, so no character and no special token is split. Text without such a place stays one
+    chunk.
 
     Returns:
         Offsets from 0 to the file's size, strictly increasing.

@@ -1,14 +1,15 @@
 """The offline default corpus: a seeded generator of short simple stories, written for this package.
 
 In the spirit of TinyStories (Eldan and Li 2023, arXiv:2305.07759): the words of a small child, names, places and
-objects, a problem and an ending, 60 to 250 words. TinyStories was sampled from large models; this is a grammar. A story is
-one of the PLOTS, a sequence of beats; a beat has several phrasings, some beats are left out, and what a phrasing
+objects, a problem and an ending, 60 to 250 words. TinyStories was sampled from large models; this is a grammar. A story
+is one of the PLOTS, a sequence of beats; a beat has several phrasings, some beats are left out, and what a phrasing
 leaves open (who, what, where) is drawn once for each story from BANKS and RECORDS, so that names, pronouns and objects
 stay the same throughout. It is enough to learn English sentences and the shape of a story from, and no more.
 
-All words are in stories.json. The notation of a phrasing: `[a|b]` is a or b, `[|a]` is a or nothing, `{toy}` is the story's
-toy, `{toy2}` another one than `{toy}`, `{Toy}` the same with a capital. A beat that starts with "?" can be left out; where it
-says "outdoors" it is the beat of that name, and "\n\n" is where a paragraph can end. A bank that is one string is its words.
+All words are in stories.json. The notation of a phrasing: `[a|b]` is a or b, `[|a]` is a or nothing, `{toy}` is the
+story's toy, `{toy2}` another one than `{toy}`, `{Toy}` the same with a capital. A beat that starts with "?" can be left
+out; where it says "outdoors" it is the beat of that name, and "\n\n" is where a paragraph can end. A bank that is one
+string is its words.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ GROWN_UPS = _DATA["grown_ups"]  # by kind of hero: [noun, address, pronoun]
 BANKS = {
     name: _bank(value) for name, value in _DATA["banks"].items()
 }  # a slot, with or without a digit, draws from one
-# Several texts that belong together. {place_to} is the field `to` of the story's place; a field that is a list becomes a
-# bank of the story, so that {spot}, {spot2} and {spot3} lie in the same place.
+# Several texts that belong together. {place_to} is the field `to` of the story's place; a field that is a list becomes
+# a bank of the story, so that {spot}, {spot2} and {spot3} lie in the same place.
 RECORDS = _DATA["records"]
 OWNER = {"spot": "place"}  # banks that come with a record
 OPENING, ENDING = _DATA["opening"], _DATA["ending"]

@@ -2,8 +2,8 @@
 
 The pre-tokenization pattern is GPT-2's (Radford et al., 2019, section 2.2). Encoding merges, in each pre-token, all
 occurrences of the pair that was learned first, until no learned pair is left (Sennrich, Haddow and Birch, 2016);
-lmsys.data.bpe learns the pairs. How pieces are encoded is remembered in bounded caches: a short text looks its pieces up in
-a dict, a long one by arrays (lmsys.data.pieces), and new pieces are merged all at once, a merge of each word a round.
+lmsys.data.bpe learns the pairs. How pieces are encoded is remembered in bounded caches: a short text looks its pieces
+up in a dict, a long one by arrays (lmsys.data.pieces), and new pieces are merged all at once, a merge a word and round.
 
 Limits: at most 1,114,112 token ids. A Tokenizer is for one thread at a time; encode_file_chunks uses processes.
 """
@@ -164,7 +164,8 @@ class Tokenizer:
         dtype = np.dtype(self.token_dtype if dtype is None else dtype)
         require(
             dtype.kind in "iu" and np.iinfo(dtype).max >= self.vocab_size - 1,
-            f"dtype {dtype} cannot hold the ids of a vocabulary of {self.vocab_size}; take {np.dtype(self.token_dtype)}",
+            f"dtype {dtype} cannot hold the ids of a vocabulary of {self.vocab_size}; take "
+            f"{np.dtype(self.token_dtype)}",
         )
         try:
             if len(text) > SHORT_TEXT:
@@ -276,7 +277,7 @@ class Tokenizer:
     def _merge_many(self, symbols: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Merge many words at once: in each round, each word's pair that was learned first, at all its places.
 
-        Takes the ids of the words' bytes, one word after the other, and how many each has; returns their tokens likewise.
+        Takes the ids of the words' bytes, one word after the other, and how many each has; returns them likewise.
         """
         word = np.repeat(np.arange(len(lengths)), lengths)
         ranks = self._pair_ranks(symbols, word, np.arange(len(symbols)))
@@ -311,7 +312,7 @@ class Tokenizer:
         return np.where(is_pair, self._key_ranks[found], _NEVER)
 
     def _merge(self, word: bytes) -> list[int]:
-        """As _merge_many for one word, in n log n for n bytes: a linked list of symbols, and the places of each pair."""
+        """As _merge_many for one word, in n log n for n bytes: a linked list of symbols and the places of each pair."""
         symbols = self._byte_ids[list(word)].tolist()  # -1 where a symbol has gone into the one before it
         after = [*range(1, len(word)), -1]
         before = list(range(-1, len(word) - 1))
@@ -385,7 +386,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Tokenizer:
-        """A tokenizer that save() wrote. ValueError, naming the file, where it is missing, damaged or something else."""
+        """A tokenizer that save() wrote. ValueError names a file that is missing, damaged or something else."""
         with _naming_damage(path):
             value = json.loads(Path(path).read_bytes())
             require(
@@ -428,7 +429,7 @@ class Tokenizer:
         """Write a tokenizer.json that Hugging Face `tokenizers` loads and that gives the same ids; atomic.
 
         Raises:
-            ValueError: a special token reads like the printable form of another token, which that format cannot tell apart.
+            ValueError: a special token reads like the printable form of another, which the format cannot tell apart.
         """
         special = {self.token_id(token): token for token in self.special_tokens}
         names = {index: special.get(index) or _to_printable(token) for index, token in self.vocab.items()}
@@ -455,7 +456,7 @@ class Tokenizer:
         """A tokenizer from a Hugging Face tokenizer.json, which gives the same ids.
 
         Raises:
-            ValueError: the file is missing or damaged, or anything but byte-level BPE with GPT-2's pattern: names what it has.
+            ValueError: the file is missing or damaged, or not byte-level BPE with GPT-2's pattern: names what it has.
         """
 
         def only(what: str, given: Any, *allowed: Any) -> None:
