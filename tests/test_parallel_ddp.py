@@ -99,13 +99,13 @@ def accumulation(process):
         counts = {"inside": 0, "outside": 0}
         where = "outside"
         if name != "torch_ddp":
-            average = wrapped._average
+            average = wrapped._transport.average
 
             def counted(*args, average=average, **kwargs):
                 counts[where] += 1  # noqa: B023 (called in this turn of the loop only)
                 return average(*args, **kwargs)
 
-            wrapped._average = counted
+            wrapped._transport.average = counted
         optimizer = sgd([p for p in module.parameters() if p.requires_grad])
         for step in range(STEPS):
             optimizer.zero_grad(set_to_none=True)
@@ -231,7 +231,7 @@ def early(process):
             tokens, targets = (share(t, process.rank, RANKS) for t in batch(0))
             tokens[0, 0] = 0
             loss(wrapped, tokens, targets).backward()
-            sent.append(wrapped._progress.next)
+            sent.append(len(wrapped._sent))
             wrapped.finish_gradient_synchronization()
         found[layout] = {
             "sent": sent,

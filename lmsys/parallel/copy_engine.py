@@ -1,25 +1,24 @@
 """Averaging over the GPUs of one machine by their copy engines, which leaves the SMs to the backward pass.
 
-A collective of NCCL is a kernel: its blocks hold SMs for as long as bytes travel, and a matrix product that wants all SMs waits for
-them or runs in two waves. Here the bytes travel by copies between the GPUs' memories, and a GPU waits for another by a
-stream operation (cuStreamWaitValue32), not by a kernel that spins. What is left for the SMs is the addition and a local copy.
+A collective of NCCL is a kernel: its blocks hold SMs for as long as bytes travel, and a matmul that wants all SMs waits
+for them or runs in two waves. Here the bytes travel by copies between the GPUs' memories, and a GPU waits for another by a
+stream operation (cuStreamWaitValue32). What is left for the SMs is the addition and a local copy.
 
-A list of tensors, taken as one vector, is cut into pieces, and a piece into one chunk a rank. Each piece passes three queues, which
-are CUDA streams; piece by piece they overlap:
+A list of tensors, taken as one vector, is cut into pieces, and a piece into one chunk a rank. Each piece passes three
+queues, which are CUDA streams; piece by piece they overlap:
 
-    send     copy each peer's chunk of what is here into that peer's inbox          then tell it: sent
+    send     copy each peer's chunk of what is here into that peer's inbox            then tell it: sent
     add      wait for sent from all; add their chunks to the own one, divide;
-             copy the mean into every peer's outbox slot for this rank               then tell it: added
-    receive  wait for added from all; copy their means from the outbox to their
-             places                                                                  then tell it: received
+             copy the mean into every peer's outbox slot for this rank                then tell it: added
+    receive  wait for added from all; copy their means from the outbox to their place then tell it: received
 
-Inbox and outbox are memory that all ranks have mapped (torch's symmetric memory); their slots are used in turn, and whoever fills a
-slot waits until the peer has emptied it. The tensors themselves stay where they are, and every rank gets the same bits.
+Inbox and outbox are memory that all ranks have mapped (torch's symmetric memory); their slots are used in turn, and
+whoever fills a slot waits until the peer has emptied it. The tensors stay where they are; every rank gets the same bits.
 
-A rank's wait depends only on work that all ranks enqueue earlier, so queues that share a hardware channel cannot block each other.
-Pieces are counted from 1 in each round, such as a training step; close() ends one. The same round can then be replayed as a CUDA graph,
-whose branches CUDA enqueues as it likes: there a piece's queues also wait for each other on their own GPU, so that no wait comes before what
-it depends on.
+A rank's wait depends only on work that all ranks enqueue earlier, so queues that share a hardware channel cannot block
+each other. Pieces are counted from 1 in each round, such as a training step; close() ends one. The same round can then be
+replayed as a CUDA graph, whose branches CUDA enqueues as it likes: there a piece's queues also wait for each other on
+their own GPU, so that no wait comes before what it depends on.
 
 Sources: reduce-scatter and all-gather as halves of an all-reduce, Thakur, Rabenseifner, Gropp, "Optimization of Collective
 Communication Operations in MPICH" (2005); copies in place of kernels, as in torch's asynchronous tensor parallelism.
@@ -32,15 +31,14 @@ import ctypes
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lmsys.parallel.group import check_same_everywhere
+from lmsys.parallel.group import check_same_everywhere, gather_objects
 
 QUEUES = SEND, ADD, RECEIVE = 0, 1, 2
 _READY = len(QUEUES)  # the flag that says that a rank has closed its round
@@ -60,51 +58,20 @@ class Range(NamedTuple):
 Piece = tuple[tuple[Range, ...], ...]  # a chunk a rank
 
 
-class Fabric(Protocol):
-    """Memory that ranks share, by address, and queues of work on it. Queues run beside each other, each in order."""
-
-    def addresses(self) -> list[int]:
-        """Where every rank's memory is for this rank; zeros at the start."""
-
-    def inside(self, start: int, elements: int, dtype: torch.dtype) -> Tensor:
-        """Elements of this rank's memory, from a byte on."""
-
-    def start(self, *queues: int) -> None:
-        """The queues go on after what the caller has enqueued so far."""
-
-    def on(self, queue: int) -> None:
-        """torch's operations go to the queue, until off()."""
-
-    def off(self) -> None:
-        """They go where they went before."""
-
-    def copy(self, queue: int, destination: int, source: int, size: int) -> None:
-        """Copy so many bytes from address to address, on no SM."""
-
-    def tell(self, queue: int, address: int, value: int) -> None:
-        """After the queue's work so far, write value, 32 bits, to an address."""
-
-    def wait(self, queue: int, address: int, value: int) -> None:
-        """The queue's later work waits until the 32 bits at an address of this rank are at least value."""
-
-    def order(self, first: int, then: int) -> None:
-        """What queue `then` does from here on is enqueued after what `first` has; for a program in which that is so, nothing to do."""
-
-    def end(self, *queues: int) -> Any:
-        """An object whose wait() makes the caller's later work wait for the queues' work so far."""
+Part = tuple[int, int, int, int]  # of a chunk: address in a box, tensor, byte therein, bytes
+Message = tuple[int, int, list[Part]]  # to or from a peer: its flag here, ours there, and the parts
 
 
-@dataclass(frozen=True)
-class _Pass:
-    """What a piece does in a slot, worked out once. Parts are (address in a box, tensor, byte therein, bytes)."""
+class _Pass(NamedTuple):
+    """What a piece does in a slot, worked out once."""
 
-    sends: list[tuple[int, int, list[tuple[int, int, int, int]]]]  # a peer: its flag here, ours there, and the parts
+    sends: list[Message]
+    arrived: list[int]  # flags here
     sums: list[
         tuple[int, int, int, list[Tensor]]
     ]  # tensor, start, stop of the own chunk, and what each peer sent for it
-    arrived: list[int]  # flags here
-    means: list[tuple[int, int, list[tuple[int, int, int, int]]]]  # as sends
-    takes: list[tuple[int, int, list[tuple[int, int, int, int]]]]  # a peer: its flag here, ours there, and the parts
+    means: list[Message]
+    takes: list[Message]
 
 
 class CopyEngine:
@@ -112,8 +79,8 @@ class CopyEngine:
 
     Args:
         group, device: the processes, each with its GPU.
-        piece_mb: of tensors that travel as one piece. slots: pieces under way at most. A rank shares about the product of both.
-        fabric: what carries the bytes; None: the GPUs' own links. Called with the bytes that each rank shares.
+        piece_mb: of tensors that travel as one piece. slots: pieces under way at most. A rank shares about their product.
+        fabric: makes what carries the bytes, with the interface of Links (which None is), of the bytes that a rank shares.
     Raises:
         ValueError: numbers out of range, or GPUs that cannot reach each other's memory.
     """
@@ -125,7 +92,7 @@ class CopyEngine:
         *,
         piece_mb: float = PIECE_MB,
         slots: int = 2,
-        fabric: Callable[[int], Fabric] | None = None,
+        fabric: Callable[[int], Links] | None = None,
     ):
         if not piece_mb > 0 or slots < 1:
             raise ValueError(f"piece_mb is {piece_mb} and slots {slots}; they must be above 0, and 1 or more")
@@ -141,7 +108,7 @@ class CopyEngine:
         self._passes: dict[tuple, _Pass] = {}
 
     def average(self, tensors: Sequence[Tensor]) -> Any:
-        """Start to average tensors of one dtype, contiguous, in place; the object's wait() orders the caller's later work after it.
+        """Start to average contiguous tensors of one dtype in place; what it returns has a wait() for the caller's stream.
 
         The caller keeps the tensors, and leaves them alone, until then.
         """
@@ -159,11 +126,10 @@ class CopyEngine:
                 self._fabric.tell(SEND, ready, 0)
         for index, piece in enumerate(plan):
             slot = self._sequence % self._slots
-            found = self._passes.get((key, index, slot))
-            if found is None:
-                found = self._passes[key, index, slot] = self._pass(piece, slot, tensors[0].dtype)
+            if (key, index, slot) not in self._passes:
+                self._passes[key, index, slot] = self._pass(piece, slot, tensors[0].dtype)
             self._sequence += 1
-            self._enqueue(found, tensors, addresses)
+            self._enqueue(self._passes[key, index, slot], tensors, addresses)
         return self._fabric.end(*QUEUES)
 
     def close(self) -> Any:
@@ -189,7 +155,7 @@ class CopyEngine:
         copy, tell, wait = fabric.copy, fabric.tell, fabric.wait
         done, emptied = self._sequence, self._sequence - self._slots
 
-        def push(queue: int, messages: list[tuple[int, int, list[tuple[int, int, int, int]]]]) -> None:
+        def push(queue: int, messages: list[Message]) -> None:
             """Copy parts to peers whose slots are empty."""
             for theirs, ours, parts in messages:
                 wait(queue, theirs, emptied)
@@ -222,7 +188,7 @@ class CopyEngine:
     def _pass(self, piece: Piece, slot: int, dtype: torch.dtype) -> _Pass:
         own, inbox, outbox = piece[self.rank], 0, 1
 
-        def parts(chunk: tuple[Range, ...], place: int) -> list[tuple[int, int, int, int]]:
+        def parts(chunk: tuple[Range, ...], place: int) -> list[Part]:
             size = dtype.itemsize
             return [(place + r.offset * size, r.tensor, r.start * size, (r.stop - r.start) * size) for r in chunk]
 
@@ -230,21 +196,22 @@ class CopyEngine:
             start = self._place(inbox, slot, self.rank, peer) + part.offset * dtype.itemsize
             return self._fabric.inside(start, part.stop - part.start, dtype)
 
+        def message(queue: int, own_queue: int, peer: int, chunk: tuple[Range, ...], place: int) -> Message:
+            """queue: the peer's, whose flag is waited for. own_queue: of this rank, which tells. place: of the chunk."""
+            return self._flag(self.rank, queue, peer), self._flag(peer, own_queue, self.rank), parts(chunk, place)
+
         def there(box: int, peer: int) -> int:
             return self._addresses[peer] + self._place(box, slot, peer, self.rank)
-
-        def flags(queue: int, own_queue: int, peer: int) -> tuple[int, int]:
-            return self._flag(self.rank, queue, peer), self._flag(peer, own_queue, self.rank)
 
         here = self._addresses[self.rank]
         return _Pass(
             # A peer that has added a piece has emptied its slot of the inbox.
-            sends=[(*flags(ADD, SEND, peer), parts(piece[peer], there(inbox, peer))) for peer in self._peers],
-            sums=[(r.tensor, r.start, r.stop, [sent(r, peer) for peer in self._peers]) for r in own],
+            sends=[message(ADD, SEND, peer, piece[peer], there(inbox, peer)) for peer in self._peers],
             arrived=[self._flag(self.rank, SEND, peer) for peer in self._peers],
-            means=[(*flags(RECEIVE, ADD, peer), parts(own, there(outbox, peer))) for peer in self._peers],
+            sums=[(r.tensor, r.start, r.stop, [sent(r, peer) for peer in self._peers]) for r in own],
+            means=[message(RECEIVE, ADD, peer, own, there(outbox, peer)) for peer in self._peers],
             takes=[
-                (*flags(ADD, RECEIVE, peer), parts(piece[peer], here + self._place(outbox, slot, self.rank, peer)))
+                message(ADD, RECEIVE, peer, piece[peer], here + self._place(outbox, slot, self.rank, peer))
                 for peer in self._peers
             ],
         )
@@ -255,7 +222,7 @@ class CopyEngine:
         return box * self._box_bytes + (slot * len(self._peers) + position) * self._chunk_bytes
 
     def _flag(self, owner: int, queue: int, writer: int) -> int:
-        """The address in owner's memory where writer tells how many pieces a queue of its has dealt with, or that it is ready."""
+        """Where in owner's memory writer tells how many pieces a queue of its has dealt with, or that it is ready."""
         return self._addresses[owner] + 2 * self._box_bytes + 4 * (queue * self.world_size + writer)
 
 
@@ -290,11 +257,10 @@ def reachable() -> bool:
 
 
 def everywhere(group: dist.ProcessGroup, device: torch.device) -> bool:
-    """Whether the group's processes are on one machine and its GPUs reach each other's memory; the same answer in all of them."""
+    """Whether the group is on one machine whose GPUs reach each other's memory; the same answer in all processes."""
     if device.type != "cuda" or dist.get_backend(group) != "nccl":
         return False
-    answers: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(answers, (_machine(), reachable()), group=group)
+    answers = gather_objects((_machine(), reachable()), group)
     return all(reached and machine == answers[0][0] for machine, reached in answers)
 
 
@@ -323,17 +289,17 @@ class _Ended:
 
 
 class Links:
-    """A Fabric of GPUs of one machine: torch's symmetric memory, a stream a queue, and the driver's operations on streams.
+    """What CopyEngine asks of GPUs of one machine: memory that ranks share, by address, and queues of work on it.
 
-    The driver is called directly: torch's copies of slices cost the host several times as much.
+    Queues run beside each other, each in order. They are streams, on which the driver is called directly: torch's copies
+    of slices cost the host several times as much. The memory is torch's symmetric memory.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, memory_bytes: int):
         if device.type != "cuda":
             raise ValueError(f"copy engines are a GPU's, and the parameters are on {device}; give transport='nccl'")
-        check_same_everywhere(
-            _machine(), "the machine", group, "copies reach GPUs of one machine: give transport='nccl'"
-        )
+        fix = "copies reach GPUs of one machine: give transport='nccl'"
+        check_same_everywhere(_machine(), "the machine", group, fix)
         from torch.distributed import _symmetric_memory
 
         try:
@@ -354,19 +320,23 @@ class Links:
         dist.barrier(group)  # nobody writes to memory that its owner has yet to clear
 
     def addresses(self) -> list[int]:
+        """Where every rank's memory is for this rank; zeros at the start."""
         size, ranks = self._memory.numel(), range(self._handle.world_size)
         return [self._handle.get_buffer(rank, (size,), torch.uint8).data_ptr() for rank in ranks]
 
     def inside(self, start: int, elements: int, dtype: torch.dtype) -> Tensor:
+        """Elements of this rank's memory, from a byte on."""
         return self._memory[start : start + elements * dtype.itemsize].view(dtype)
 
     def start(self, *queues: int) -> None:
+        """The queues go on after what the caller has enqueued so far."""
         here = torch.cuda.Event()
         here.record()
         for queue in queues:
             self._streams[queue].wait_event(here)
 
     def on(self, queue: int) -> None:
+        """torch's operations go to the queue, until off()."""
         self._before = torch.cuda.current_stream()
         torch.cuda.set_stream(self._streams[queue])
 
@@ -374,19 +344,24 @@ class Links:
         torch.cuda.set_stream(self._before)
 
     def copy(self, queue: int, destination: int, source: int, size: int) -> None:
+        """Copy so many bytes from address to address, on no SM."""
         _check(self._copy(destination, source, size, self._pointers[queue]))
 
     def tell(self, queue: int, address: int, value: int) -> None:
+        """After the queue's work so far, write value, 32 bits, to an address."""
         _check(self._write(self._pointers[queue], address, value, 0))
 
     def wait(self, queue: int, address: int, value: int) -> None:
+        """The queue's later work waits until the 32 bits at an address of this rank are at least value."""
         _check(self._wait(self._pointers[queue], address, value, 0))
 
     def order(self, first: int, then: int) -> None:
+        """In a graph, what `then` does from here on comes after what `first` has; else the program's order is enough."""
         if torch.cuda.is_current_stream_capturing():
             self._streams[then].wait_stream(self._streams[first])
 
     def end(self, *queues: int) -> _Ended:
+        """An object whose wait() makes the caller's later work wait for the queues' work so far."""
         events = []
         for queue in queues:
             events.append(torch.cuda.Event())
@@ -401,7 +376,7 @@ def _check(status: int) -> None:
 
 @functools.cache
 def _driver() -> ctypes.CDLL:
-    """CUDA's driver. Flags 0 of a wait: until the value is reached; of a write: after all that the stream wrote before."""
+    """CUDA's driver. Flags 0 of a wait: until the value is reached; of a write: after the stream's writes before."""
     driver = ctypes.CDLL("libcuda.so.1")
     for function in (driver.cuStreamWriteValue32_v2, driver.cuStreamWaitValue32_v2):
         function.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint]

@@ -7,25 +7,26 @@
     torch_ddp torch's DistributedDataParallel behind the same interface: the peer
 
 Sources: Li et al., "PyTorch Distributed", arXiv 2006.15704 (buckets, overlap, unused parameters). Different here:
-- Buckets are filled in the order in which gradients arrived in the first backward pass of rank 0, not in that of registration.
-- The memory of gradients is autograd's own. A bucket of layout "grouped" is one NCCL launch over tensors that stay where they
-  are: nothing is copied, and no buffer outlives the step or is zeroed for the next. Layout "flat" copies a full bucket once,
-  into one buffer that then holds its gradients.
-- Among GPUs of one machine their copy engines can carry the bytes (lmsys.parallel.copy_engine), in place of kernels of NCCL, which take
-  SMs from backward.
-- Whether a parameter was used by any rank travels with the last bucket, and only a rank that left one unused waits to read it.
+- Buckets are filled in the order in which gradients arrived in the first backward pass of rank 0, not of registration.
+- The memory of gradients is autograd's own. A bucket of layout "grouped" is one NCCL launch over tensors that stay where
+  they are: nothing is copied, and no buffer outlives the step or is zeroed for the next. Layout "flat" copies a full
+  bucket once, into one buffer that then holds its gradients.
+- Among GPUs of one machine their copy engines can carry the bytes (lmsys.parallel.copy_engine), in place of kernels of
+  NCCL, which take SMs from backward.
+- Whether any rank used a parameter travels with the last bucket; only a rank that left one unused waits to read it.
 
-What all of them do. Parameters and buffers are broadcast from rank 0 at the start, after checking that all ranks have the same
-ones. finish_gradient_synchronization(), called after backward and before clipping or the optimizer step, leaves every rank with
-the mean over ranks in .grad; a rank that did not use a parameter counts as zero; where no rank used it, .grad is None, as with
-one process. All but the last backward pass of a step run under no_sync(), whose gradients add up locally. Ranks weigh alike, so
-their batches must have one shape: a rank whose batch differs in shape from the first one's raises ValueError before its forward
-pass, at no cost in communication; where all ranks change shape together, say check_batches=False.
+What all of them do. Parameters and buffers are broadcast from rank 0 at the start, after checking that all ranks have the
+same ones. finish_gradient_synchronization(), called after backward and before clipping or the optimizer step, leaves
+every rank with the mean over ranks in .grad; a rank that did not use a parameter counts as zero; where no rank used it,
+.grad is None, as with one process. All but the last backward pass of a step run under no_sync(), whose gradients add up
+locally. Ranks weigh alike, so their batches must have one shape: a rank whose batch differs in shape from the first one's
+raises ValueError before its forward pass, at no cost in communication; where all ranks change shape together, say
+check_batches=False.
 
 Compile by block (block.compile()): a hook then runs as each block's backward ends. A module compiled whole delivers all
 gradients at the end of backward, right but with nothing to overlap.
 
-Limits: dense gradients; buffers are not synchronized after the start; requires_grad is read once; parameters on one device.
+Limits: dense gradients; buffers are not synchronized after the start; requires_grad is read once; one device.
 """
 
 from __future__ import annotations
@@ -40,21 +41,52 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lmsys.config import TRANSPORTS
-from lmsys.parallel import copy_engine
+from lmsys.parallel import copy_engine, shards
 from lmsys.parallel.copy_engine import CopyEngine
-from lmsys.parallel.group import broadcast_from_rank0, check_same_everywhere
+from lmsys.parallel.group import broadcast_from_rank0, check_initialized, check_same_everywhere
 from lmsys.parallel.hooks import on_gradient
 
 LAYOUTS = ("grouped", "flat")
-BUCKET_MB = {
-    "nccl": 25.0,
-    "copy_engine": 100.0,
-}  # of flashddp where none is given; a copy engine's message costs the host more
+BUCKET_MB = {"nccl": 25.0, "copy_engine": 100.0}  # of flashddp by default; a copy engine's message costs the host more
 _ALIGNMENT = 32  # bytes, of a gradient in a buffer: vector loads of 16 bytes, and the sectors of a GPU's memory
 
 
+class AllReduce:
+    """Averages over a group by all-reduces of NCCL, or of Gloo on a CPU: the transport that CopyEngine stands in for."""
+
+    memory_bytes = 0  # that torch's allocator does not count
+
+    def __init__(self, group: dist.ProcessGroup):
+        self._group, self._is_nccl = group, dist.get_backend(group) == "nccl"
+        self._one, self._several = dist.AllreduceOptions(), dist.distributed_c10d.AllreduceCoalescedOptions()
+        # NCCL averages as it sums; Gloo only sums, and the gradients are divided before.
+        self._one.reduceOp = self._several.reduceOp = dist.ReduceOp.AVG if self._is_nccl else dist.ReduceOp.SUM
+
+    def average(self, tensors: list[Tensor], *, async_op: bool = True) -> dist.Work | None:
+        """Average tensors of one dtype, in place and in one launch; async_op: start to, and return what to wait for."""
+        if not self._is_nccl:
+            torch._foreach_div_(tensors, dist.get_world_size(self._group))
+        # The group's own methods: dist.all_reduce costs the host as much again as all that it calls.
+        if len(tensors) == 1:
+            self._one.asyncOp = async_op
+            work = self._group.allreduce(tensors, self._one)
+        else:
+            self._several.asyncOp = async_op
+            work = self._group.allreduce_coalesced(tensors, self._several)
+        if work is not None and not async_op:
+            work.wait()
+        return work
+
+    def close(self) -> AllReduce:
+        """End a step. Unlike copy engines this has no rounds: to wait for the end is nothing."""
+        return self
+
+    def wait(self) -> None:
+        """See close."""
+
+
 class DataParallel(nn.Module):
-    """A replica of a module and what the wrappers share. A wrapper defines _synchronize().
+    """A replica of a module and what the wrappers share. A wrapper defines _average().
 
     Args:
         module: on the device of its process; every process has the same one but for values.
@@ -64,13 +96,8 @@ class DataParallel(nn.Module):
 
     def __init__(self, module: nn.Module, *, group: dist.ProcessGroup | None = None, check_batches: bool = True):
         super().__init__()
-        if not dist.is_initialized():
-            raise ValueError(
-                f"{type(self).__name__} needs a process group; start the program with torchrun and open "
-                "lmsys.parallel.group.process_group"
-            )
+        check_initialized(type(self).__name__)
         self.group = dist.group.WORLD if group is None else group
-        self.world_size = dist.get_world_size(self.group)
         self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._check(module)
         make_replicas(module, self.group)
@@ -80,14 +107,10 @@ class DataParallel(nn.Module):
         self._batch_shape: torch.Size | None = None  # of the first forward pass
         self._batch_agreed = not check_batches
         self._device = self.trained[0].device
-        # NCCL averages as it sums; Gloo only sums, and the gradients are divided before.
-        self._average_op = dist.ReduceOp.AVG if self._is_nccl else dist.ReduceOp.SUM
-        self._one, self._several = dist.AllreduceOptions(), dist.distributed_c10d.AllreduceCoalescedOptions()
-        self._one.reduceOp = self._several.reduceOp = self._average_op
-
-    @property
-    def _is_nccl(self) -> bool:
-        return dist.get_backend(self.group) == "nccl"
+        self._transport: AllReduce | CopyEngine = AllReduce(self.group)
+        self._arrived = bytearray(len(self.trained))  # gradients of this step, by index
+        for index, parameter in enumerate(self.trained):
+            on_gradient(parameter, self._on_gradient, index)
 
     def _check(self, module: nn.Module) -> None:
         name = type(self).__name__
@@ -97,7 +120,7 @@ class DataParallel(nn.Module):
         if len(devices) > 1:
             raise ValueError(f"{name}: the parameters lie on {', '.join(map(str, devices))}; move them to one device")
         (device,) = devices
-        if self._is_nccl and device.type != "cuda":
+        if dist.get_backend(self.group) == "nccl" and device.type != "cuda":
             raise ValueError(
                 f"{name}: the process group is NCCL's and the module is on {device}; move it to the process's GPU"
             )
@@ -119,20 +142,36 @@ class DataParallel(nn.Module):
             return
         if self._batch_shape is not None:
             raise ValueError(
-                f"this batch has shape {tuple(shape)}, the first had {tuple(self._batch_shape)}: all ranks weigh alike in the "
-                "mean of gradients, so their batches must have one shape; drop an incomplete last batch, or give "
+                f"this batch has shape {tuple(shape)}, the first had {tuple(self._batch_shape)}: all ranks weigh alike "
+                "in the mean of gradients, so their batches must have one shape; drop an incomplete last batch, or give "
                 "check_batches=False if every rank changes shape in the same step"
             )
         self._batch_shape = shape
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Backward passes in here add to the local gradients and communicate nothing; the first one outside sends the sum."""
+        """Backward passes in here only add to the local gradients; the first one outside sends the sum."""
         before, self._synchronizes = self._synchronizes, False
         try:
             yield
         finally:
             self._synchronizes = before
+
+    def _on_gradient(self, index: int, parameter: nn.Parameter) -> None:
+        """The hook: runs when backward has added to parameter.grad."""
+        if not self._synchronizes:
+            return
+        if self._arrived[index]:
+            raise RuntimeError(
+                "a second backward pass reached a gradient that may be on its way: call "
+                "finish_gradient_synchronization() after each, or put all but the last backward pass of a step under "
+                "no_sync()"
+            )
+        self._arrived[index] = 1
+        self._gradient_arrived(index)
+
+    def _gradient_arrived(self, index: int) -> None:
+        """For wrappers that communicate during backward."""
 
     @torch.no_grad()
     def finish_gradient_synchronization(self) -> None:
@@ -145,49 +184,30 @@ class DataParallel(nn.Module):
             check_same_everywhere(str(shape), "the shape of the batch", self.group, "drop an incomplete last batch")
             self._batch_agreed = True
         self._synchronize()
+        self._arrived[:] = bytes(len(self._arrived))
 
     def _synchronize(self) -> None:
+        used, flags = self._use()
+        self._average()
+        self._transport.average([flags], async_op=False)
+        self._drop_unused(used, flags)
+
+    def _average(self) -> None:
+        """Average all gradients."""
         raise NotImplementedError
 
-    # --- Helpers of the wrappers ---
+    def _use(self) -> tuple[list[bool], Tensor]:
+        """Which parameters this rank used, and the same as flags to average. The others get zeros to take part with."""
+        used = [parameter.grad is not None for parameter in self.trained]
+        for parameter in self.trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+        return used, shards.flags_of(used, self._device)
 
-    def _average(self, tensors: list[Tensor], *, async_op: bool = False) -> dist.Work | None:
-        """Average tensors of one dtype over the ranks, in place and in one launch."""
-        if not self._is_nccl:
-            torch._foreach_div_(tensors, self.world_size)
-        # The group's own methods: dist.all_reduce costs the host as much again as all that it calls.
-        if len(tensors) == 1:
-            self._one.asyncOp = async_op
-            work = self.group.allreduce(tensors, self._one)
-        else:
-            self._several.asyncOp = async_op
-            work = self.group.allreduce_coalesced(tensors, self._several)
-        if async_op or work is None:
-            return work
-        work.wait()
-        return None
-
-    def _use(self) -> tuple[Tensor, list[nn.Parameter]]:
-        """Which parameters this rank used: (parameters,) ones and zeros on the device, and the list of those it did not.
-
-        The latter get zeros as gradients, to take part with.
-        """
-        unused = [parameter for parameter in self.trained if parameter.grad is None]
-        if not unused:
-            return torch.ones(len(self.trained), device=self._device), unused
-        used = torch.tensor([float(parameter.grad is not None) for parameter in self.trained])
-        for parameter in unused:
-            parameter.grad = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
-        return used.to(self._device), unused
-
-    def _drop_unused(self, used: Tensor, unused: list[nn.Parameter]) -> None:
-        """After averaging `used`: .grad of a parameter that no rank used becomes None. Waits for the GPU if `unused` has any."""
-        if not unused:
-            return
-        anywhere = used.tolist()
-        idle = {id(parameter) for parameter, share in zip(self.trained, anywhere, strict=True) if share == 0}
-        for parameter in unused:
-            if id(parameter) in idle:
+    def _drop_unused(self, used: list[bool], flags: Tensor) -> None:
+        """After averaging the flags: .grad of a parameter that no rank used becomes None."""
+        for parameter, anywhere in zip(self.trained, shards.used_anywhere(used, flags), strict=True):
+            if not anywhere:
                 parameter.grad = None
 
 
@@ -209,27 +229,21 @@ def make_replicas(module: nn.Module, group: dist.ProcessGroup | None = None) -> 
 class Naive(DataParallel):
     """After backward, one blocking all-reduce a parameter."""
 
-    def _synchronize(self) -> None:
-        used, unused = self._use()
+    def _average(self) -> None:
         for parameter in self.trained:
-            self._average([_dense(parameter)])
-        self._average([used])
-        self._drop_unused(used, unused)
+            self._transport.average([_dense(parameter)], async_op=False)
 
 
 class Flat(DataParallel):
     """After backward, all gradients of a dtype in one buffer and one all-reduce; the gradients stay in the buffer."""
 
-    def _synchronize(self) -> None:
-        used, unused = self._use()
+    def _average(self) -> None:
         for dtype in dict.fromkeys(parameter.dtype for parameter in self.trained):
             parameters = [parameter for parameter in self.trained if parameter.dtype == dtype]
             buffer, views = _pack([parameter.grad for parameter in parameters], dtype)
             for parameter, view in zip(parameters, views, strict=True):
                 parameter.grad = view
-            self._average([buffer])
-        self._average([used])
-        self._drop_unused(used, unused)
+            self._transport.average([buffer], async_op=False)
 
 
 class _Bucket:
@@ -245,36 +259,26 @@ class _Bucket:
         self.work: Any = None  # its wait() orders the current stream after the collective
 
 
-class _Progress:
-    """Of a step. An object of its own: nn.Module looks at every value that is assigned to it."""
-
-    __slots__ = ("arrived", "next")
-
-    def __init__(self, parameters: int):
-        self.arrived = bytearray(parameters)
-        self.next = 0  # the bucket to leave next
-
-
 class FlashDDP(DataParallel):
     """Buckets of gradients, averaged while backward goes on.
 
-    The first step reduces after backward, and only records the order in which gradients arrive; rank 0's order then fills the
-    buckets of all ranks. From the second on, a hook counts each gradient into its bucket, and a full bucket leaves at once, after
-    those before it: all ranks must start collectives in one order, so a bucket that waits for a parameter unused on this rank holds
-    back those after it until finish_gradient_synchronization().
+    The first step reduces after backward, and only records the order in which gradients arrive; rank 0's order then fills
+    the buckets of all ranks. From the second on, a hook counts each gradient into its bucket, and a full bucket leaves at
+    once, after those before it: all ranks must start collectives in one order, so a bucket that waits for a parameter
+    unused on this rank holds back those after it until finish_gradient_synchronization().
 
-    Streams. The collective waits for what was enqueued on the stream of backward, runs on NCCL's own stream beside the rest of
-    backward, and finish makes the current stream, not the host, wait for it. Until then the Work and the bucket hold the tensors, so
-    the allocator cannot hand their memory to anyone; after it, the stream orders reuse.
+    Streams. The collective waits for what was enqueued on the stream of backward, runs on NCCL's own stream beside the
+    rest of backward, and finish makes the current stream, not the host, wait for it. Until then the Work and the bucket
+    hold the tensors, so the allocator cannot hand their memory to anyone; after it, the stream orders reuse.
 
     Args:
-        bucket_size_mb: in 10^6 bytes of gradients as they travel: a bucket is full once it holds that many; 0: a bucket a parameter;
-            None: BUCKET_MB of the transport.
+        bucket_size_mb: in 10^6 bytes of gradients as they travel: a bucket is full once it holds that many; 0: a bucket a
+            parameter; None: BUCKET_MB of the transport.
         layout: "grouped" or "flat", see the module.
-        transport: "nccl" (on a CPU, Gloo); "copy_engine", for GPUs of one machine; or "auto": copy engines where they can be had
-            and no option of NCCL is given.
-        communication_dtype: gradients travel in it (bf16: half the bytes, rounded to 8 bits before the sum); None: their own.
-        min_ctas, max_ctas: bounds on the blocks of a NCCL kernel, each of which takes an SM from backward; None: NCCL's choice.
+        transport: "nccl" (on a CPU, Gloo); "copy_engine", for GPUs of one machine; or "auto": copy engines where they can
+            be had and no option of NCCL is given.
+        communication_dtype: gradients travel in it (bf16: half the bytes, rounded to 8 bits before the sum); None: theirs.
+        min_ctas, max_ctas: bounds on the blocks of a NCCL kernel, each of which takes an SM from backward; None: NCCL's.
         high_priority: NCCL's kernels go before backward's when both wait for an SM.
         group, check_batches: as DataParallel.
     """
@@ -310,105 +314,84 @@ class FlashDDP(DataParallel):
             )
         if tuned:
             self.group = _tuned_group(self.group, min_ctas, max_ctas, high_priority)
+            self._transport = AllReduce(self.group)
         if transport == "auto":
             reached = not tuned and copy_engine.everywhere(self.group, self._device)
             transport = "copy_engine" if reached else "nccl"
-        self.transport = transport
-        self.bucket_size_mb = BUCKET_MB[transport] if bucket_size_mb is None else bucket_size_mb
-        self._bucket_bytes = self.bucket_size_mb * 1e6
-        self._copy_engine = None
         if transport == "copy_engine":
             # A small model needs no pieces larger than itself.
             whole_mb = sum(parameter.nbytes for parameter in self.trained) / 1e6
-            self._copy_engine = CopyEngine(self.group, self._device, piece_mb=min(copy_engine.PIECE_MB, whole_mb))
+            self._transport = CopyEngine(self.group, self._device, piece_mb=min(copy_engine.PIECE_MB, whole_mb))
+        self.transport = transport
+        self.bucket_size_mb = BUCKET_MB[transport] if bucket_size_mb is None else bucket_size_mb
         self._in_place = layout == "grouped"
         self._communication_dtype = communication_dtype
         self._arrivals: list[int] = []  # of the first backward pass
-        self._progress = _Progress(len(self.trained))
         self._bucket_of: list[_Bucket] = []  # by a parameter's index; empty until the first step's end
         self._buckets: list[_Bucket] = []  # in the order in which they leave
-        for index, parameter in enumerate(self.trained):
-            on_gradient(parameter, self._on_gradient, index)
+        self._sent: list[_Bucket] = []  # the first of them, which have left in this step
 
     @property
     def extra_bytes(self) -> int:
         """GPU memory that torch's allocator does not count: what copy engines share."""
-        return 0 if self._copy_engine is None else self._copy_engine.memory_bytes
+        return self._transport.memory_bytes
 
     @property
     def buckets(self) -> list[list[nn.Parameter]]:
         """The parameters of each bucket, in the order in which buckets leave; empty before the first step's end."""
         return [list(bucket.parameters) for bucket in self._buckets]
 
-    def _on_gradient(self, index: int, parameter: nn.Parameter) -> None:
-        """The hook: runs when backward has added to parameter.grad."""
-        if not self._synchronizes:
-            return
-        arrived = self._progress.arrived
-        if arrived[index]:
-            raise RuntimeError(
-                "a second backward pass reached a gradient that may be on its way: call finish_gradient_synchronization() after "
-                "each, or put all but the last backward pass of a step under no_sync()"
-            )
-        arrived[index] = 1
+    def _gradient_arrived(self, index: int) -> None:
         if not self._bucket_of:
             self._arrivals.append(index)
             return
         bucket = self._bucket_of[index]
         bucket.missing -= 1
-        if bucket.missing == 0:
-            self._send_full()
+        while len(self._sent) < len(self._buckets) and self._buckets[len(self._sent)].missing == 0:
+            bucket = self._buckets[len(self._sent)]
+            # The last one has waited for all: every parameter of this rank was used.
+            self._send(bucket, self._use()[1] if bucket is self._buckets[-1] else None)
 
-    def _send_full(self) -> None:
-        """Send the full buckets whose turn it is. If the last one is among them, every parameter of this rank was used."""
-        progress, buckets = self._progress, self._buckets
-        while progress.next < len(buckets) and buckets[progress.next].missing == 0:
-            bucket = buckets[progress.next]
-            progress.next += 1
-            self._send(bucket, self._use()[0] if bucket is buckets[-1] else None)
-
-    def _send(self, bucket: _Bucket, used: Tensor | None) -> None:
+    def _send(self, bucket: _Bucket, flags: Tensor | None) -> None:
         """Start averaging a bucket; the last one takes along which parameters this rank used."""
+        self._sent.append(bucket)
         gradients = [_dense(parameter) for parameter in bucket.parameters]
         own_dtype = gradients[0].dtype
         dtype = self._communication_dtype or own_dtype
-        if used is not None:
-            gradients.append(used.to(own_dtype))
+        if flags is not None:
+            gradients.append(flags.to(own_dtype))
         if self._in_place and dtype == own_dtype:
             bucket.sent = bucket.views = gradients
         else:
             buffer, bucket.views = _pack(gradients, dtype)
             bucket.sent = [buffer]
             if dtype == own_dtype:
-                for parameter, view in zip(bucket.parameters, bucket.views, strict=used is None):
+                for parameter, view in zip(bucket.parameters, bucket.views, strict=flags is None):
                     parameter.grad = view
-        if self._copy_engine is None:
-            bucket.work = self._average(bucket.sent, async_op=True)
-        else:
-            bucket.work = self._copy_engine.average(bucket.sent)
+        bucket.work = self._transport.average(bucket.sent)
 
     def _synchronize(self) -> None:
         if not self._buckets:
             self._make_buckets()
-        unused: list[nn.Parameter] = []
-        if self._progress.next < len(self._buckets):
-            used, unused = self._use()
-            for bucket in self._buckets[self._progress.next :]:
-                self._send(bucket, used if bucket is self._buckets[-1] else None)
-        if self._copy_engine is not None:
-            closed = self._copy_engine.close()
+        used: list[bool] = []
+        left = self._buckets[len(self._sent) :]
+        if left:
+            used, flags = self._use()
+            for bucket in left:
+                self._send(bucket, flags if bucket is left[-1] else None)
+        closed = self._transport.close()
         for bucket in self._buckets:
             bucket.work.wait()
             if bucket.views[0].dtype != bucket.parameters[0].dtype:
                 gradients = [parameter.grad for parameter in bucket.parameters]
                 torch._foreach_copy_(gradients, bucket.views[: len(gradients)])
-        if self._copy_engine is not None:
-            closed.wait()
-        self._drop_unused(self._buckets[-1].views[-1], unused)
+        closed.wait()
+        if left:
+            self._drop_unused(used, self._buckets[-1].views[-1])
         for bucket in self._buckets:
             bucket.missing, bucket.work = len(bucket.parameters), None
             bucket.sent, bucket.views = [], []
-        self._progress = _Progress(len(self.trained))
+        self._sent.clear()
 
     def _make_buckets(self) -> None:
         """Cut rank 0's order of arrival into buckets. What did not arrive there comes last, later registered first."""
@@ -422,7 +405,7 @@ class FlashDDP(DataParallel):
             parameter = self.trained[index]
             size = parameter.numel() * (self._communication_dtype or parameter.dtype).itemsize
             part, filled = filling.get(parameter.dtype, ([], 0))
-            if not part or filled >= self._bucket_bytes:
+            if not part or filled >= self.bucket_size_mb * 1e6:
                 part, filled = [], 0
                 parts.append(part)
             part.append(index)
@@ -484,9 +467,7 @@ class TorchDDP(nn.parallel.DistributedDataParallel):
             )
         if communication_dtype == torch.bfloat16 and dist.get_backend(group) != "nccl":
             raise ValueError("torch_ddp communicates in bfloat16 with NCCL only, on GPUs; give float16 or None")
-        make_replicas(
-            module, group
-        )  # torch before 2.13 leaves the buffers alone where it does not send them at each step
+        make_replicas(module, group)  # torch before 2.13 leaves buffers alone where it does not send them at each step
         device = next(module.parameters()).device
         super().__init__(
             module,
@@ -512,7 +493,7 @@ def _dense(parameter: nn.Parameter) -> Tensor:
 
 
 def _pack(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-    """Copies of the tensors in one new buffer, and the views of it that have their shapes. Gaps for alignment are zeroed."""
+    """Copies of the tensors in one new buffer, and its views that have their shapes. Gaps for alignment are zeroed."""
     unit = _ALIGNMENT // dtype.itemsize
     sizes = [-(-tensor.numel() // unit) * unit for tensor in tensors]
     buffer = torch.empty(sum(sizes), dtype=dtype, device=tensors[0].device)

@@ -1,11 +1,11 @@
 """Processes: the group that trains together, how it is started, and how it ends when one of its processes fails.
 
-process_group() is for a program under torchrun, on one node or several; spawn() starts processes on this machine and returns
-what they computed; launch() runs torchrun itself and streams what it prints. Each process has one device: GPU LOCAL_RANK with
-NCCL, or the CPU with Gloo. A process that fails tells its error once, before it leaves the group: the others then lose a peer,
-which is a consequence and is not reported beside the cause. Nobody waits for a peer that is gone: Gloo's sockets close, NCCL's
-communicators are aborted, and spawn() and torchrun end what is left. Only a process that hangs without failing is found by
-timeout_s alone.
+process_group() is for a program under torchrun, on one node or several; spawn() starts processes on this machine and
+returns what they computed; launch() runs torchrun itself and streams what it prints. Each process has one device: GPU
+LOCAL_RANK with NCCL, or the CPU with Gloo. A process that fails tells its error once, before it leaves the group: the
+others then lose a peer, which is a consequence and is not reported beside the cause. Nobody waits for a peer that is
+gone: Gloo's sockets close, NCCL's communicators are aborted, and spawn() and torchrun end what is left. Only a process
+that hangs without failing is found by timeout_s alone.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from __future__ import annotations
 import contextlib
 import gc
 import hashlib
+import itertools
 import multiprocessing
 import os
 import pickle
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -74,10 +76,10 @@ class RankError(RuntimeError):
         self.signal = signal
 
 
-def current() -> tuple[int, int]:
-    """Rank and number of processes: those of the initialized group, else 0 and 1."""
+def current(group: dist.ProcessGroup | None = None) -> tuple[int, int]:
+    """Rank and number of processes in a group (None: all); 0 and 1 where no group has been initialized."""
     if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
+        return dist.get_rank(group), dist.get_world_size(group)
     return 0, 1
 
 
@@ -88,8 +90,8 @@ def current() -> tuple[int, int]:
 def process_group(device: str = "auto", timeout_s: float = TIMEOUT_S) -> Iterator[Process]:
     """The group of a program under torchrun; without torchrun, and for one process, no group and world size 1.
 
-    If the body raises, the rank and the error are printed once for the whole group, and this process ends with exit code 1
-    (SystemExit), the GPU's communicators aborted, so that torchrun ends the others. Without a group, errors pass through.
+    If the body raises, the rank and the error are printed once for the whole group, and this process ends with exit
+    code 1 (SystemExit), its communicators aborted, so that torchrun ends the others. Without a group, errors pass.
 
     Args:
         device: auto (GPUs if there are any), cpu or cuda.
@@ -131,8 +133,8 @@ def _from_environment(device: str) -> Process:
     if missing:
         present = ", ".join(name for name in needed if name in os.environ)
         raise ValueError(
-            f"the environment has {present} but not {', '.join(missing)}; start the program with torchrun, which sets all of "
-            "them, or unset them for one process"
+            f"the environment has {present} but not {', '.join(missing)}; start the program with torchrun, which sets "
+            "all of them, or unset them for one process"
         )
     try:
         rank, world_size, local_rank, local_world_size = (int(os.environ[name]) for name in needed[:4])
@@ -141,8 +143,8 @@ def _from_environment(device: str) -> Process:
         raise ValueError(f"{given}: these must be integers; start the program with torchrun, which sets them") from None
     if not (0 <= rank < world_size and 0 <= local_rank < local_world_size <= world_size):
         raise ValueError(
-            f"RANK={rank} of WORLD_SIZE={world_size} and LOCAL_RANK={local_rank} of LOCAL_WORLD_SIZE={local_world_size} do not "
-            "go together; start the program with torchrun, which sets them"
+            f"RANK={rank} of WORLD_SIZE={world_size} and LOCAL_RANK={local_rank} of "
+            f"LOCAL_WORLD_SIZE={local_world_size} do not go together; start the program with torchrun, which sets them"
         )
     try:
         where = _device(device, local_rank, local_world_size)
@@ -162,8 +164,8 @@ def _device(device: str, local_rank: int, local_world_size: int) -> torch.device
     """
     if device not in _DEVICES:
         raise ValueError(
-            f"device '{device}' cannot be given to {local_world_size} process(es), each of which takes the GPU of its local "
-            f"rank; give {', '.join(_DEVICES)}"
+            f"device '{device}' cannot be given to {local_world_size} process(es), each of which takes the GPU of its "
+            f"local rank; give {', '.join(_DEVICES)}"
         )
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cuda" and count == 0:
@@ -172,8 +174,8 @@ def _device(device: str, local_rank: int, local_world_size: int) -> torch.device
         return torch.device("cpu")
     if local_world_size > count:
         raise ValueError(
-            f"{local_world_size} processes on this machine, which has {count} CUDA GPU(s): each process needs its own; start "
-            f"at most {count}, or give device=cpu"
+            f"{local_world_size} processes on this machine, which has {count} CUDA GPU(s): each process needs its own; "
+            f"start at most {count}, or give device=cpu"
         )
     return torch.device("cuda", local_rank)
 
@@ -183,7 +185,7 @@ def _backend(device: torch.device) -> str:
 
 
 def _join(process: Process, store: dist.Store, timeout_s: float) -> None:
-    """Initialize the default group; on a GPU, its communicator too, so that a bad link fails here and not in the first step."""
+    """Initialize the default group; on a GPU its communicator too, so that a bad link fails here, not in a step."""
     if process.device.type == "cuda":
         torch.cuda.set_device(process.device)
     dist.init_process_group(
@@ -236,8 +238,9 @@ def _is_lost_peer(error: BaseException) -> bool:
 def context(device: torch.device, *modules: str) -> BaseContext:
     """What starts processes that compute on the device: on a CPU forks of a server, for a GPU new interpreters.
 
-    The server is started once, and imports what the modules and torch's optimizers need, 3 s of work; a fork of it starts at once and has no
-    thread, memory or file of this process. CUDA does not survive a fork: neither the server nor its forks see a GPU.
+    The server is started once, and imports what the modules and torch's optimizers need, 3 s of work; a fork of it
+    starts at once and has no thread, memory or file of this process. CUDA does not survive a fork: neither the server
+    nor its forks see a GPU.
     """
     if device.type == "cuda":
         return multiprocessing.get_context("spawn")
@@ -284,8 +287,8 @@ def spawn(
 ) -> list[Any]:
     """Run function(process, *args) in world_size new processes of one group; return the results by rank.
 
-    The processes have nothing of this one, so function must be importable by name (not a lambda, not defined in a notebook), and
-    arguments and results must pickle. Processes on the CPU share its threads.
+    The processes have nothing of this one, so function must be importable by name (not a lambda, not defined in a
+    notebook), and arguments and results must pickle. Processes on the CPU share its threads.
 
     Args:
         device: auto (GPUs if there are any), cpu or cuda.
@@ -302,11 +305,13 @@ def spawn(
         payload = pickle.dumps((function, args))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise ValueError(
-            f"spawn cannot send {function!r} and its arguments to other processes ({error}); give a function defined at the "
-            "top of a module, and arguments that pickle"
+            f"spawn cannot send {function!r} and its arguments to other processes ({error}); give a function defined at "
+            "the top of a module, and arguments that pickle"
         ) from None
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    listener = socket.create_server(("127.0.0.1", 0))  # given none, the store listens on every interface
+    port = listener.getsockname()[1]
+    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
     collective_s = TIMEOUT_S if timeout_s is None else min(timeout_s, TIMEOUT_S)
     threads = max(1, torch.get_num_threads() // world_size)
     starts = context(first, function.__module__)
@@ -314,8 +319,8 @@ def spawn(
     try:
         for rank in range(world_size):
             ours, theirs = starts.Pipe(duplex=False)
-            where = (rank, world_size, device, store.port, collective_s, threads)
-            processes.append(starts.Process(target=_rank_main, args=(payload, theirs, *where), name=f"rank {rank}"))
+            arguments = (payload, theirs, rank, world_size, device, store.port, collective_s, threads)
+            processes.append(starts.Process(target=_rank_main, args=arguments, name=f"rank {rank}"))
             processes[-1].start()
             theirs.close()
             connections[ours] = rank
@@ -400,7 +405,7 @@ def _rank_main(
     timeout_s: float,
     threads: int,
 ) -> None:
-    """A spawned process: join the group, run the function, send its result or its error, in this order of importance."""
+    """A spawned process: join the group, run the function, send its result or its error."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     where = _device(device, rank, world_size)
     process = Process(rank, rank, world_size, world_size, where, _backend(where))
@@ -457,16 +462,13 @@ def launch(
         )
     if (nodes > 1) != (rendezvous is not None):
         raise ValueError(
-            f"{nodes} node(s) with rendezvous {rendezvous}: several nodes need the HOST:PORT where they meet, one needs none"
+            f"{nodes} node(s) with rendezvous {rendezvous}: several nodes need the HOST:PORT where they meet, one needs "
+            "none"
         )
     where = ["--standalone"]
     if rendezvous is not None:
-        where = [
-            f"--nnodes={nodes}",
-            f"--node_rank={node_rank}",
-            "--rdzv_backend=c10d",
-            f"--rdzv_endpoint={rendezvous}",
-        ]
+        where = [f"--nnodes={nodes}", f"--node_rank={node_rank}"]
+        where += ["--rdzv_backend=c10d", f"--rdzv_endpoint={rendezvous}"]
     command = [sys.executable, "-m", "torch.distributed.run", *where, f"--nproc_per_node={processes}", "-m", module]
     threads = max(1, torch.get_num_threads() // processes)  # torchrun's own choice is 1
     run = subprocess.Popen(
@@ -515,22 +517,26 @@ def launch(
 # --- Small collectives ----------------------------------------------------------------------------
 
 
+def check_initialized(what: str) -> None:
+    """Raise ValueError unless there is a process group."""
+    if not dist.is_initialized():
+        raise ValueError(
+            f"{what} needs a process group; start the program with torchrun and open lmsys.parallel.group.process_group"
+        )
+
+
 @torch.no_grad()
 def broadcast_from_rank0(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
     """Overwrite the tensors, of the same shapes and dtypes in every process, with rank 0's."""
     if current()[1] == 1:
         return
-    works = []
-    copies = []
-    for tensor in tensors:
-        contiguous = tensor.contiguous()
-        works.append(dist.broadcast(contiguous, group=group, group_src=0, async_op=True))
-        if contiguous.data_ptr() != tensor.data_ptr():
-            copies.append((tensor, contiguous))
-    for work in works:
+    tensors = list(tensors)
+    sent = [tensor.contiguous() for tensor in tensors]
+    works = [dist.broadcast(one, group=group, group_src=0, async_op=True) for one in sent]
+    for tensor, one, work in zip(tensors, sent, works, strict=True):
         work.wait()
-    for tensor, contiguous in copies:
-        tensor.copy_(contiguous)
+        if one is not tensor:
+            tensor.copy_(one)
 
 
 @torch.no_grad()
@@ -543,34 +549,41 @@ def mean_over_ranks(tensor: Tensor, group: dist.ProcessGroup | None = None) -> T
     return mean
 
 
-def by_rank(function: Callable[[], Result]) -> list[Result]:
-    """What the function returns in each process, by rank, in every process.
+def gather_objects(value: Result, group: dist.ProcessGroup | None = None) -> list[Result]:
+    """The values of all processes, by rank, in every process. They must pickle."""
+    world_size = current(group)[1]
+    if world_size == 1:
+        return [value]
+    values: list[Any] = [None] * world_size
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def together(function: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
+    """What the function returns here. All processes call it.
 
     Raises:
         ValueError, OSError: in every process, that of the lowest rank where the function raised one.
     """
-    if current()[1] == 1:
-        return [function()]
-    outcome: tuple[Any, Exception | None]
+    outcome, error = None, None
     try:
-        outcome = function(), None
-    except (ValueError, OSError) as error:
-        outcome = None, error
-    outcomes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, outcome)
-    for _, error in outcomes:
-        if error is not None:
-            raise error
-    return [result for result, _ in outcomes]
+        outcome = function()
+    except (ValueError, OSError) as caught:
+        error = caught
+    for raised in gather_objects(error, group):
+        if raised is not None:
+            raise raised
+    return outcome
+
+
+def by_rank(function: Callable[[], Result], group: dist.ProcessGroup | None = None) -> list[Result]:
+    """What the function returns in each process, by rank, in every process. Raises as together() does."""
+    return gather_objects(together(function, group), group)
 
 
 def from_rank0(function: Callable[[], Result]) -> Result:
     """What the function returns, or the error that it raises, on rank 0: in every process, which wait for it."""
-    return by_rank(function if current()[0] == 0 else _nothing)[0]
-
-
-def _nothing() -> None:
-    """For a process that has no part in what rank 0 does."""
+    return by_rank(function if current()[0] == 0 else lambda: None)[0]
 
 
 def check_same_everywhere(
@@ -583,24 +596,14 @@ def check_same_everywhere(
 
     To be called before collectives that would hang or mix up values where processes differ.
     """
-    if current()[1] == 1:
-        return
-    digests = _gather(hashlib.sha256(description.encode()).hexdigest(), group)
+    digests = gather_objects(hashlib.sha256(description.encode()).hexdigest(), group)
     differing = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if not differing:
         return
-    descriptions = [text.splitlines() for text in _gather(description, group)]
-    first, other = descriptions[0], descriptions[differing[0]]
-    lines = max(len(first), len(other))
-    padded = [text + ["(nothing)"] * (lines - len(text)) for text in (first, other)]
-    ours, theirs = next(((a, b) for a, b in zip(*padded, strict=True) if a != b), ("", ""))
+    texts = gather_objects(description.splitlines(), group)
+    pairs = itertools.zip_longest(texts[0], texts[differing[0]], fillvalue="(nothing)")
+    ours, theirs = next(((a, b) for a, b in pairs if a != b), ("", ""))
     raise ValueError(
-        f"{what} differs between processes: rank(s) {', '.join(map(str, differing))} from rank 0; first where rank 0 has "
-        f"'{ours}', rank {differing[0]} has '{theirs}'; {fix}"
+        f"{what} differs between processes: rank(s) {', '.join(map(str, differing))} from rank 0; first where rank 0 "
+        f"has '{ours}', rank {differing[0]} has '{theirs}'; {fix}"
     )
-
-
-def _gather(value: str, group: dist.ProcessGroup | None) -> list[str]:
-    values: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
-    return values

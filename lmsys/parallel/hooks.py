@@ -1,7 +1,7 @@
 """A hook on a gradient that does not keep its owner alive.
 
-A parameter holds its hooks in C++, where Python's garbage collector does not look. A hook that holds its wrapper, which holds the
-parameter, would be a circle that never goes, and the model with it.
+A parameter holds its hooks in C++, where Python's garbage collector does not look. A hook that holds its wrapper, which
+holds the parameter, would be a circle that never goes, and the model with it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 
 def on_gradient(parameter: Tensor, method: Callable[..., None], *args: Any) -> RemovableHandle:
-    """Have backward call method(*args, parameter) when it has added to parameter.grad, as long as the method's object lives.
+    """Have backward call method(*args, parameter), while its object lives, when it has added to parameter.grad.
 
     args: plain values, or the circle is there again.
     """

@@ -1,16 +1,16 @@
-"""What ZeRO-1 and full sharding share: collectives on flat tensors, and state that lies in pieces on several ranks.
+"""What ZeRO-1 and full sharding share: flat buffers and collectives on them, and state that lies in pieces on several ranks.
 
 A piece is a run of a flattened tensor. Pieces become whole tensors on rank 0 (gather_pieces), or are written as they lie
 (save_pieces) and read again, cut otherwise, by any number of processes (load_pieces):
 
-    index.json                    which pieces there are, in which file, each with its SHA-256; and what belongs to all ranks
+    index.json                    which pieces there are, in which file, each with its SHA-256; what belongs to all ranks
     <save>-<rank>.safetensors     a rank's pieces; <save> tells the files of one saving from those of another
 
-torch.distributed.checkpoint does the same with an index that is a pickle, whose reading can run any code; hence this one. The
-index is put in place when all else is on the disk, so that what was saved before stays whole until then. The folder must be
-one that all processes see.
-The state of an optimizer that updates pieces of parameters becomes pieces by one rule: a tensor shaped like the piece holds a
-value for each element and is cut like it; everything else (a step count) belongs to the parameter as a whole.
+torch.distributed.checkpoint does the same with an index that is a pickle, whose reading can run any code; hence this one.
+The index is put in place when all else is on the disk, so that what was saved before stays whole until then. The folder
+must be one that all processes see.
+The state of an optimizer that updates pieces of parameters becomes pieces by one rule: a tensor shaped like the piece
+holds a value for each element and is cut like it; everything else (a step count) belongs to the parameter as a whole.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,15 +28,20 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from lmsys.parallel.group import by_rank, current, gather_objects, together
 from lmsys.records import flush
 
 INDEX_FILE = "index.json"
+ALIGNMENT = 64  # elements, where a tensor starts in a flat buffer: at least 128 bytes; kernels read 16 at a time
 
-ALIGNMENT = (
-    64  # elements, where a tensor starts in a flat buffer: at least 128 bytes, of which kernels read 16 at a time
-)
+# torch 2.13 renamed them.
+all_gather_tensor = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_tensor = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+# --- Flat buffers and collectives on them ---------------------------------------------------------
 
 
 def align(elements: int, to: int = ALIGNMENT) -> int:
@@ -45,9 +49,76 @@ def align(elements: int, to: int = ALIGNMENT) -> int:
     return -(-elements // to) * to
 
 
-# torch 2.13 renamed them.
-all_gather_tensor = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter_tensor = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+class FlatLayout:
+    """Where parameters lie in a flat buffer: one after another, each at a multiple of ALIGNMENT.
+
+    Attributes:
+        offsets: where each starts. size: elements of the buffer, a multiple of ALIGNMENT.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]):
+        self.parameters = parameters
+        self.shapes = [parameter.shape for parameter in parameters]
+        self.offsets: list[int] = []
+        self.size = 0
+        for parameter in parameters:
+            self.offsets.append(self.size)
+            self.size = align(self.size + parameter.numel())
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """Views of a buffer, shaped like the parameters."""
+        return [
+            flat[offset : offset + shape.numel()].view(shape)
+            for offset, shape in zip(self.offsets, self.shapes, strict=True)
+        ]
+
+    def flatten(self, size: int) -> Tensor:
+        """The parameters' values in a new buffer of at least self.size elements, zeros between them."""
+        first = self.parameters[0]
+        flat = torch.zeros(size, dtype=first.dtype, device=first.device)
+        torch._foreach_copy_(self.views(flat), [parameter.detach() for parameter in self.parameters])
+        return flat
+
+    def cut(self, low: int, high: int) -> list[tuple[int, int]]:
+        """For each parameter, which of its elements lie in [low, high) of the buffer: (start, stop), equal where none."""
+        cuts = []
+        for offset, shape in zip(self.offsets, self.shapes, strict=True):
+            start = min(max(low - offset, 0), shape.numel())
+            cuts.append((start, max(min(high - offset, shape.numel()), start)))
+        return cuts
+
+    def take_gradients(self, size: int, dtype: torch.dtype) -> Tensor:
+        """The gradients in a buffer of that size, zeros where there is none; the parameters keep none."""
+        gradients = [parameter.grad for parameter in self.parameters]
+        for parameter in self.parameters:
+            parameter.grad = None
+        first = gradients[0]
+        is_flat = first is not None and first.numel() == size and first.dtype == dtype and first.is_contiguous()
+        if is_flat and len(gradients) == 1:
+            return first.view(-1)  # an embedding, a head: large, and nothing to put together
+        flat = torch.empty(size, dtype=dtype, device=self.parameters[0].device)
+        if any(gradient is None for gradient in gradients):
+            flat.zero_()
+        copy_present(self.views(flat), gradients)
+        return flat
+
+
+def flags_of(used: Sequence[bool], device: torch.device) -> Tensor:
+    """(parameters,) ones and zeros on the device. Where all are used nothing is copied to it, which the host waits for."""
+    flags = torch.ones(len(used), device=device)
+    return flags if all(used) else flags.copy_(torch.tensor(used))
+
+
+def used_anywhere(used: list[bool], flags: Tensor) -> list[bool]:
+    """Which parameters some rank used, after flags_of was averaged. Only a rank that left one unused waits to read it."""
+    return used if all(used) else (flags > 0).tolist()
+
+
+def copy_present(to: Sequence[Tensor], values: Sequence[Tensor | None]) -> None:
+    """Copy the values that there are, in as few kernels as can be."""
+    pairs = [(view, value) for view, value in zip(to, values, strict=True) if value is not None]
+    if pairs:
+        torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
 
 
 def all_gather(whole: Tensor, share: Tensor, group: dist.ProcessGroup | None) -> dist.Work:
@@ -55,17 +126,84 @@ def all_gather(whole: Tensor, share: Tensor, group: dist.ProcessGroup | None) ->
     return all_gather_tensor(whole, share, group=group, async_op=True)
 
 
-def reduce_scatter_mean(share: Tensor, whole: Tensor, group: dist.ProcessGroup | None) -> dist.Work:
-    """Start to fill share (S,) with this rank's part of the ranks' mean of whole (n S,), which may be overwritten."""
-    return reduce_scatter_tensor(share, whole, op=mean_operation(whole, group), group=group, async_op=True)
-
-
 def mean_operation(tensor: Tensor, group: dist.ProcessGroup | None) -> dist.ReduceOp.RedOpType:
-    """What a collective on the tensor is to do for a mean: NCCL divides by itself; Gloo sums what is divided here, in place."""
+    """The collective's operation for a mean: NCCL divides by itself; Gloo sums what is divided here, in place."""
     if tensor.device.type == "cuda":
         return dist.ReduceOp.AVG
     tensor /= dist.get_world_size(group)
     return dist.ReduceOp.SUM
+
+
+class MeanInFlight:
+    """Gradients (elements,) on their way to be this rank's share of the ranks' mean.
+
+    They are kept here until wait(), for which the stream waits: then their memory may be reused.
+
+    Args:
+        gradients: may be overwritten. shares: [start, stop) of each rank; all of one length: a reduce-scatter; else a
+            reduce to each rank.
+    """
+
+    def __init__(self, gradients: Tensor, shares: Sequence[tuple[int, int]], group: dist.ProcessGroup | None):
+        rank, world_size = current(group)
+        start, stop = shares[rank]
+        self._gradients, self._mean, self._works = gradients, gradients[start:stop], []
+        if world_size == 1:
+            return
+        operation = mean_operation(gradients, group)
+        if len({high - low for low, high in shares}) == 1:
+            self._mean = gradients.new_empty(stop - start)
+            self._works = [reduce_scatter_tensor(self._mean, gradients, op=operation, group=group, async_op=True)]
+        else:
+            self._works = [
+                dist.reduce(gradients[low:high], group_dst=owner, op=operation, group=group, async_op=True)
+                for owner, (low, high) in enumerate(shares)
+                if low < high
+            ]
+
+    def wait(self) -> Tensor:
+        """The mean, (stop - start,), which the current stream now waits for."""
+        for work in self._works:
+            work.wait()
+        return self._mean
+
+
+def even_shares(size: int, world_size: int) -> list[tuple[int, int]]:
+    """[start, stop) of each rank in a buffer of a size that the ranks divide."""
+    share = size // world_size
+    return [(rank * share, (rank + 1) * share) for rank in range(world_size)]
+
+
+def clip_gradients(
+    sharded: list[Tensor] | None,
+    replicated: list[Tensor],
+    max_norm: float,
+    device: torch.device,
+    group: dist.ProcessGroup | None,
+) -> Tensor:
+    """Scale gradients, in place, so that their 2-norm over the whole model is at most max_norm; 0 or less: measure only.
+
+    Args:
+        sharded: this rank's part of what is spread over the ranks; None: nothing is. replicated: what every rank has.
+    Returns:
+        the norm before clipping, the same on every rank, a scalar on the device, for which nothing has waited.
+    """
+
+    def norm_of(gradients: list[Tensor]) -> Tensor:
+        if not gradients:
+            return torch.zeros((), device=device)
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, dtype=torch.float32)))
+
+    norm = norm_of(replicated)
+    if sharded is not None:
+        total = norm_of(sharded).square()
+        if current(group)[1] > 1:
+            dist.all_reduce(total, group=group)
+        norm = (total + norm.square()).sqrt()
+    gradients = (sharded or []) + replicated
+    if max_norm > 0 and gradients:
+        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
 
 
 # --- Pieces ---------------------------------------------------------------------------------------
@@ -79,45 +217,67 @@ class Piece(NamedTuple):
     start: int
     tensor: Tensor
 
+    @property
+    def is_whole(self) -> bool:
+        return self.tensor.numel() == math.prod(self.shape)
 
-def gather_pieces(pieces: Sequence[Piece], group: dist.ProcessGroup | None, device: torch.device) -> dict[str, Tensor]:
+    @property
+    def run(self) -> tuple[str, int, int]:
+        """Name, start and stop."""
+        return self.name, self.start, self.start + self.tensor.numel()
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """What it is to hold of a whole tensor: a view."""
+        return whole.reshape(-1)[self.start : self.run[2]].view(self.tensor.shape)
+
+
+class _Entry(NamedTuple):
+    """A piece without its elements."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    dtype: torch.dtype
+
+
+def _exchange_entries(pieces: Mapping[str, Piece], group: dist.ProcessGroup | None) -> list[dict[str, _Entry]]:
+    """By rank and key the pieces of all ranks; what several have whole is the first one's. Empty ones are left out."""
+    entries = {
+        key: _Entry(piece.name, tuple(piece.shape), piece.start, piece.run[2], piece.tensor.dtype)
+        for key, piece in pieces.items()
+        if piece.tensor.numel() or piece.is_whole
+    }
+    seen: set[str] = set()
+    by_rank = []
+    for theirs in gather_objects(entries, group):
+        by_rank.append({key: entry for key, entry in theirs.items() if key not in seen})
+        seen |= theirs.keys()
+    return by_rank
+
+
+def gather_pieces(pieces: Iterable[Piece], group: dist.ProcessGroup | None, device: torch.device) -> dict[str, Tensor]:
     """The whole tensors on rank 0, on the CPU; nothing on the other ranks. All ranks call it.
 
-    Tensors of more than one element travel on the device, one at a time, so that the GPU holds one more piece and no more.
+    Tensors travel on the device, one at a time, so that the GPU holds one more piece and no more.
     """
-    world_size = dist.get_world_size(group) if dist.is_initialized() else 1
-    rank = dist.get_rank(group) if dist.is_initialized() else 0
-    described = [
-        (
-            *piece[:3],
-            piece.tensor.dtype,
-            piece.tensor.numel(),
-            piece.tensor.cpu() if piece.tensor.numel() <= 1 else None,
-        )
-        for piece in pieces
-    ]
-    plans: list[Any] = [described]
-    if world_size > 1:
-        plans = [None] * world_size
-        dist.gather_object(described, plans if rank == 0 else None, group=group, group_dst=0)
-        if rank != 0:
-            for piece in pieces:
-                if piece.tensor.numel() > 1:
-                    dist.send(piece.tensor.detach().to(device).contiguous().view(-1), group=group, group_dst=0)
-            return {}
+    rank, _ = current(group)
+    mine = {_key(*piece.run): piece for piece in pieces}
     whole: dict[str, Tensor] = {}
-    for source, plan in enumerate(plans):
-        for index, (name, shape, start, dtype, numel, small) in enumerate(plan):
-            if small is not None:
-                part = small.detach()
-            elif source == 0:
-                part = pieces[index].tensor.detach()
-            else:
-                part = torch.empty(numel, dtype=dtype, device=device)
-                dist.recv(part, group=group, group_src=source)
-            if name not in whole:
-                whole[name] = torch.empty(shape, dtype=dtype)
-            whole[name].view(-1)[start : start + numel].copy_(part.reshape(-1))
+    for source, entries in enumerate(_exchange_entries(mine, group)):
+        for key, (name, shape, start, stop, dtype) in entries.items():
+            if rank == source:
+                part = mine[key].tensor.detach().reshape(-1)
+                if rank != 0 and start < stop:
+                    dist.send(part.to(device).contiguous(), group=group, group_dst=0)
+            elif rank == 0:
+                part = torch.empty(stop - start, dtype=dtype, device=device)
+                if start < stop:
+                    dist.recv(part, group=group, group_src=source)
+            if rank == 0:
+                if name not in whole:
+                    whole[name] = torch.empty(shape, dtype=dtype)
+                whole[name].view(-1)[start:stop].copy_(part)
     return whole
 
 
@@ -131,50 +291,41 @@ def save_pieces(
         OSError: a full disk, an unwritable folder; in every process. What was saved there before stays.
     """
     folder = Path(folder)
-    rank = dist.get_rank(group) if dist.is_initialized() else 0
-    mine = {_key(piece.name, piece.start, piece.start + piece.tensor.numel()): piece for piece in pieces}
-    described = [
-        (key, piece.name, tuple(piece.shape), piece.start, piece.tensor.numel(), str(piece.tensor.dtype))
-        for key, piece in mine.items()
-    ]
-    plans = _everyone((described, dict(shared), secrets.token_hex(4)), group)
-    save = plans[0][2]
-    writer: dict[str, int] = {}  # a piece that several ranks have whole is written by the first of them
-    for source, (others, _, _) in enumerate(plans):
-        for key, *_ in others:
-            writer.setdefault(key, source)
-    file = f"{save}-{rank:05d}.safetensors"
+    rank, _ = current(group)
+    mine = {_key(*piece.run): piece for piece in pieces}
+    entries = _exchange_entries(mine, group)
+    shares = gather_objects((dict(shared), secrets.token_hex(4)), group)
+    save = shares[0][1]
 
     def write() -> dict[str, str]:
         """This rank's file; returns its pieces' SHA-256."""
+        file = folder / f"{save}-{rank:05d}.safetensors"
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {
-            key: piece.tensor.detach().reshape(-1).to("cpu", copy=True)  # a storage of its own, as the format needs
-            for key, piece in mine.items()
-            if writer[key] == rank
+        tensors = {  # each with a storage of its own, as the format needs
+            key: mine[key].tensor.detach().reshape(-1).to("cpu", copy=True) for key in entries[rank]
         }
         try:
-            save_file(tensors, folder / file)
+            save_file(tensors, file)
         except SafetensorError as error:  # it wraps the system's error
-            raise OSError(f"cannot write {folder / file}: {error}") from error
-        flush(folder / file)
+            raise OSError(f"cannot write {file}: {error}") from error
+        flush(file)
         return {key: _sha256(tensor) for key, tensor in tensors.items()}
 
-    sums = _everyone(_together(write, group), group)
+    sums = by_rank(write, group)
 
     def put_index() -> None:
         united: dict[str, Any] = {}
-        shapes: dict[str, list[int]] = {}
-        places: dict[str, list[dict[str, Any]]] = {}
-        for source, (others, given, _) in enumerate(plans):
+        for given, _ in shares:
             for key, value in given.items():
                 united[key] = united[key] | value if isinstance(united.get(key), dict) else united.get(key, value)
-            for key, name, shape, start, numel, dtype in others:
+        shapes: dict[str, list[int]] = {}
+        places: dict[str, list[dict[str, Any]]] = {}
+        for source, theirs in enumerate(entries):
+            for key, (name, shape, start, stop, dtype) in theirs.items():
                 shapes[name] = list(shape)
-                if writer[key] == source:
-                    where = {"file": f"{save}-{source:05d}.safetensors", "start": start, "stop": start + numel}
-                    where |= {"dtype": dtype.removeprefix("torch."), "sha256": sums[source][key]}
-                    places.setdefault(name, []).append(where)
+                place = {"file": f"{save}-{source:05d}.safetensors", "start": start, "stop": stop}
+                place |= {"dtype": str(dtype).removeprefix("torch."), "sha256": sums[source][key]}
+                places.setdefault(name, []).append(place)
         temporary = folder / f".{INDEX_FILE}.tmp"
         temporary.write_text(json.dumps({**united, "shapes": shapes, "pieces": places}), encoding="utf-8")
         flush(temporary)
@@ -184,7 +335,7 @@ def save_pieces(
             if not old.name.startswith(f"{save}-"):
                 old.unlink()
 
-    _together(put_index if rank == 0 else lambda: None, group)
+    together(put_index if rank == 0 else lambda: None, group)
 
 
 def load_shared(folder: str | Path, group: dist.ProcessGroup | None) -> dict[str, Any]:
@@ -211,7 +362,7 @@ def load_pieces(
         places = _read_index(folder)["pieces"]
         return [_read_run(folder, name, start, stop, places.get(name, [])) for name, start, stop in wanted]
 
-    return _together(read, group)
+    return together(read, group)
 
 
 def _read_run(folder: Path, name: str, start: int, stop: int, places: Sequence[Mapping[str, Any]]) -> Tensor:
@@ -275,62 +426,26 @@ def _sha256(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.view(torch.uint8).numpy()).hexdigest()
 
 
-def _everyone(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
-    """Each rank's value, on every rank."""
-    if not dist.is_initialized():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
-    return values
-
-
-def _together(function: Callable[[], Any], group: dist.ProcessGroup | None) -> Any:
-    """What the function returns here; a ValueError or OSError of any rank is raised on all."""
-    outcome, error = None, None
-    try:
-        outcome = function()
-    except (ValueError, OSError) as caught:
-        error = caught
-    for each in _everyone(error, group):
-        if each is not None:
-            raise each
-    return outcome
-
-
 # --- Optimizer state ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Shard:
-    """This rank's elements [start, start + leaf.numel()) of a parameter, flattened. The optimizer updates the leaf."""
-
-    index: int  # of the parameter in its optimizer
-    shape: torch.Size  # of the whole parameter
-    start: int
-    leaf: Tensor
-
-    @property
-    def is_whole(self) -> bool:
-        return self.leaf.numel() == self.shape.numel()
-
+# Of a parameter's piece, named by its index in the optimizer, which updates piece.tensor.
 
 State = dict[str, Any]  # of one parameter
 
 
-def _state_pieces(states: Iterable[tuple[Shard, State]]) -> tuple[list[Piece], dict[str, Any]]:
+def _state_pieces(states: Iterable[tuple[Piece, State]]) -> tuple[list[Piece], dict[str, Any]]:
     """The tensors as pieces named INDEX/KEY, and the rest by the same names."""
     pieces, rest = [], {}
-    for shard, state in states:
+    for of, state in states:
         for key, value in state.items():
-            name = f"{shard.index}/{key}"
+            name = f"{of.name}/{key}"
             if not isinstance(value, Tensor):
                 rest[name] = value
-            elif value.ndim and value.shape == shard.leaf.shape:
-                pieces.append(Piece(name, tuple(shard.shape), shard.start, value))
-            elif value.ndim and not shard.is_whole:
+            elif value.ndim and value.shape == of.tensor.shape:
+                pieces.append(Piece(name, of.shape, of.start, value))
+            elif value.ndim and not of.is_whole:
                 raise ValueError(
-                    f"the optimizer keeps a '{key}' of shape {tuple(value.shape)} for {shard.leaf.numel()} elements of a "
-                    f"parameter of shape {tuple(shard.shape)}: it is not elementwise, and cannot be sharded by elements"
+                    f"the optimizer keeps a '{key}' of shape {tuple(value.shape)} for {of.tensor.numel()} elements of a "
+                    f"parameter of shape {tuple(of.shape)}: it is not elementwise, and cannot be sharded by elements"
                 )
             else:
                 pieces.append(Piece(name, tuple(value.shape), 0, value))
@@ -338,18 +453,16 @@ def _state_pieces(states: Iterable[tuple[Shard, State]]) -> tuple[list[Piece], d
 
 
 def gather_states(
-    states: Sequence[tuple[Shard, State]], group: dist.ProcessGroup | None, device: torch.device
+    states: Iterable[tuple[Piece, State]], group: dist.ProcessGroup | None, device: torch.device
 ) -> dict[int, State]:
     """The states of whole parameters by index, on rank 0 and its CPU; nothing on other ranks. All ranks call it."""
     pieces, rest = _state_pieces(states)
     whole: dict[str, Any] = gather_pieces(pieces, group, device)
-    if dist.is_initialized():
-        everyone = [None] * dist.get_world_size(group) if dist.get_rank(group) == 0 else None
-        dist.gather_object(rest, everyone, group=group, group_dst=0)
-        for one in everyone or []:
-            whole |= one
-    else:
-        whole |= rest
+    everyone = gather_objects(rest, group)
+    if current(group)[0] != 0:
+        return {}
+    for values in everyone:
+        whole |= values
     gathered: dict[int, State] = {}
     for name in sorted(whole, key=lambda name: int(name.partition("/")[0])):
         index, _, key = name.partition("/")
@@ -357,21 +470,19 @@ def gather_states(
     return gathered
 
 
-def cut_state(whole: Mapping[str, Any], shard: Shard) -> State:
-    """This rank's part of a whole parameter's state: tensors like the parameter are cut, all else is taken as it is."""
+def cut_states(states: Mapping[int, State], pieces: Iterable[Piece]) -> list[State]:
+    """For each piece its part of the whole parameter's state: tensors like the parameter are cut, all else is taken."""
 
-    def cut(value: Any) -> Any:
+    def cut(value: Any, of: Piece) -> Any:
         if not isinstance(value, Tensor):
             return value
-        if value.ndim and value.shape == shard.shape:
-            value = value.reshape(-1)[shard.start : shard.start + shard.leaf.numel()].view(shard.leaf.shape)
-        return value.clone()
+        return (of.cut(value) if value.ndim and value.shape == of.shape else value).clone()
 
-    return {key: cut(value) for key, value in whole.items()}
+    return [{key: cut(value, of) for key, value in states.get(int(of.name), {}).items()} for of in pieces]
 
 
 def save_states(
-    states: Iterable[tuple[Shard, State]],
+    states: Iterable[tuple[Piece, State]],
     shared: Mapping[str, Any],
     folder: str | Path,
     group: dist.ProcessGroup | None,
@@ -382,28 +493,21 @@ def save_states(
 
 
 def load_states(
-    shards: Sequence[Shard], folder: str | Path, group: dist.ProcessGroup | None
-) -> tuple[list[State], Any]:
-    """The states of the shards, whatever the number of ranks that saved them, and what save_states got as `shared`."""
+    pieces: Sequence[Piece], folder: str | Path, group: dist.ProcessGroup | None
+) -> tuple[list[State], dict[str, Any]]:
+    """The states of the pieces, whatever the number of ranks that saved them, and what save_states got as `shared`."""
     shared = load_shared(folder, group)
-    by_index: dict[int, dict[str, tuple[int, ...]]] = {}
-    for name, shape in shared["shapes"].items():
-        index, _, key = name.partition("/")
-        by_index.setdefault(int(index), {})[key] = tuple(shape)
-    wanted: list[tuple[str, int, int]] = []
-    shapes: list[tuple[int, str, tuple[int, ...]]] = []  # which state, which key, what shape there
-    for position, shard in enumerate(shards):
-        for key, shape in by_index.get(shard.index, {}).items():
-            split = len(shape) > 0 and shape == tuple(shard.shape)
-            start, count = (shard.start, shard.leaf.numel()) if split else (0, torch.Size(shape).numel())
-            wanted.append((f"{shard.index}/{key}", start, start + count))
-            shapes.append((position, key, tuple(shard.leaf.shape) if split else shape))
-    states: list[State] = [{} for _ in shards]
-    for (position, key, shape), tensor in zip(shapes, load_pieces(wanted, folder, group), strict=True):
-        states[position][key] = tensor.view(shape)
-    for position, shard in enumerate(shards):
-        prefix = f"{shard.index}/"
-        states[position] |= {
-            name.removeprefix(prefix): value for name, value in shared["rest"].items() if name.startswith(prefix)
-        }
+    wanted: list[tuple[int, str, Piece]] = []  # which state, which key, the shape and the run there
+    states: list[State] = []
+    for position, of in enumerate(pieces):
+        prefix = f"{of.name}/"
+        states.append({n.removeprefix(prefix): v for n, v in shared["rest"].items() if n.startswith(prefix)})
+        for name, shape in shared["shapes"].items():
+            if name.startswith(prefix):
+                is_cut = len(shape) > 0 and tuple(shape) == tuple(of.shape)
+                part = of._replace(name=name) if is_cut else Piece(name, tuple(shape), 0, torch.empty(shape))
+                wanted.append((position, name.removeprefix(prefix), part))
+    values = load_pieces([part.run for _, _, part in wanted], folder, group)
+    for (position, key, part), value in zip(wanted, values, strict=True):
+        states[position][key] = value.view(part.tensor.shape)
     return states, shared

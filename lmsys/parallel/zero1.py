@@ -1,21 +1,20 @@
-"""ZeRO-1: every rank keeps the optimizer's state of its part of the parameters, updates that part, and gets the rest from the others.
+"""ZeRO-1: every rank keeps and updates the optimizer's state of its part of the parameters, and gets the rest.
 
 Source: Rajbhandari et al., ZeRO, arXiv 1910.02054, section 5.1 (P_os) and, with reduce_scatter_gradients, 5.2 (P_os+g).
-ShardedOptimizer wraps any optimizer of torch's interface. Parameters lie in flat buckets, of which they are views; a bucket's
-update is followed at once by the all-gather of that bucket, in place, so that nothing is copied and the update of one bucket
-runs while another travels.
+ShardedOptimizer wraps any optimizer of torch's interface. Parameters lie in flat buckets, of which they are views; a
+bucket's update is followed at once by the all-gather of that bucket, in place, so that nothing is copied and the update
+of one bucket runs while another travels.
 
 partition says what a part is:
-    elements    each bucket is cut evenly, through parameters where need be, so that state is balanced to the padding of a
-                bucket. The inner optimizer sees flat slices, so it must be elementwise (SGD, Adam, AdamW, ...): slices then
-                get what whole parameters would.
-    parameters  whole parameters, greedily, largest first. For optimizers that look at a parameter's shape (Adafactor, Muon).
-                A parameter larger than a rank's fair share cannot be balanced, and is warned of.
+    elements    each bucket is cut evenly, through parameters where need be, so that state is balanced to the padding of
+                a bucket. The inner optimizer sees flat slices, so it must be elementwise (SGD, Adam, AdamW, ...).
+    parameters  whole parameters, greedily, largest first. For optimizers that look at a parameter's shape (Adafactor,
+                Muon). A parameter larger than a rank's fair share cannot be balanced, and is warned of.
     None        elements for an optimizer that proves elementwise in a trial on 24 random numbers, else parameters.
 
-step() returns when the all-gathers are enqueued before all that follows on the GPU's stream (on a CPU, when they are done):
-a module may read a parameter in another's forward, as a tied head does, so no hook knows when it is first needed.
-What stays exposed of communication is then about one all-gather of the model less the update, per step.
+step() returns when the all-gathers are enqueued before all that follows on the GPU's stream: a module may read a parameter
+in another's forward, as a tied head does, so no hook knows when it is first needed. What stays exposed of communication
+is then about one all-gather of the model less the update, per step.
 
 Limits: a parameter must keep its storage (cast and move the module before); an optimizer whose step needs a closure
 (LBFGS) is refused.
@@ -24,30 +23,30 @@ Limits: a parameter must keep its storage (cast and move the module before); an 
 from __future__ import annotations
 
 import inspect
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from lmsys.parallel import shards
-from lmsys.parallel.group import check_same_everywhere
+from lmsys.parallel.group import broadcast_from_rank0, check_same_everywhere, current, gather_objects
 from lmsys.parallel.hooks import on_gradient
-from lmsys.parallel.shards import Shard, align
+from lmsys.parallel.shards import FlatLayout, MeanInFlight, Piece, align
 
 PARTITIONS = ("elements", "parameters")
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
-    """An optimizer whose state is spread over the ranks of a group; without a group, the plain optimizer on flat parameters.
+    """An optimizer whose state is spread over the ranks of a group; without a group, a plain one on flat parameters.
 
-    To be made after the module is wrapped, in the same order of parameters on every rank. What is trained becomes rank 0's.
-    All ranks call step, clip_grad_norm_ and everything that saves or loads. Schedulers and zero_grad work as ever.
+    To be made after the module is wrapped, in the same order of parameters on every rank. What is trained becomes rank
+    0's. All ranks call step, clip_grad_norm_ and everything that saves or loads. Schedulers and zero_grad work as ever.
 
     Args:
         params: parameters or groups, as any optimizer takes them. Those that are frozen stay outside.
@@ -56,7 +55,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         bucket_size_mb: what travels as one message (times the ranks, for whole parameters), in MiB.
         reduce_scatter_gradients: average gradients here, each rank receiving those of its part alone, instead of in the
             wrapper, which must then not communicate: run every backward pass under its no_sync(), and all but the last
-            before a step under this optimizer's no_sync() too. A bucket's gradients travel when the last of them is there.
+            before a step under this optimizer's no_sync() too. A bucket's gradients travel when its last one is there.
         group: the ranks; None: all.
     Raises:
         ValueError: an option, an optimizer that cannot be sharded so, or parameters that differ between ranks.
@@ -77,7 +76,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"partition is {partition!r}; give {' or '.join(PARTITIONS)}, or None to choose")
         if not bucket_size_mb > 0:
             raise ValueError(f"bucket_size_mb is {bucket_size_mb}; it must be above 0")
-        if _needs_closure(optimizer_cls):
+        closure = inspect.signature(optimizer_cls.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
             raise ValueError(
                 f"{optimizer_cls.__name__} evaluates the loss of all parameters within a step; it cannot be sharded"
             )
@@ -89,21 +89,21 @@ class ShardedOptimizer(torch.optim.Optimizer):
         defaults, elementwise = _try_out(optimizer_cls, first.device, kwargs)
         if partition == "elements" and not elementwise:
             raise ValueError(
-                f"{optimizer_cls.__name__} updates slices of a parameter differently from the whole; use partition='parameters'"
+                f"{optimizer_cls.__name__} updates slices of a parameter differently from the whole; "
+                "use partition='parameters'"
             )
         self.partition = partition or ("elements" if elementwise else "parameters")
         self.reduce_scatter_gradients = reduce_scatter_gradients
         self._make = lambda group: optimizer_cls([group], **kwargs)
         self._group = group
-        self._world_size = dist.get_world_size(group) if dist.is_initialized() else 1
-        self._rank = dist.get_rank(group) if dist.is_initialized() else 0
+        self._rank, self._world_size = current(group)
         if self._rank < 0:
             raise ValueError("this process is not a member of the group that the optimizer was given")
         self._bucket_bytes = bucket_size_mb * 2**20
         self._buckets: list[_Bucket] = []
         self._frozen: list[Tensor] = []
         self._loads = [0] * self._world_size  # elements a rank owns
-        self._exchange = _GradientExchange(self._rank, self._world_size, group)
+        self._exchange = _GradientExchange(group)
         self._initializing = True
         super().__init__(groups, defaults)
         self._initializing = False
@@ -128,13 +128,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for parameters in kinds.values():
             owners = self._assign(parameters) if self.partition == "parameters" else None
             for run in self._runs(parameters):
-                bucket = _Bucket(run, owners, self._rank, self._world_size, added)
-                if self._world_size > 1:
-                    dist.broadcast(bucket.flat, group=self._group, group_src=0)
+                bucket = _Bucket(run, owners, self._group)
+                broadcast_from_rank0([bucket.flat], self._group)
                 if bucket.leaves:
-                    options = {key: value for key, value in added.items() if key not in ("params", "param_names")}
-                    bucket.inner = self._make({"params": [leaf.tensor for leaf in bucket.leaves], **options})
-                    bucket.pushed = options
+                    bucket.start_inner(self._make, added)
                 self._buckets.append(bucket)
                 if self.reduce_scatter_gradients:
                     self._exchange.add(bucket)
@@ -168,8 +165,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             mean = sum(self._loads) / self._world_size
             if max(self._loads) > 1.05 * mean:
                 warnings.warn(
-                    f"whole parameters leave one rank with {max(self._loads) / mean:.2f} times the mean of the optimizer's "
-                    "state; an elementwise optimizer can use partition='elements', which is balanced",
+                    f"whole parameters leave one rank with {max(self._loads) / mean:.2f} times the mean of the "
+                    "optimizer's state; an elementwise optimizer can use partition='elements', which is balanced",
                     stacklevel=3,
                 )
 
@@ -185,38 +182,27 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._check_parameters()
         if self.reduce_scatter_gradients:
             self._exchange.finish()
-        works: list[dist.Work] = []
+        works = []
         for bucket in self._buckets:
             bucket.update(take_gradients=not self.reduce_scatter_gradients)
-            if self._world_size > 1:
-                works += self._send(bucket)
+            works += bucket.send(self._group)
         for work in works:
             work.wait()
         self._exchange.finished = False
         return loss
 
-    def _send(self, bucket: _Bucket) -> list[dist.Work]:
-        """Start to share what each rank updated: one all-gather, or one broadcast from each owner of whole parameters."""
-        if self.partition == "elements":
-            start, stop = bucket.shares[self._rank]
-            return [shards.all_gather(bucket.flat, bucket.flat[start:stop], self._group)]
-        return [
-            dist.broadcast(bucket.flat[start:stop], group=self._group, group_src=rank, async_op=True)
-            for rank, (start, stop) in enumerate(bucket.shares)
-            if start < stop
-        ]
-
     def _check_parameters(self) -> None:
         if any(parameter.requires_grad for parameter in self._frozen):
             raise ValueError(
-                "a parameter that was frozen when the optimizer was made now requires a gradient; make the optimizer anew"
+                "a parameter that was frozen when the optimizer was made now requires a gradient; "
+                "make the optimizer anew"
             )
         for bucket in self._buckets:
-            for parameter, address in zip(bucket.parameters, bucket.addresses, strict=True):
+            for parameter, address in zip(bucket.layout.parameters, bucket.addresses, strict=True):
                 if parameter.data_ptr() != address:
                     raise ValueError(
-                        f"a parameter of shape {tuple(parameter.shape)} has moved since the optimizer was made (a cast, a "
-                        "device, a new .data); cast and move the module before its optimizer is made"
+                        f"a parameter of shape {tuple(parameter.shape)} has moved since the optimizer was made (a "
+                        "cast, a device, a new .data); cast and move the module before its optimizer is made"
                     )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -237,34 +223,21 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._exchange.paused = before
 
     def finish_gradient_synchronization(self) -> None:
-        """With reduce_scatter_gradients, wait for the averaged gradients of this rank's part, as clipping and step() do."""
+        """With reduce_scatter_gradients, wait for the mean gradients of this rank's part, as clipping and step() do."""
         if self.reduce_scatter_gradients:
             self._exchange.finish()
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """Scale all gradients so that their 2-norm over the whole model is at most max_norm. max_norm 0 or less: measure only.
-
-        Returns:
-            the norm before clipping, the same on every rank, a scalar on the device, for which nothing has waited.
-        """
-        if not self.reduce_scatter_gradients:  # every rank has all of them
-            owned = [parameter.grad for bucket in self._buckets for parameter in bucket.parameters]
-        else:
+        """As shards.clip_gradients; with reduce_scatter_gradients, of this rank's part."""
+        if self.reduce_scatter_gradients:
             self._exchange.finish()
-            owned = [leaf.tensor.grad for leaf in self._leaves()]
-        gradients = [gradient for gradient in owned if gradient is not None]
-        if gradients:
-            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        else:
-            norm = torch.zeros((), device=self._buckets[0].flat.device)
-        if self.reduce_scatter_gradients and self._world_size > 1:
-            total = norm.square()
-            dist.all_reduce(total, group=self._group)
-            norm = total.sqrt()
-        if max_norm > 0 and gradients:
-            torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-        return norm
+            tensors = [leaf.tensor for leaf in self._leaves()]
+        else:  # every rank has all of them
+            tensors = [parameter for bucket in self._buckets for parameter in bucket.layout.parameters]
+        gradients = [tensor.grad for tensor in tensors if tensor.grad is not None]
+        sharded, replicated = (gradients, []) if self.reduce_scatter_gradients else (None, gradients)
+        return shards.clip_gradients(sharded, replicated, max_norm, self._buckets[0].flat.device, self._group)
 
     def close(self) -> None:
         """Take this optimizer's hooks off the parameters, so that another may follow it."""
@@ -274,9 +247,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Bytes of optimizer state on this rank's device."""
         return sum(
             value.nbytes
-            for leaf in self._leaves()
-            for value in leaf.state.values()
-            if isinstance(value, Tensor) and value.device == leaf.tensor.device
+            for piece, state in self._states()
+            for value in state.values()
+            if isinstance(value, Tensor) and value.device == piece.tensor.device
         )
 
     def _leaves(self) -> Iterator[_Leaf]:
@@ -296,23 +269,17 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.load_full_state_dict(state_dict)
 
     def full_state_dict(self) -> dict[str, Any]:
-        """The state_dict of the plain optimizer, on rank 0 and its CPU; on other ranks, one without states.
-
-        All ranks call it. It loads into the plain optimizer, and into a sharded one at any number of ranks.
-        """
+        """The state_dict of the plain optimizer, on rank 0 and its CPU; on others, one without states. All ranks call it."""
         device = self._buckets[0].flat.device if self._buckets else torch.device("cpu")
         return self._packed() | {"state": shards.gather_states(self._states(), self._group, device)}
 
     def load_full_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take the options and this rank's part of a whole state_dict, which every rank is given. Nothing is communicated.
+        """Take the options and this rank's part of a whole state_dict, which every rank is given.
 
         Raises:
             ValueError: it is of other groups or parameters.
         """
-        self._load(
-            state_dict["param_groups"],
-            [shards.cut_state(state_dict["state"].get(shard.index, {}), shard) for shard in self._shards()],
-        )
+        self._load(state_dict["param_groups"], shards.cut_states(state_dict["state"], self._pieces()))
 
     def save_sharded(self, folder: str | Path) -> None:
         """Write the state to a folder, each rank its own part (shards.save_pieces). All ranks call it."""
@@ -325,135 +292,128 @@ class ShardedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: nothing there, or it is of other groups or parameters.
         """
-        states, shared = shards.load_states(self._shards(), folder, self._group)
+        states, shared = shards.load_states(self._pieces(), folder, self._group)
         self._load(shared["param_groups"], states)
 
     def _packed(self) -> dict[str, Any]:
         """The state_dict without states: options and the indices of parameters."""
         return super().state_dict() | {"state": {}}
 
-    def _shards(self) -> list[Shard]:
+    def _pieces(self) -> list[Piece]:
+        """What this rank updates, named by the parameters' indices."""
         order = (parameter for group in self.param_groups for parameter in group["params"])
-        indices = {id(parameter): index for index, parameter in enumerate(order)}
-        return [
-            Shard(indices[id(leaf.parameter)], leaf.parameter.shape, leaf.start, leaf.tensor) for leaf in self._leaves()
-        ]
+        names = {id(parameter): str(index) for index, parameter in enumerate(order)}
+        return [Piece(names[id(leaf.whole)], leaf.whole.shape, leaf.start, leaf.tensor) for leaf in self._leaves()]
 
-    def _states(self) -> list[tuple[Shard, dict[str, Any]]]:
-        return [(shard, leaf.state) for shard, leaf in zip(self._shards(), self._leaves(), strict=True)]
+    def _states(self) -> list[tuple[Piece, dict[str, Any]]]:
+        states = [bucket.inner.state.get(leaf.tensor, {}) for bucket in self._buckets for leaf in bucket.leaves]
+        return list(zip(self._pieces(), states, strict=True))
 
     def _load(self, groups: list[dict[str, Any]], states: list[dict[str, Any]]) -> None:
         """states: one for each of _leaves()."""
         given, own = ([len(group["params"]) for group in some] for some in (groups, self.param_groups))
         if given != own:
             raise ValueError(
-                f"the state is of groups of {given} parameters and this optimizer's have {own}; make the optimizer as the saved one was"
+                f"the state is of groups of {given} parameters and this optimizer's have {own}; make the optimizer as "
+                "the saved one was"
             )
         for group, saved in zip(self.param_groups, groups, strict=True):
-            group.update({key: value for key, value in saved.items() if key not in ("params", "param_names")})
+            group.update(_options(saved))
         remaining = iter(states)
         for bucket in self._buckets:
             if bucket.inner is not None:
                 bucket.push_options()
-                packed = bucket.inner.state_dict()["param_groups"]
-                filled = {index: next(remaining) for index in range(len(bucket.leaves))}
-                bucket.inner.load_state_dict(
-                    {"state": {index: state for index, state in filled.items() if state}, "param_groups": packed}
-                )
+                groups = bucket.inner.state_dict()["param_groups"]
+                state = {index: next(remaining) for index in range(len(bucket.leaves))}
+                state = {index: values for index, values in state.items() if values}
+                bucket.inner.load_state_dict({"state": state, "param_groups": groups})
 
 
 # --- Buckets --------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Leaf:
-    """What the inner optimizer updates: elements [start, stop) of a parameter, or the parameter itself where that is all."""
+class _Leaf(NamedTuple):
+    """What the inner optimizer updates: elements of a parameter from start on, or itself where that is all."""
 
-    parameter: nn.Parameter
+    whole: nn.Parameter
     start: int
-    stop: int
-    at: int  # where it starts in the bucket
+    at: int  # where it starts in this rank's share of the bucket
     tensor: nn.Parameter
-    bucket: _Bucket
 
     @property
     def is_whole(self) -> bool:
-        return self.tensor is self.parameter
-
-    @property
-    def state(self) -> dict[str, Any]:
-        return self.bucket.inner.state.get(self.tensor, {})
+        return self.tensor is self.whole
 
 
 class _Bucket:
     """Parameters of one group in one flat buffer, of which they become views, and this rank's leaves of it.
 
     Attributes:
-        flat: (elements,), each parameter at a multiple of shards.ALIGNMENT.
-        shares: [start, stop) of each rank in flat.
+        flat: (elements,). shares: [start, stop) of each rank in it; own: this rank's.
+        is_even: whether all shares are as long, by elements; else each holds whole parameters.
+        missing: parameters whose gradient has yet to come, by id.
     """
 
     def __init__(
-        self,
-        parameters: list[nn.Parameter],
-        owners: Mapping[int, int] | None,
-        rank: int,
-        world_size: int,
-        options: dict[str, Any],
+        self, parameters: list[nn.Parameter], owners: Mapping[int, int] | None, group: dist.ProcessGroup | None
     ):
+        rank, world_size = current(group)
+        self.is_even = owners is None
         if owners is not None:
             parameters = sorted(parameters, key=lambda parameter: owners[id(parameter)])
-        self.parameters = parameters
-        self.options = options
-        self.pushed: dict[str, Any] = {}
-        self.inner: torch.optim.Optimizer | None = None
-        self.offsets: list[int] = []
-        size = 0
-        ends = [0] * world_size  # of each rank's whole parameters
-        for parameter in parameters:
-            self.offsets.append(size)
-            size = align(size + parameter.numel())
-            if owners is not None:
-                ends[owners[id(parameter)]] = size
+        self.layout = FlatLayout(parameters)
+        self.inner: torch.optim.Optimizer | None = None  # of the leaves
+        self.pushed: dict[str, Any] = {}  # options that inner was given
+        size = self.layout.size
         if owners is None:
             size = align(size, world_size * shards.ALIGNMENT)
-            share = size // world_size
-            self.shares = [(r * share, (r + 1) * share) for r in range(world_size)]
-        else:
-            self.shares = []
-            start = 0
-            for end in ends:
-                self.shares.append((start, max(start, end)))
-                start = max(start, end)
-        first = parameters[0]
-        self.flat = torch.zeros(size, dtype=first.dtype, device=first.device)
-        for parameter, view in zip(parameters, self.views(self.flat), strict=True):
-            view.copy_(parameter.detach())
+            self.shares = shards.even_shares(size, world_size)
+        else:  # from a rank's first parameter to the next rank's
+            first = {owners[id(p)]: at for p, at in reversed(list(zip(parameters, self.layout.offsets, strict=True)))}
+            bounds = [size]
+            for owner in reversed(range(world_size)):
+                bounds.insert(0, first.get(owner, bounds[0]))
+            self.shares = list(itertools.pairwise(bounds))
+        self.flat = self.layout.flatten(size)
+        for parameter, view in zip(parameters, self.layout.views(self.flat), strict=True):
             parameter.data = view
         self.addresses = [parameter.data_ptr() for parameter in parameters]
-        self.leaves = list(self._cut(*self.shares[rank]))
+        self.own = low, high = self.shares[rank]
+        self.leaves: list[_Leaf] = []
+        cuts = zip(parameters, self.layout.offsets, self.layout.cut(low, high), strict=True)
+        for parameter, at, (start, stop) in cuts:
+            if start < stop:
+                is_whole = stop - start == parameter.numel()
+                tensor = parameter if is_whole else nn.Parameter(self.flat[at + start : at + stop])
+                self.leaves.append(_Leaf(parameter, start, at + start - low, tensor))
+        self.expect()
 
-    def views(self, flat: Tensor) -> list[Tensor]:
-        """A buffer like flat as tensors like the parameters."""
+    def send(self, group: dist.ProcessGroup | None) -> list[dist.Work]:
+        """Start to share what each rank updated: one all-gather, or a broadcast from each owner of whole parameters."""
+        if len(self.shares) == 1:
+            return []
+        if self.is_even:
+            return [shards.all_gather(self.flat, self.flat[slice(*self.own)], group)]
         return [
-            flat[offset : offset + parameter.numel()].view(parameter.shape)
-            for offset, parameter in zip(self.offsets, self.parameters, strict=True)
+            dist.broadcast(self.flat[start:stop], group=group, group_src=rank, async_op=True)
+            for rank, (start, stop) in enumerate(self.shares)
+            if start < stop
         ]
 
-    def _cut(self, low: int, high: int) -> Iterator[_Leaf]:
-        """The leaves of [low, high) of the buffer."""
-        for parameter, offset in zip(self.parameters, self.offsets, strict=True):
-            start, stop = max(low - offset, 0), min(high - offset, parameter.numel())
-            if start < stop:
-                whole = stop - start == parameter.numel()
-                tensor = parameter if whole else nn.Parameter(self.flat[offset + start : offset + stop])
-                yield _Leaf(parameter, start, stop, offset + start, tensor, self)
+    def expect(self) -> None:
+        """No gradient of the step has come yet."""
+        self.missing = {id(parameter) for parameter in self.layout.parameters}
+
+    def start_inner(self, make: Callable[[dict[str, Any]], torch.optim.Optimizer], group: dict[str, Any]) -> None:
+        """Make the optimizer of the leaves, with the options that the outer group has now and later."""
+        self.options, self.pushed = group, _options(group)
+        self.inner = make({"params": [leaf.tensor for leaf in self.leaves], **self.pushed})
 
     def push_options(self) -> None:
         """Give the inner optimizer the options that changed: a scheduler sets those of the outer groups."""
         inner = self.inner.param_groups[0]
-        for key, value in self.options.items():
-            if key not in ("params", "param_names") and (key not in self.pushed or self.pushed[key] is not value):
+        for key, value in _options(self.options).items():
+            if key not in self.pushed or self.pushed[key] is not value:
                 inner[key] = self.pushed[key] = value
 
     def update(self, take_gradients: bool) -> None:
@@ -463,8 +423,8 @@ class _Bucket:
         self.push_options()
         if take_gradients:
             for leaf in self.leaves:
-                if not leaf.is_whole and leaf.parameter.grad is not None:
-                    leaf.tensor.grad = leaf.parameter.grad.reshape(-1)[leaf.start : leaf.stop]
+                if not leaf.is_whole and leaf.whole.grad is not None:
+                    leaf.tensor.grad = leaf.whole.grad.reshape(-1)[leaf.start : leaf.start + leaf.tensor.numel()]
         self.inner.step()
         if take_gradients:
             for leaf in self.leaves:
@@ -475,39 +435,27 @@ class _Bucket:
 # --- Gradients ------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Flight:
-    """A bucket's gradients on their way. They stay here until they have been waited for: then their memory may be reused."""
-
-    bucket: _Bucket
-    gradients: Tensor
-    mean: Tensor  # of this rank's share
-    works: list[dist.Work] = field(default_factory=list)
-
-
 class _GradientExchange:
     """Reduce-scatters each bucket's gradients when the last of them has arrived, in an order that all ranks share.
 
     The order is that in which buckets became complete on rank 0 in the first backward pass.
     """
 
-    def __init__(self, rank: int, world_size: int, group: dist.ProcessGroup | None):
-        self.rank, self.world_size, self.group = rank, world_size, group
+    def __init__(self, group: dist.ProcessGroup | None):
+        self.group = group
         self.paused = False
         self.finished = False  # the leaves have the gradients of this step
         self.buckets: list[_Bucket] = []
         self.order: list[_Bucket] | None = None
         self.completed: list[_Bucket] = []  # in the first backward pass
-        self.missing: dict[_Bucket, set[int]] = {}  # parameters without a gradient yet, by id
-        self.flights: list[_Flight] = []
+        self.flights: list[MeanInFlight] = []  # of the first buckets of the order
         self.used: set[int] = set()  # parameters whose gradient has left, by id
         self.hooks: list[Any] = []
 
     def add(self, bucket: _Bucket) -> None:
         self.buckets.append(bucket)
         self.order, self.completed = None, []
-        self._expect(bucket)
-        for parameter in bucket.parameters:
+        for parameter in bucket.layout.parameters:
             self.hooks.append(on_gradient(parameter, self._arrived, len(self.buckets) - 1))
 
     def close(self) -> None:
@@ -515,64 +463,34 @@ class _GradientExchange:
             hook.remove()
         self.hooks = []
 
-    def _expect(self, bucket: _Bucket) -> None:
-        self.missing[bucket] = {id(parameter) for parameter in bucket.parameters}
-
     def _arrived(self, index: int, parameter: Tensor) -> None:
         if self.paused:
             return
         bucket = self.buckets[index]
-        if any(flight.bucket is bucket for flight in self.flights):
+        if self.order is not None and bucket in self.order[: len(self.flights)]:
             raise RuntimeError(
                 "a second backward pass before the step, and the first one's gradients are on their way; run all but the "
                 "last under the optimizer's no_sync()"
             )
         self.finished = False
-        missing = self.missing[bucket]
-        missing.discard(id(parameter))
-        if missing:
+        bucket.missing.discard(id(parameter))
+        if bucket.missing:
             return
         if self.order is None:
             self.completed.append(bucket)
             return
-        while len(self.flights) < len(self.order) and not self.missing[self.order[len(self.flights)]]:
+        while len(self.flights) < len(self.order) and not self.order[len(self.flights)].missing:
             self._launch(self.order[len(self.flights)])
 
     @torch.no_grad()
     def _launch(self, bucket: _Bucket) -> None:
-        flat = torch.empty_like(bucket.flat)
-        present = [
-            (view, parameter.grad)
-            for view, parameter in zip(bucket.views(flat), bucket.parameters, strict=True)
-            if parameter.grad is not None
-        ]
-        if len(present) < len(bucket.parameters):
-            flat.zero_()
-        if present:
-            torch._foreach_copy_(*map(list, zip(*present, strict=True)))
-        for parameter in bucket.parameters:
-            if parameter.grad is not None:
-                self.used.add(id(parameter))
-                parameter.grad = None
-        start, stop = bucket.shares[self.rank]
-        if self.world_size == 1:
-            self.flights.append(_Flight(bucket, flat, flat))
-        elif all(stop - start == high - low for low, high in bucket.shares):
-            mean = flat.new_empty(stop - start)
-            work = shards.reduce_scatter_mean(mean, flat, self.group)
-            self.flights.append(_Flight(bucket, flat, mean, [work]))
-        else:
-            operation = shards.mean_operation(flat, self.group)
-            works = [
-                dist.reduce(flat[low:high], group_dst=rank, op=operation, group=self.group, async_op=True)
-                for rank, (low, high) in enumerate(bucket.shares)
-                if low < high
-            ]
-            self.flights.append(_Flight(bucket, flat, flat[start:stop], works))
+        self.used |= {id(parameter) for parameter in bucket.layout.parameters if parameter.grad is not None}
+        gradients = bucket.layout.take_gradients(bucket.flat.numel(), bucket.flat.dtype)
+        self.flights.append(MeanInFlight(gradients, bucket.shares, self.group))
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Launch what is left and give every leaf the mean gradient. Does nothing when that has been done for this step."""
+        """Launch what is left and give every leaf the mean gradient, unless that is done for this step."""
         if self.finished:
             return
         if self.order is None:
@@ -580,40 +498,31 @@ class _GradientExchange:
         for bucket in self.order[len(self.flights) :]:
             self._launch(bucket)
         unused = self._unused()
-        for flight in self.flights:
-            for work in flight.works:
-                work.wait()
-            start, _ = flight.bucket.shares[self.rank]
-            for leaf in flight.bucket.leaves:
-                if id(leaf.parameter) in unused:
-                    continue
-                at = leaf.at - start
-                gradient = flight.mean[at : at + leaf.tensor.numel()].view(leaf.tensor.shape)
-                leaf.tensor.grad = gradient if leaf.tensor.grad is None else leaf.tensor.grad + gradient
-            self._expect(flight.bucket)
-        self.flights = []
-        self.used = set()
+        for bucket, flight in zip(self.order, self.flights, strict=True):
+            mean = flight.wait()
+            for leaf in bucket.leaves:
+                if id(leaf.whole) not in unused:
+                    gradient = mean[leaf.at : leaf.at + leaf.tensor.numel()].view(leaf.tensor.shape)
+                    leaf.tensor.grad = gradient if leaf.tensor.grad is None else leaf.tensor.grad + gradient
+            bucket.expect()
+        self.flights, self.used = [], set()
         self.finished = True
 
     def _unused(self) -> set[int]:
         """Parameters that no rank used, by id. Only a rank that left one unused waits to read that."""
-        parameters = [parameter for bucket in self.buckets for parameter in bucket.parameters]
+        parameters = [parameter for bucket in self.buckets for parameter in bucket.layout.parameters]
         here = [id(parameter) in self.used for parameter in parameters]
-        flags = torch.ones(len(here), device=self.buckets[0].flat.device)
-        if not all(here):
-            flags.copy_(torch.tensor(here, dtype=flags.dtype))
-        if self.world_size > 1:
+        flags = shards.flags_of(here, self.buckets[0].flat.device)
+        if current(self.group)[1] > 1:
             dist.all_reduce(flags, group=self.group)
-        somewhere = here if all(here) else (flags > 0).tolist()
+        somewhere = shards.used_anywhere(here, flags)
         return {id(parameter) for parameter, used in zip(parameters, somewhere, strict=True) if not used}
 
     def _agree(self) -> list[_Bucket]:
         """Rank 0's order, buckets that were not complete there last."""
         seen = [self.buckets.index(bucket) for bucket in self.completed]
-        order = [seen + [index for index in range(len(self.buckets)) if index not in seen]]
-        if self.world_size > 1:
-            dist.broadcast_object_list(order, group=self.group, group_src=0)
-        return [self.buckets[index] for index in order[0]]
+        order = [*seen, *(index for index in range(len(self.buckets)) if index not in seen)]
+        return [self.buckets[index] for index in gather_objects(order, self.group)[0]]
 
 
 # --- The inner optimizer --------------------------------------------------------------------------
@@ -633,9 +542,9 @@ def _unique(params: Iterable[Any]) -> list[dict[str, Any]]:
     return unique
 
 
-def _needs_closure(optimizer_cls: type[torch.optim.Optimizer]) -> bool:
-    closure = inspect.signature(optimizer_cls.step).parameters.get("closure")
-    return closure is not None and closure.default is inspect.Parameter.empty
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter group without its parameters."""
+    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
 
 
 def _try_out(
