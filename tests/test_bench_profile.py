@@ -6,10 +6,15 @@ import torch
 
 from lmsys import records
 from lmsys.attention.reference import scaled_dot_prod_attention
-from lmsys.bench import profile
-from lmsys.bench.profile import MATMUL, PHASES, Bench
+from lmsys.bench import experiment, profile, traces
+from lmsys.bench.profile import Subject
+from lmsys.bench.traces import MATMUL, PHASES
 
 CPU, CUDA = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
+
+
+def parameters(**given):
+    return profile.NOTEBOOK.parameters({"scale": "smoke", "device": "cpu"} | given)
 
 
 @dataclass
@@ -73,7 +78,7 @@ def gpu_step():
 
 
 def test_kernels_of_a_gpu_are_traced_back_to_operator_part_and_phase():
-    traced = profile.attribute(gpu_step(), gpu=True)
+    traced = traces.attribute(gpu_step(), gpu=True)
     found = [(k.name, k.operator, k.phase, k.part, k.layer, k.category) for k in traced.kernels]
     assert found == [
         ("softmax_kernel", "aten::_softmax", "forward", "softmax", 4, "softmax"),
@@ -87,7 +92,7 @@ def test_kernels_of_a_gpu_are_traced_back_to_operator_part_and_phase():
     ]
     # From the first kernel of a phase to the end of its last, not as long as the host was in it.
     assert traced.phases_ms == pytest.approx({"forward": 0.040, "backward": 0.042, "optimizer": 0.020})
-    assert profile.busy_ms(traced.kernels) == pytest.approx(0.040 + 0.032 + 0.005 + 0.001 + 0.020)
+    assert traces.busy_ms(traced.kernels) == pytest.approx(0.040 + 0.032 + 0.005 + 0.001 + 0.020)
 
 
 def test_the_kind_of_a_kernel_is_that_of_its_operator():
@@ -102,7 +107,7 @@ def test_the_kind_of_a_kernel_is_that_of_its_operator():
         "aten::embedding": "lookups",
         "aten::view": "other",
     }.items():
-        assert profile.category(operator) == kind, operator
+        assert traces.category(operator) == kind, operator
 
 
 def test_annotated_attention_is_the_formula():
@@ -114,27 +119,27 @@ def test_annotated_attention_is_the_formula():
 
 @pytest.fixture(scope="module")
 def tiny():
-    return Bench("tiny", 16, torch.device("cpu"), seed=0)
+    return Subject("tiny", "fp32", parameters(contexts=[16]))
 
 
 def test_ranges_change_no_result_and_leave_no_trace(tiny):
-    inputs, _ = tiny.batch(2, 16, seed=1)
-    plain = tiny.model(inputs)
-    with profile.ranges(tiny.model):
-        assert torch.equal(tiny.model(inputs), plain)
-    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in tiny.model.modules())
-    assert tiny.model.layers[0].attn.attend is scaled_dot_prod_attention
+    inputs, _ = tiny.batch(2, 16)
+    plain = tiny.engine.model(inputs)
+    with profile.ranges(tiny.engine.model):
+        assert torch.equal(tiny.engine.model(inputs), plain)
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in tiny.engine.model.modules())
+    assert tiny.engine.model.layers[0].attn.attend is scaled_dot_prod_attention
 
 
 def test_a_training_step_on_the_cpu(tiny):
     """Counts of products: 7 a layer forward (attention 2) and the head's, twice that backward."""
-    inputs, targets = tiny.batch(2, 16, seed=1)
-    with profile.ranges(tiny.model):
-        traced = profile.trace(lambda: tiny.step("training", "fp32", inputs, targets), tiny.device)
+    batch = tiny.batch(2, 16)
+    with profile.ranges(tiny.engine.model):
+        traced = traces.trace(lambda: tiny.step("training", batch), tiny.device)
     assert tuple(traced.phases_ms) == PHASES
     products = [k for k in traced.kernels if k.category == MATMUL]
     parts = ("projections", "feed-forward", "scores", "values", "head")
-    layers = tiny.config.num_layers
+    layers = tiny.engine.config.model.num_layers
     expected = dict(zip(parts, (2 * layers, 3 * layers, layers, layers, 1), strict=True))
     for phase, times in (("forward", 1), ("backward", 2)):
         counts = {part: sum(k.part == part and k.phase == phase for k in products) for part in parts}
@@ -146,8 +151,8 @@ def test_a_training_step_on_the_cpu(tiny):
 
 
 def test_timed_phases_add_up_to_the_step(tiny):
-    inputs, targets = tiny.batch(1, 8, seed=0)
-    times = tiny.timed(lambda mark: tiny.step("training", "fp32", inputs, targets, mark), samples=3)
+    batch = tiny.batch(1, 8)
+    times = tiny.timed(lambda mark: tiny.step("training", batch, mark), samples=3)
     assert set(times) == {*PHASES, "step"} and all(len(values) == 3 for values in times.values())
     for sample in range(3):
         parts = sum(times[phase][sample] for phase in PHASES)
@@ -180,51 +185,42 @@ def frames():
 
 
 def test_the_answers_are_those_of_the_rows():
-    results, kernels = frames()
-    (a,), (b,), (c,), (d,), (e,) = (answer(results, kernels) for _, answer in profile.ANSWERS.values())
-    assert "10.0 ms by the host's clock and 12.0 ms in the trace, a ratio of 1.20; kernels run during 50%" in a
-    assert (
-        "`softmax` (softmax), run 4 times, 4.00 ms or 50%" in b and "`gemm_c` (matrix products), 8 runs, 5.00 ms" in b
-    )
-    assert "75% of the forward pass is not matrix products: softmax in softmax 50.0%, element-wise in norm 25.0%." in c
-    assert "25% of inference and 30% of a training step, of which AdamW, which has none, is 70%" in d
-    # tiny: 2 layers, 2 heads of 32: products 4 x 32 FLOPs an element, softmax 5.
-    assert "2.00 times as long as the two products, with 3.9% of their FLOPs: 51 times the time a FLOP" in e
-    assert "| tiny | 128 | bf16 | oom |" in profile.forward_table(results)
-    assert profile.attention_rows(kernels)[0]["matmul_gflop"] * 1e9 == 4 * 32 * (2 * 2 * 2 * 64 * 64)
+    _, kernels = frames()
+    top = profile.top_kernels(kernels).set_index("mode")
+    assert (top.name["inference"], top["count"]["inference"], top.share["inference"]) == ("`softmax`", 4, 0.5)
+    assert (top.name["training"], top.total_ms["training"]) == ("`gemm_c`", 5.0)
+    (inference,), (training,) = (profile.shares(kernels, mode).itertuples() for mode in profile.MODES)
+    assert (inference.matmuls, inference.softmax) == (0.25, 0.5)
+    assert (training.matmuls, training.optimizer) == (0.3, 0.7)
+    # tiny: 2 layers, 2 heads of 32: matmuls 4 x 32 FLOPs an element, softmax 5.
+    (row,) = profile.attention_rows(kernels).to_dict("records")
+    assert row["time ratio"] == 2.0 and row["FLOP ratio"] == pytest.approx(5 / 128)
+    assert row["matmul TFLOP/s"] * row["matmul_ms"] * 1e9 == 4 * 32 * (2 * 2 * 2 * 64 * 64)
 
 
 def test_a_run_writes_everything(tmp_path):
-    chosen = profile.settings("smoke", contexts=[8, 16], device="cpu")
-    results, kernels, lanes = profile.run(chosen, tmp_path)
+    results = experiment.run(profile.PROFILE, parameters(contexts=[8, 16]), folder=tmp_path)
+    kernels, lanes = (records.read_results(tmp_path / f"profiling_{name}.csv") for name in ("kernels", "timeline"))
     assert len(results) == 2 * (2 + 5) and set(results.status) == {"ok"}
     assert set(lanes.context_length) == {16} and {"phase", "layer", MATMUL} <= set(lanes.lane)
     step = results[(results["mode"] == "training") & (results.context_length == 8)].set_index("phase")
     same = kernels[(kernels["mode"] == "training") & (kernels.context_length == 8)]
     assert same.total_ms.sum() == pytest.approx(step.kernel_ms["step"], rel=1e-4)
     assert same["count"].sum() == step.kernels["step"]
-    figures = profile.figures(results, kernels, lanes, tmp_path)
-    assert sorted(path.name for path in figures.values()) == [
-        *("profiling_attention.png", "profiling_layer.png", "profiling_share.png", "profiling_timeline.png")
-    ]
-    text = profile.write_report(results, kernels, tmp_path).read_text()
-    assert all(f"## ({letter})" in text for letter in "abcde")
-    assert records.read_results(tmp_path / "profiling_results.csv").shape == results.shape
 
 
 def test_a_point_out_of_memory_is_a_row(tmp_path, monkeypatch):
-    def step(self, mode, dtype, inputs, targets, mark=None):
-        if mode == "training" and inputs.shape[1] == 16:
+    def step(self, mode, batch, mark=profile.phase):
+        if mode == "training" and batch[0].shape[1] == 16:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-        return original(self, mode, dtype, inputs, targets, mark or profile.phase)
+        return original(self, mode, batch, mark)
 
-    original = Bench.step
-    monkeypatch.setattr(Bench, "step", step)
-    results, kernels, lanes = profile.run(profile.settings("smoke", contexts=[8, 16], device="cpu"), tmp_path)
+    original = Subject.step
+    monkeypatch.setattr(Subject, "step", step)
+    results = experiment.run(profile.PROFILE, parameters(contexts=[8, 16]), folder=tmp_path)
     (row,) = results[results.status == "oom"].itertuples()
-    assert (row.context_length, row.mode, row.phase) == (16, "training", "step") and "out of memory" in row.note
-    assert lanes.empty and set(profile.figures(results, kernels, lanes, tmp_path)) == {"share", "attention"}
-    profile.write_report(results, kernels, tmp_path)
+    assert (row.context_length, row.mode) == (16, "training") and "out of memory" in row.note
+    assert records.read_results(tmp_path / "profiling_timeline.csv").empty
 
 
 @pytest.mark.parametrize(
@@ -232,7 +228,7 @@ def test_a_point_out_of_memory_is_a_row(tmp_path, monkeypatch):
     [
         ({"sizes": ["larg"]}, "unknown size 'larg'. Did you mean"),
         ({"dtypes": ["fp8"]}, "unknown dtype 'fp8'"),
-        ({"contexts": [1]}, "at least 2"),
+        ({"contexts": [1]}, "it must be 2 or more"),
         ({"contexts": []}, "must not be empty"),
         ({"samples": 0}, "samples is 0; it must be 3 or more"),
         ({"dtypes": ["tf32"], "device": "cpu"}, "tf32 is a format of GPUs"),
@@ -240,7 +236,7 @@ def test_a_point_out_of_memory_is_a_row(tmp_path, monkeypatch):
 )
 def test_bad_input_is_one_clear_error(given, message):
     with pytest.raises(ValueError, match=message):
-        profile.settings("smoke", **given)
+        parameters(**given)
 
 
 def test_names_of_kernels_are_short():
@@ -250,12 +246,14 @@ def test_names_of_kernels_are_short():
 
 
 def test_the_commands_for_nsight_systems_are_commands(monkeypatch):
-    """The part after nsys runs: with the CPU for a GPU, each names the ranges of the step, attention and its backward pass."""
+    """The part after nsys runs.
+
+    With the CPU for a GPU, each names the ranges of the step, attention and its backward pass.
+    """
     from lmsys import __main__ as cli
     from lmsys.bench import ranges
 
-    chosen = profile.settings("smoke", contexts=[8, 16], device="cpu")
-    profiled, *stats = profile.nsys_commands(chosen)
+    profiled, *stats = profile.nsys_commands(parameters(contexts=[8, 16]))
     assert profiled.startswith("nsys profile --trace=cuda,nvtx ") and len(stats) == 2
     pushed = []
     push = ranges.push

@@ -5,16 +5,8 @@ Answers the problem nsys_profile of Stanford CS336, assignment 2, which reads th
 While a step is traced, hooks put a range around each module of lmsys.model.TransformerLM, and attention is the formula
 with a range around each operation (the same operations as attention.reference.scaled_dot_prod_attention, an operation a
 line). Each kernel is then traced back:
-
-- to the operator that launched it, by the profiler's correlation id. The operator says what kind of kernel it is: names
-  of kernels change from GPU to GPU, `aten::mm` does not;
-- in the forward pass, to the innermost range that the operator ran in;
-- in the backward pass, which runs in a thread of its own without ranges, to the node of the graph that autograd
-  evaluates, and by the node's sequence number to the forward operator that made it: the last one to start with that
-  number.
-
-On a CPU the operators take the place of kernels, each with the time that it spends outside of the operators it calls,
-on one thread: what a CPU's scale profiles is too small to share.
+bench/traces.py traces each kernel back to them. What a CPU's scale profiles runs on one thread: it is too small to
+share.
 
 Limits: eager execution (a compiled block is one operator). Tracing slows the host down, so a traced step of a small
 model is longer than a timed one; the times of kernels are the device's own. A phase's kernels are those launched in it,
@@ -29,7 +21,6 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -48,8 +39,9 @@ from lmsys.bench.experiment import (
     require_names,
     require_numbers,
 )
-from lmsys.bench.measure import one_thread, profiled, quantiles, release
+from lmsys.bench.measure import one_thread, quantiles, release
 from lmsys.bench.timeline import phase, union
+from lmsys.bench.traces import MATMUL, PHASES, Kernel, Trace, busy_ms, trace
 from lmsys.config import MODEL_SIZES, PipelineConfig, build, model_size, require
 from lmsys.device import fp32_products as fp32_matmuls
 from lmsys.device import resolve_device
@@ -58,43 +50,9 @@ from lmsys.train.engine import Engine, autocast
 
 DTYPES = ("fp32", "tf32", "bf16")
 MODES = ("inference", "training")
-PHASES = ("forward", "loss", "backward", "optimizer")
 WHOLE = "step"  # all phases of a mode together
-MATMUL = "matmuls"
 ATTENTION_PARTS = ("scores", "scale and mask", "softmax", "values")
-_PREFIX = "lmsys."  # of the ranges, as lmsys.bench.timeline writes them
-_NODE = "autograd::engine::evaluate_function: "
-_NO_OPERATOR = re.compile(
-    r"cu(da)?[A-Z]|\[|Activity Buffer|Buffer Flush|Command Buffer|Driver Compiler|Instrumentation|Lazy Function|Resource|Runtime Triggered|Unknown"
-)  # CUDA's calls, which have ids of their own, and what tracing itself costs
 _SOFTMAX_FLOPS = 5  # an element: maximum, difference, exponential, sum, quotient
-
-# Kind of kernel -> the operators that launch it. The first that matches counts; what none matches is "other".
-CATEGORIES: tuple[tuple[str, re.Pattern], ...] = tuple(
-    (name, re.compile(pattern))
-    for name, pattern in (
-        (MATMUL, r"aten::(mm|bmm|addmm|baddbmm|_scaled_mm|mv|dot)$"),
-        ("softmax", r"aten::_(log_)?softmax(_backward_data)?$"),
-        ("copies and casts", r"aten::(copy_|_to_copy|clone|cat|stack|fill_|zero_|zeros_like|contiguous)$"),
-        ("reductions", r"aten::(sum|mean|max|amax|norm|linalg_vector_norm|cumsum|any|all)$"),
-        (
-            "lookups",
-            r"aten::(embedding|embedding_dense_backward|gather|scatter_add_?|index|index_put_?|_index_put_impl_)$",
-        ),
-        (
-            "element-wise",
-            r"aten::(add|sub|mul|div|neg|rsqrt|sqrt|pow|square|exp|silu|silu_backward|sigmoid|reciprocal|complex|where|masked_fill"
-            r"|threshold_backward|triu|lerp|addcmul|addcdiv|clamp|conj_physical|arange)_?$",
-        ),
-    )
-)
-OTHER = "other"
-
-
-def category(operator: str) -> str:
-    """The kind of kernel that an operator launches."""
-    return next((name for name, pattern in CATEGORIES if pattern.match(operator)), OTHER)
-
 
 # --- What is profiled -----------------------------------------------------------------------------
 
@@ -168,175 +126,24 @@ def ranges(model: TransformerLM) -> Iterator[None]:
 
     for module, name in parts:
         handles += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave)]
+    logits = model.logits
+
+    def head(*args: Any) -> Tensor:
+        with phase("head"):
+            return logits(*args)
+
+    model.logits = head
     attends = [layer.attn.attend for layer in model.layers]
     for layer in model.layers:
         layer.attn.attend = annotated_attention
     try:
         yield
     finally:
+        del model.logits  # the class's again
         for handle in handles:
             handle.remove()
         for layer, attend in zip(model.layers, attends, strict=True):
             layer.attn.attend = attend
-
-
-# --- Events to kernels ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """One kernel's run; on a CPU, one operator's own time. Times in ms from the beginning of the first phase."""
-
-    name: str
-    operator: str
-    phase: str
-    part: str
-    layer: int | None
-    start_ms: float
-    duration_ms: float
-
-    @property
-    def category(self) -> str:
-        return self.phase if self.phase == "optimizer" else category(self.operator)
-
-
-@dataclass
-class _Op:
-    """An operator or range of the host. Times in ns."""
-
-    id: int
-    name: str
-    thread: int
-    start: int
-    end: int
-    sequence: int
-    parent: _Op | None = None
-    children: int = 0  # ns
-
-    def ancestors(self) -> Iterator[_Op]:
-        op: _Op | None = self
-        while op is not None:
-            yield op
-            op = op.parent
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What a traced step did: kernels in the order of their start, and how long the host was in each phase, ms."""
-
-    kernels: list[Kernel]
-    phases_ms: dict[str, float]
-
-
-def trace(step: Callable[[], Any], device: torch.device) -> Trace:
-    """Run step(), whose phases and parts are in ranges, under the profiler."""
-    with profiled(device) as profile:
-        step()
-    return attribute(profile.profiler.kineto_results.events(), gpu=device.type == "cuda")
-
-
-def attribute(events: Iterable[Any], gpu: bool) -> Trace:
-    """The kernels among the profiler's raw events, each with its operator, phase and part.
-
-    Of an event this reads name(), device_type(), correlation_id(), linked_correlation_id(), sequence_nr(),
-    start_thread_id(), start_ns() and end_ns().
-    """
-    ops, launched = [], []
-    for event in events:
-        if event.device_type() == torch.autograd.DeviceType.CPU:
-            if not _NO_OPERATOR.match(event.name()):
-                ops.append(
-                    _Op(
-                        event.correlation_id(),
-                        event.name(),
-                        event.start_thread_id(),
-                        event.start_ns(),
-                        event.end_ns(),
-                        event.sequence_nr(),
-                    )
-                )
-        elif gpu and not event.name().startswith(_PREFIX):  # the ranges have shadows on the device
-            launched.append(event)
-    _nest(ops)
-    marked = {op.name: op for op in ops}
-    phases = {name: marked[_PREFIX + name] for name in PHASES if _PREFIX + name in marked}
-    assert phases, "the step marked no phase"
-    if "loss" in phases:  # is within the forward pass, and counted by itself
-        phases["forward"].end = phases["loss"].start
-    origin = min(op.start for op in phases.values())
-    made = _forward_ops(ops, phases)
-
-    def kernel(name: str, op: _Op, start: int, duration: int) -> Kernel:
-        part, layer = _place(op, made)
-        # Autograd's threads open no phases: theirs is the one that the step was in.
-        inside = next((each for each, span in phases.items() if span.start <= op.start < span.end), "")
-        return Kernel(name, _operator(op), inside, part, layer, (start - origin) / 1e6, duration / 1e6)
-
-    if gpu:
-        by_id = {op.id: op for op in ops if op.id > 0}
-        kernels = [
-            kernel(
-                event.name(), by_id[event.linked_correlation_id()], event.start_ns(), event.end_ns() - event.start_ns()
-            )
-            for event in launched
-            if event.linked_correlation_id() in by_id
-        ]
-        spans = {
-            name: (min(k.start_ms for k in group), max(k.start_ms + k.duration_ms for k in group))
-            for name in phases
-            if (group := [k for k in kernels if k.phase == name])
-        }
-    else:
-        own = [(op, op.end - op.start - op.children) for op in ops if op.name.startswith("aten::")]
-        kernels = [kernel(op.name, op, op.start, duration) for op, duration in own if duration > 0]
-        spans = {name: (op.start / 1e6, op.end / 1e6) for name, op in phases.items()}
-    kernels = sorted((k for k in kernels if k.phase), key=lambda k: k.start_ms)
-    return Trace(kernels, {name: end - start for name, (start, end) in spans.items()})
-
-
-def _nest(ops: list[_Op]) -> None:
-    """Set the parent and the children's time of each operator: in its thread, the shortest other that encloses it."""
-    stacks: dict[int, list[_Op]] = {}
-    for op in sorted(ops, key=lambda op: (op.start, -op.end)):
-        stack = stacks.setdefault(op.thread, [])
-        while stack and stack[-1].end <= op.start:
-            stack.pop()
-        if stack:
-            op.parent = stack[-1]
-            stack[-1].children += op.end - op.start
-        stack.append(op)
-
-
-def _forward_ops(ops: Sequence[_Op], phases: dict[str, _Op]) -> dict[int, _Op]:
-    """Sequence number -> the last operator of the forward pass and the loss that started with it."""
-    spans = [phases[name] for name in ("forward", "loss") if name in phases]
-    made: dict[int, _Op] = {}
-    for op in sorted(ops, key=lambda op: op.start):
-        if op.sequence >= 0 and any(span.thread == op.thread and span.start <= op.start < span.end for span in spans):
-            made[op.sequence] = op
-    return made
-
-
-def _place(op: _Op, made: dict[int, _Op]) -> tuple[str, int | None]:
-    """The part of the model that an operator belongs to, and its layer."""
-    for ancestor in op.ancestors():
-        if ancestor.name.startswith(_NODE):
-            forward = made.get(ancestor.sequence)
-            return _place(forward, {}) if forward is not None else ("gradients", None)
-    inner = [each.name.removeprefix(_PREFIX) for each in op.ancestors() if each.name.startswith(_PREFIX)]
-    layer = next((int(name.removeprefix("layer ")) for name in inner if name.startswith("layer ")), None)
-    part = inner[0] if inner else ""
-    return ("residual" if part.startswith("layer ") else part), layer
-
-
-def _operator(op: _Op) -> str:
-    """The innermost operator that is not a range."""
-    return next((each.name for each in op.ancestors() if not each.name.startswith(_PREFIX)), op.name)
-
-
-def busy_ms(kernels: Iterable[Kernel]) -> float:
-    """How long at least one of the kernels ran."""
-    return sum(end - start for start, end in union((k.start_ms, k.start_ms + k.duration_ms) for k in kernels))
 
 
 # --- The steps ------------------------------------------------------------------------------------
@@ -380,20 +187,24 @@ class Subject:
 
     def timed(self, step: Callable[[Callable], None], samples: int) -> dict[str, list[float]]:
         """Milliseconds of each phase and of the whole, by the wall clock, the device waited for at each border."""
-        times: dict[str, list[float]] = {}
+        sample: dict[str, float] = {}
 
         @contextlib.contextmanager
         def mark(name: str) -> Iterator[None]:
             start = self._now()
             yield
-            times.setdefault(name, []).append((self._now() - start) * 1e3)
+            sample[name] = sample.get(name, 0.0) + (self._now() - start) * 1e3
 
+        times: dict[str, list[float]] = {}
         for _ in range(samples):
+            sample.clear()
             with mark(WHOLE):
                 step(mark)
-        if "loss" in times:  # is within the forward pass, and counted by itself
-            times["forward"] = [a - b for a, b in zip(times["forward"], times["loss"], strict=True)]
-        return {name: times[name] for name in (*PHASES, WHOLE) if name in times}
+            sample["forward"] -= sample.get("loss", 0.0)  # is within the forward pass, and counted by itself
+            for name in (*PHASES, WHOLE):
+                if name in sample:
+                    times.setdefault(name, []).append(sample[name])
+        return times
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -570,18 +381,6 @@ def short_name(name: str) -> str:
     name = re.sub(r"\w+::(?=\w)", "", name).removesuffix("::operator")
     name += ">" * (name.count("<") - name.count(">"))  # arguments inside of the template took its end along
     return name if len(name) <= 60 else f"{name[:57]}..."
-
-
-def lost(kernels):
-    """Which rows have an event of the tracer's own in the place of their operator."""
-    return kernels.operator.astype(str).str.match(_NO_OPERATOR)
-
-
-def known(kernels):
-    """The rows, those that lost their operator as kernels of the same name elsewhere."""
-    gone = lost(kernels) & (kernels.category == OTHER)
-    usual = kernels[~gone].drop_duplicates("name").set_index("name").category
-    return kernels.assign(category=kernels.category.where(~gone, kernels.name.map(usual).fillna(OTHER)))
 
 
 def top_kernels(kernels):
