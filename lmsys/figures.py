@@ -1,12 +1,13 @@
 """The few shapes of figure the report uses: lines, bars, stacked, heatmap, timeline, roofline, and save.
 
-Each takes a tidy DataFrame and names of its columns and returns a matplotlib Figure, made without pyplot. What they have in common:
-    by: the column whose values are the series. A series has one colour in all panels of the figure.
-    panel: a column, or a list of them, whose values get a panel each; of two columns the first goes down, the second across.
-    styles: series -> Style or (label, colour, dashed); colour None: the palette's next. Bars are hatched where lines are dashed.
-    dashed: series to dash that have no style.
-    xlabel, ylabel: the axes' names with units; by default the columns' names.
-Points without a value (NaN) are gaps. Without any value the figure says "no data".
+Each takes a tidy DataFrame and the names of its columns, and returns a matplotlib Figure, made without pyplot. All take
+    panel: a column, or a list of them, whose values get a panel each; of two the first goes down, the second across;
+        per_row: how many panels side by side instead; share_x, share_y: True, False, "row" or "col"
+    styles: series -> Style or (label, colour, dashed); colour None: the palette's next; dashed: series to dash that
+        have no style. Bars are hatched where lines are dashed. A series has one colour in all panels, of its own
+    xlabel, ylabel: the axes' names with units, by default the columns'; title: of the figure
+    reference: a value, or names and values, of dotted lines across all panels
+Points without a value (NaN) are gaps. Without any value the figure says "no data". A missing column is a ValueError.
 """
 
 from __future__ import annotations
@@ -30,14 +31,13 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 from lmsys.records import atomic_path, significant
 
-# Okabe and Ito's colours without black and yellow, which vanish on a dark and on a light page, and six more that keep apart from them.
+# Okabe and Ito's colours but black and yellow, which a dark or a light page swallows, and six more.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 PALETTE += ("#7A5FC0", "#9A7B4F", "#8C8C8C", "#C23B5E", "#9BA32B", "#2FB5B5")
 INK = "#777777"  # text and axes: a contrast of 4.5 to white, 4 to a dark page
-GRID = (0.5, 0.5, 0.5, 0.22)
-WIDTH, SMALL, TEXT, TITLE = 10.0, 9, 10, 11  # inches; points: 9 are 11 px where the figure is 880 px wide
-LINE_STYLES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D", "v", "P", "X")
-MANY_MARKS = 5000  # a figure with more is shown as PNG
+SMALL, TEXT = 9, 10  # points; 9 are 11 px where the widest figure, of 10 inches, is 880 px wide
+LINES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D", "v", "P", "X")
+LARGE = 600_000  # bytes; a figure whose SVG is larger, with some 5,000 marks, is shown as PNG
 
 
 class Style(NamedTuple):
@@ -52,8 +52,8 @@ class Style(NamedTuple):
         return self.dashed if isinstance(self.dashed, str) else "--" if self.dashed else "-"
 
     @property
-    def hatch(self) -> str | None:
-        return "//" if self.dashed else None
+    def patch(self) -> dict[str, Any]:
+        return {"facecolor": self.colour, "hatch": "//" if self.dashed else None, "edgecolor": "white", "linewidth": 0}
 
 
 @dataclass(frozen=True)
@@ -85,30 +85,19 @@ def save(figure: Figure, path: str | Path, alt: str) -> Saved:
     if not alt.strip():
         raise ValueError(f"figure {path}: alt is empty; say in a sentence what the figure shows")
     path, vector = path.with_suffix(".png"), path.with_suffix(".svg")
-    many = _marks(figure) > MANY_MARKS
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": path.name, "font.family": "sans-serif"}):
         with atomic_path(path) as temporary:
             figure.savefig(temporary, format="png", dpi=200, transparent=True)
         with atomic_path(vector) as temporary:
             figure.savefig(temporary, format="svg", transparent=True, metadata={"Title": alt, "Date": None})
     figure.clear()
-    return Saved(path, alt, path if many else vector)
+    return Saved(path, alt, path if vector.stat().st_size > LARGE else vector)
 
 
-def _marks(figure: Figure) -> int:
-    """How many points, bars and areas a figure draws."""
-    points = sum(len(line.get_xdata()) for axis in figure.axes for line in axis.lines)
-    shapes = sum(len(collection.get_paths()) for axis in figure.axes for collection in axis.collections)
-    return points + shapes + sum(len(axis.patches) for axis in figure.axes)
-
-
-# --- What the shapes have in common -----------------------------------------------------------------
-
-
-def _resolve(names: Iterable, styles: Mapping | None, dashed: Collection | None = None) -> dict[Any, Style]:
+def _styles(names: Iterable, styles: Mapping | None, dashed: Collection | None) -> dict[Any, Style]:
     """A style for each series; no two have the same colour."""
-    names, styles = list(dict.fromkeys(names)), styles or {}
-    given = {name: Style(*styles[name]) for name in names if name in styles}
+    names = list(dict.fromkeys(names))
+    given = {name: Style(*styles[name]) for name in names if styles and name in styles}
     fixed = {to_hex(style.colour) for style in given.values() if style.colour}
     hues = (to_hex(colorsys.hsv_to_rgb(0.618 * i % 1, 0.6, 0.75)) for i in itertools.count(1))
     free = (colour for colour in itertools.chain(map(to_hex, PALETTE), hues) if colour not in fixed)
@@ -121,128 +110,112 @@ def _resolve(names: Iterable, styles: Mapping | None, dashed: Collection | None 
     return resolved
 
 
-def _text(value: Any) -> str:
-    """A value as a label."""
+def _text(value: Any, column: str = "") -> str:
+    """A value as a label; with its column's name where it does not speak for itself."""
+    name = column.replace("_", " ")
     if isinstance(value, bool | np.bool_):
-        return "yes" if value else "no"
-    return (
-        f"{value:,}"
-        if isinstance(value, int | np.integer)
-        else f"{value:g}"
-        if isinstance(value, float)
-        else str(value)
-    )
+        return (name or "yes") if value else f"not {name}" if name else "no"
+    return f"{name} {value:,.10g}".strip() if isinstance(value, int | float | np.number) else str(value)
 
 
-def _panel_title(columns: Sequence[str], key: Sequence) -> str:
-    parts = []
-    for column, value in zip(columns, key, strict=True):
-        name = column.replace("_", " ")
-        if isinstance(value, bool | np.bool_):
-            parts.append(name if value else f"not {name}")
+def _on(colour: Any) -> str:
+    """Black or white: what reads on a colour."""
+    return "black" if np.dot(to_rgb(colour), (0.3, 0.59, 0.11)) > 0.55 else "white"
+
+
+def _key(colour: str = INK, line: str = "-", marker: str | None = None) -> Line2D:
+    """A line of a legend."""
+    return Line2D([], [], color=colour, linestyle=line, marker=marker, markersize=5)
+
+
+def _write(axis, text: str, at: tuple, offset=(0, 0), colour: str = INK, **style: Any) -> None:
+    """A small text at a point, centred unless style says else; offset in points."""
+    style = {"ha": "center", "va": "center", "fontsize": SMALL, "annotation_clip": False} | style
+    axis.annotate(text, at, offset, textcoords="offset points", color=colour, **style)
+
+
+class _Board:
+    """A figure with a panel for each value of `panel`, all dressed alike, and its series' styles.
+
+    Args:
+        columns: that the frame must have; the first holds the values. by: of the series; None: all rows are one.
+        height: (rows of a panel, panels across) -> inches.
+    Attributes:
+        panels: [(axis, rows)], empty without data. by: the column of series in rows. looks: series -> Style.
+    """
+
+    def __init__(self, frame, columns, by, height, *, panel=None, styles=None, dashed=None, reference=None, **layout):
+        names = [panel] if isinstance(panel, str) else list(panel or ())
+        missing = {*columns, *names, by} - {None, *frame.columns}
+        if missing and len(frame.columns):
+            raise ValueError(f"figure: no column {sorted(missing)}; the frame has {', '.join(map(str, frame.columns))}")
+        self.xlabel, self.ylabel, title = (layout.pop(name, None) for name in ("xlabel", "ylabel", "title"))
+        self.by, self.panels, self.looks, self.references = by or "_series", [], {}, {}
+        if frame.empty or frame[columns[0]].isna().all():
+            self.figure = Figure(figsize=(8.0, 2.0), layout="constrained")
+            self.figure.text(0.5, 0.45, "no data", ha="center", va="center", fontsize=TEXT, color=INK)
         else:
-            parts.append(value if isinstance(value, str) else f"{name} {_text(value)}")
-    return ", ".join(parts)
+            frame = frame if by else frame.assign(_series=columns[0])
+            self.looks = _styles(frame[self.by], styles, dashed)
+            named = reference if isinstance(reference, Mapping) else {_text(reference): reference}
+            self.references = {} if reference is None else dict(named)
+            self._make_panels(frame, names, height, **layout)
+        if title:
+            self.figure.suptitle(title, x=0.01, ha="left", fontsize=TEXT + 1, color=INK)
 
+    def _make_panels(self, frame, names, height, per_row=None, width=None, share_x=False, share_y=False) -> None:
+        groups = list(frame.groupby(names, sort=False, dropna=False)) if names else [((), frame)]
+        if len(names) == 2 and per_row is None:
+            codes = [pd.factorize(pd.Series(values))[0] for values in zip(*(key for key, _ in groups), strict=True)]
+            places = list(zip(*codes, strict=True))
+        else:
+            per_row = min(per_row or {4: 2}.get(len(groups), 3), len(groups))
+            places = [divmod(i, per_row) for i in range(len(groups))]
+        down, across = (max(place[i] for place in places) + 1 for i in (0, 1))
+        heights = [0.0] * down
+        for (_, rows), (i, _) in zip(groups, places, strict=True):
+            heights[i] = max(heights[i], height(rows, across))
+        width = width or (10.0 if across > 1 else 8.0)
+        self.inches = 0.85 * width / across  # of a panel's width
+        self.figure = Figure(figsize=(width, sum(heights) + 0.8), layout="constrained")
+        axes = self.figure.subplots(down, across, squeeze=False, height_ratios=heights, sharex=share_x, sharey=share_y)
+        for place in set(np.ndindex(down, across)) - set(places):
+            axes[place].set_visible(False)
+        for (key, rows), (i, j) in zip(groups, places, strict=True):
+            axis, lowest = axes[i, j], not share_x or (i + 1, j) not in places
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.spines[:].set_color(INK)
+            axis.grid(True, color=(0.5, 0.5, 0.5, 0.22), linewidth=0.8)
+            axis.set_axisbelow(True)
+            axis.tick_params(colors=INK, labelsize=SMALL, which="both", labelbottom=lowest)
+            axis.set_title(", ".join(map(_text, key, names)), loc="left", fontsize=TEXT, color=INK)
+            axis.xaxis.label.set_visible(lowest)
+            axis.yaxis.label.set_visible(j == 0)
+            self.panels.append((axis, rows))
 
-def _groups(frame: pd.DataFrame, panel: str | Sequence[str] | None) -> list[tuple[tuple, pd.DataFrame]]:
-    """(values of panel, rows) of each panel."""
-    columns = [panel] if isinstance(panel, str) else list(panel or ())
-    return list(frame.groupby(columns, sort=False, dropna=False)) if columns else [((), frame)]
+    def finish(self, xlabel: str, ylabel: str, entries: Mapping[str, Any], *, lying: bool = False) -> Figure:
+        """Names of the axes (changed over where bars lie), reference lines, and one legend below all panels."""
+        names = [xlabel if self.xlabel is None else self.xlabel, ylabel if self.ylabel is None else self.ylabel]
+        for axis, _ in self.panels:
+            axis.set_xlabel(names[lying], fontsize=TEXT, color=INK)
+            axis.set_ylabel(names[not lying], fontsize=TEXT, color=INK)
+            for value in self.references.values():
+                (axis.axvline if lying else axis.axhline)(value, color=INK, linestyle=":", linewidth=1.2)
+        if entries and self.panels:
+            widest = 5.6 * max(map(len, entries)) + 40
+            columns = max(1, min(len(entries), int(72 * self.figure.get_figwidth() / widest)))
+            style = {"frameon": False, "fontsize": SMALL, "labelcolor": INK, "ncols": columns}
+            self.figure.legend(list(entries.values()), list(entries), loc="outside lower center", **style)
+        return self.figure
 
-
-class _Panel(NamedTuple):
-    axis: Any
-    rows: pd.DataFrame
-    left: bool  # it has no panel beside it on the left
-    bottom: bool  # nor one below
-
-
-def _panels(
-    frame: pd.DataFrame,
-    panel: str | Sequence[str] | None,
-    height,
-    *,
-    title: str | None = None,
-    per_row: int | None = None,
-    width: float | None = None,
-    **shared: Any,
-) -> tuple[Figure, list[_Panel]]:
-    """A figure with a panel a value. height(rows, panels across): inches of a panel. shared: sharex, sharey."""
-    columns = [panel] if isinstance(panel, str) else list(panel or ())
-    groups = _groups(frame, panel)
-    if len(columns) == 2 and per_row is None:
-        down, across = (list(dict.fromkeys(frame[column])) for column in columns)
-        places = [(down.index(first), across.index(second)) for (first, second), _ in groups]
-    else:
-        count = per_row or {1: 1, 2: 2, 4: 2}.get(len(groups), 3)
-        places = [divmod(i, min(count, len(groups))) for i in range(len(groups))]
-    down, across = (max(place[i] for place in places) + 1 for i in (0, 1))
-    heights = [
-        max(height(group, across) for (_, group), at in zip(groups, places, strict=True) if at[0] == i)
-        for i in range(down)
-    ]
-    figure = Figure(figsize=(width or (WIDTH if across > 1 else 8.0), sum(heights) + 0.8), layout="constrained")
-    axes = figure.subplots(down, across, squeeze=False, height_ratios=heights, **shared)
-    panels = []
-    for (key, group), (i, j) in zip(groups, places, strict=True):
-        axis = axes[i, j]
-        bottom = (i + 1, j) not in places
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.spines[:].set_color(INK)
-        axis.tick_params(colors=INK, labelsize=SMALL, which="both")
-        axis.grid(True, color=GRID, linewidth=0.8)
-        axis.set_axisbelow(True)
-        if key:
-            axis.set_title(_panel_title(columns, key), loc="left", fontsize=TEXT, color=INK)
-        if shared.get("sharex"):
-            axis.tick_params(labelbottom=bottom)
-        panels.append(_Panel(axis, group, j == 0, bottom or not shared.get("sharex")))
-    for i, j in set(np.ndindex(down, across)) - set(places):
-        axes[i, j].set_visible(False)
-    if title:
-        figure.suptitle(title, x=0.01, ha="left", fontsize=TITLE, color=INK)
-    return figure, panels
-
-
-def _no_data(title: str | None) -> Figure:
-    figure = Figure(figsize=(8.0, 2.0), layout="constrained")
-    figure.text(0.5, 0.45, "no data", ha="center", va="center", fontsize=TITLE, color=INK)
-    if title:
-        figure.suptitle(title, x=0.01, ha="left", fontsize=TITLE, color=INK)
-    return figure
-
-
-def _check(frame: pd.DataFrame, *columns: str | None) -> None:
-    missing = [column for column in columns if column is not None and column not in frame]
-    if missing and len(frame.columns):
-        raise ValueError(f"figure: no column {', '.join(missing)}; the frame has {', '.join(map(str, frame.columns))}")
-
-
-def _named(panels: list[_Panel], xlabel: str, ylabel: str) -> None:
-    """The axes' names, at the panels on the edge."""
-    for panel in panels:
-        if panel.bottom:
-            panel.axis.set_xlabel(xlabel, fontsize=TEXT, color=INK)
-        if panel.left:
-            panel.axis.set_ylabel(ylabel, fontsize=TEXT, color=INK)
-
-
-def _legend(figure: Figure, entries: Mapping[str, Any]) -> None:
-    """One legend below all panels."""
-    if entries:
-        widest = 5.6 * max(map(len, entries)) + 40
-        columns = max(1, min(len(entries), int(72 * figure.get_figwidth() / widest)))
-        style = {"frameon": False, "fontsize": SMALL, "labelcolor": INK, "handlelength": 2.2}
-        figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=columns, **style)
-
-
-def _swatches(styles: Iterable[Style]) -> dict[str, Patch]:
-    return {s.label: Patch(facecolor=s.colour, hatch=s.hatch, edgecolor="white", linewidth=0) for s in styles}
+    def keys(self) -> dict[str, Any]:
+        """The legend of bars or areas, and of the reference lines."""
+        areas = {look.label: Patch(**look.patch) for look in self.looks.values()}
+        return areas | {name: _key(line=":") for name in self.references}
 
 
 def _log_scale(axis, which: str, low: float, high: float, base: int = 10) -> None:
-    """A logarithmic axis with plain numbers for values from low to high; with values at or below 0 it is linear around 0."""
+    """A logarithmic axis with plain numbers for values from low to high; linear around 0 where low is not above it."""
     line, set_scale = getattr(axis, f"{which}axis"), getattr(axis, f"set_{which}scale")
     if low <= 0:
         set_scale("symlog", base=base, linthresh=getattr(axis.dataLim, f"minpos{which}"))
@@ -253,501 +226,272 @@ def _log_scale(axis, which: str, low: float, high: float, base: int = 10) -> Non
     line.set_minor_formatter(NullFormatter())
 
 
-def _on(colour: Any) -> str:
-    """Black or white: what reads on a colour."""
-    red, green, blue = to_rgb(colour)
-    return "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.55 else "white"
+def _categories(axis, categories: Iterable, horizontal: bool, inches: float) -> None:
+    """Ticks with the names of categories; from the top down where bars lie."""
+    names = [_text(name) for name in categories]
+    if horizontal:
+        axis.set_yticks(range(len(names)), names)
+        axis.set_ylim(len(names) - 0.5, -0.5)
+    else:
+        wide = max(len(line) for name in names for line in name.split("\n")) * 0.08 > inches / len(names)
+        axis.set_xticks(range(len(names)), names, rotation=35 if wide else 0, ha="right" if wide else "center")
+    axis.grid(False, axis="y" if horizontal else "x")
 
 
-def _references(reference: float | Mapping[str, float] | None) -> dict[str, float]:
-    return (
-        dict(reference)
-        if isinstance(reference, Mapping)
-        else {}
-        if reference is None
-        else {_text(reference): reference}
-    )
+def _value_text(row: Mapping, value: str, annotate: bool | str) -> str:
+    """What stands at a bar or in a cell: a column's text, or the value in a format or in three digits."""
+    if isinstance(annotate, str) and annotate in row:
+        return "" if pd.isna(row[annotate]) else str(row[annotate])
+    if not annotate or pd.isna(row[value]):
+        return ""
+    return annotate.format(row[value]) if isinstance(annotate, str) else significant(row[value])
 
 
 # --- The shapes -------------------------------------------------------------------------------------
 
 
 def lines(
-    frame: pd.DataFrame,
-    x: str,
-    y: str,
-    by: str | Sequence[str] | None = None,
+    frame,
+    x,
+    y,
+    by=None,
     *,
-    panel: str | Sequence[str] | None = None,
-    low: str | None = None,
-    high: str | None = None,
-    spread: str = "band",
-    log: str = "",
-    styles: Mapping | None = None,
-    dashed: Collection | None = None,
-    xlabel: str | None = None,
-    ylabel: str | None = None,
-    title: str | None = None,
-    reference: float | Mapping[str, float] | None = None,
-    direct_labels: bool = True,
-    share_x: bool | str = True,
-    share_y: bool | str = True,
-    zero: bool = False,
-    nested: bool = False,
-    per_row: int | None = None,
+    low=None,
+    high=None,
+    spread="band",
+    log="",
+    nested=False,
+    direct_labels=True,
+    zero=False,
+    **common,
 ) -> Figure:
     """A line a series; series of one point are labelled points.
 
     Args:
         x: numbers, or names in their order. by: of two columns the first gives the colour, the second the line style.
-        low, high: columns with the ends of the spread, as "band" or "whiskers".
+        low, high: columns with the ends of the spread, drawn as "band" or "whiskers".
         log: "x", "y" or "xy"; followed by log2 ("xlog2", "xylog2") x counts in powers of two.
-        reference: a value, or names and values, of horizontal lines. zero: the y axis begins at 0.
         nested: series lie on each other; each is thinner than the one before, so that all show.
         direct_labels: names at the ends of the lines of a single panel; else, and with several panels, a legend below.
-        share_x, share_y: among panels: True, False, "row" or "col".
+        zero: the y axis begins at 0. common: as above; panels share their axes by default.
     """
-    colour_by, *rest = [by] if isinstance(by, str) or by is None else by
-    _check(frame, x, y, colour_by, *rest, low, high)
-    if frame.empty or frame[y].notna().sum() == 0:
-        return _no_data(title)
+    by, *dash_by = [by] if isinstance(by, str) or by is None else by
     letters, base = log.removesuffix("log2"), 2 if log.endswith("log2") else 10
-    if set(letters) - set("xy"):
-        raise ValueError(f'figure: log is "{log}"; it takes "", "x", "y", "xy", "xlog2" or "xylog2"')
-    named = not pd.api.types.is_numeric_dtype(frame[x])
+    if set(letters) - set("xy") or spread not in ("band", "whiskers"):
+        known = 'log "", "x", "y", "xy", "xlog2" or "xylog2" and spread "band" or "whiskers"'
+        raise ValueError(f'figure: got log="{log}", spread="{spread}"; it takes {known}')
+    common = {"share_x": True, "share_y": True} | common
+    board = _Board(frame, (y, x, low, high, *dash_by), by, lambda _, across: max(2.7, 4.6 - 0.7 * across), **common)
+    if not board.panels:
+        return board.figure
+    named, looks, ends = not pd.api.types.is_numeric_dtype(frame[x]), board.looks, []
     ticks = list(dict.fromkeys(frame[x])) if named else sorted(set(frame[x].dropna()))
-    if colour_by is None:
-        frame, colour_by = frame.assign(**{"": ylabel or y}), ""
-    looks = _resolve(frame[colour_by], styles, dashed)
-    kinds = list(dict.fromkeys(frame[rest[0]])) if rest else []
-    figure, panels = _panels(
-        frame,
-        panel,
-        lambda _, across: {1: 3.9, 2: 3.2}.get(across, 2.7),
-        title=title,
-        per_row=per_row,
-        sharex=share_x,
-        sharey=share_y,
-    )
-    references, ends, scattered = _references(reference), [], []
-    for axis, rows, _, _ in panels:
-        for number, (key, points) in enumerate(rows.groupby([colour_by, *rest], sort=False, dropna=False)):
-            look = looks[key[0]]
-            points = points.sort_values(x, kind="stable") if not named else points
-            at = points[x].map(ticks.index) if named else points[x]
-            width = 1.3 + 0.7 * (len(looks) - 1 - number) if nested else 1.7
-            line = LINE_STYLES[kinds.index(key[1]) % len(LINE_STYLES)] if rest else look.line
-            marker = "o" if line == "none" or (len(points) <= 40 and not nested) else None
-            axis.plot(at, points[y], color=look.colour, linestyle=line, linewidth=width, marker=marker, markersize=4)
+    dashes = dict(zip(dict.fromkeys(frame[dash_by[0]]), itertools.cycle(LINES), strict=False)) if dash_by else {}
+    for axis, rows in board.panels:
+        for number, ((name, *dash), points) in enumerate(rows.groupby([board.by, *dash_by], sort=False, dropna=False)):
+            points = points.assign(_x=points[x].map(ticks.index) if named else points[x]).sort_values("_x")
+            at, values, look = points["_x"], points[y], looks[name]
+            style = {"color": look.colour, "linestyle": dashes[dash[0]] if dash else look.line}
+            style["linewidth"] = 1.3 + 0.7 * (len(looks) - 1 - number) if nested else 1.7
+            marked = style["linestyle"] == "none" or (len(points) <= 40 and not nested)
+            axis.plot(at, values, marker="o" if marked else None, markersize=4, **style)
             if low and high and spread == "band":
                 axis.fill_between(at, points[low], points[high], color=look.colour, alpha=0.18, linewidth=0)
             elif low and high:
-                ends_of = np.maximum([points[y] - points[low], points[high] - points[y]], 0)
-                axis.errorbar(at, points[y], yerr=ends_of, fmt="none", ecolor=look.colour, capsize=2.5, linewidth=1)
-            known = points[y].notna()
-            if known.any():
-                ends.append((look.label, look.colour, at[known].iloc[-1], points[y][known].iloc[-1]))
-            scattered.append(known.sum() <= 1)
-        for value in references.values():
-            axis.axhline(value, color=INK, linestyle=":", linewidth=1.2)
+                whiskers = np.maximum([values - points[low], points[high] - values], 0)
+                axis.errorbar(at, values, yerr=whiskers, fmt="none", ecolor=look.colour, capsize=2.5, linewidth=1)
+            if values.notna().any():
+                ends.append((look.label, look.colour, at[values.notna()].iloc[-1], values.dropna().iloc[-1]))
         if "x" in letters and not named:
             _log_scale(axis, "x", ticks[0], ticks[-1], base)
         if "y" in letters:
             _log_scale(axis, "y", rows[y].min(), rows[y].max())
         if named or ("x" in letters and len(ticks) <= 12):
             labels = [_text(tick) for tick in ticks]
-            crowded = sum(map(len, labels)) * 0.085 > figure.get_figwidth() * 0.85 / max(1, _across(panels))
-            axis.set_xticks(range(len(ticks)) if named else ticks, labels, rotation=40 if crowded else 0)
+            turned = 40 if 0.085 * sum(map(len, labels)) > board.inches else 0
+            axis.set_xticks(range(len(ticks)) if named else ticks, labels, rotation=turned)
             axis.xaxis.set_minor_locator(NullLocator())
-    for panel_ in panels if zero and "y" not in letters else ():
-        panel_.axis.set_ylim(bottom=0)
-    _named(panels, x if xlabel is None else xlabel, y if ylabel is None else ylabel)
-    direct = direct_labels and len(panels) == 1 and not rest and len(ends) + len(references) <= 9
-    if direct and all(scattered):
-        for label, colour, at, value in ends:
-            panels[0].axis.annotate(
-                label, (at, value), xytext=(6, 3), textcoords="offset points", color=colour, fontsize=SMALL
-            )
-    elif direct and (len(looks) > 1 or references):
-        _label_ends(panels[0].axis, ends + [(label, INK, None, value) for label, value in references.items()])
-    elif len(looks) > 1 or references or rest:
-        entries = {
-            s.label: Line2D([], [], color=s.colour, linestyle="-" if rest else s.line, marker="o", markersize=4)
-            for s in looks.values()
-        }
-        entries |= {_text(k): Line2D([], [], color=INK, linestyle=LINE_STYLES[i % 4]) for i, k in enumerate(kinds)}
-        _legend(figure, entries | {label: Line2D([], [], color=INK, linestyle=":") for label in references})
+    entries = {look.label: _key(look.colour, look.line, "o") for look in looks.values()} if len(looks) > 1 else {}
+    entries |= {_text(value): _key(line=line) for value, line in dashes.items()}
+    entries |= {name: _key(line=":") for name in board.references}
+    direct = direct_labels and len(board.panels) == 1 and not dash_by and len(entries) <= 9
+    figure = board.finish(x, y, {} if direct else entries)
+    for axis, _ in board.panels if zero and "y" not in letters else ():
+        axis.set_ylim(bottom=0)
+    if direct and entries:
+        scattered = frame[y].notna().sum() == len(ends)
+        ends = [*(ends if len(looks) > 1 else ()), *((name, INK, None, at) for name, at in board.references.items())]
+        _label_ends(board.panels[0][0], ends, scattered)
     return figure
 
 
-def _across(panels: list[_Panel]) -> int:
-    return panels[0].axis.get_subplotspec().get_gridspec().ncols
-
-
-def _label_ends(axis, ends: Sequence[tuple]) -> None:
-    """Names right of the axis at the height of the lines' ends (label, colour, x, y), moved apart where they would overlap."""
-    height = 72 * axis.figure.get_figheight() * 0.75
-    scale = axis.transScale + axis.transLimits
-    right = axis.get_xlim()[1]
-    wanted = [scale.transform((right if x is None else x, y)) for _, _, x, y in ends]
-    order, gap = sorted(range(len(ends)), key=lambda i: wanted[i][1]), 1.25 * SMALL / height
-    heights = [max(0.0, wanted[i][1]) for i in order]
-    for k in range(1, len(order)):
-        heights[k] = max(heights[k], heights[k - 1] + gap)
-    heights[-1] = min(heights[-1], max(1.0, gap * len(heights)))
-    for k in reversed(range(len(order) - 1)):
-        heights[k] = min(heights[k], heights[k + 1] - gap)
-    for i, at in zip(order, heights, strict=True):
-        label, colour, _, _ = ends[i]
-        far = wanted[i][0] < 0.9 or abs(at - wanted[i][1]) > gap
-        arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.7} if far else None
-        axis.annotate(
-            label,
-            tuple(wanted[i]),
-            xycoords="axes fraction",
-            xytext=(1.02, at),
-            textcoords="axes fraction",
-            va="center",
-            color=colour,
-            fontsize=SMALL,
-            arrowprops=arrow,
-        )
+def _label_ends(axis, ends: Sequence[tuple], scattered: bool) -> None:
+    """Names (label, colour, x, y): at scattered points, else right of the axis at their height, moved apart."""
+    gap = 1.25 * SMALL / (72 * 0.75 * axis.figure.get_figheight())
+    wanted = [(axis.transScale + axis.transLimits).transform((axis.get_xlim()[1], end[3]))[1] for end in ends]
+    order, steps = np.argsort(wanted), gap * np.arange(len(ends))
+    heights = np.maximum.accumulate(np.sort(wanted) - steps) + steps
+    for i, height in zip(order, heights - max(0.0, heights[-1] - 1.0), strict=True):
+        label, colour, x, y = ends[i]
+        if scattered and x is not None:
+            _write(axis, label, (x, y), (6, 6), colour, ha="left")
+        else:
+            _write(axis, label, (1.0, height), (8, 0), colour, ha="left", xycoords="axes fraction")
 
 
 def bars(
-    frame: pd.DataFrame,
-    x: str,
-    y: str,
-    by: str | None = None,
-    *,
-    panel: str | Sequence[str] | None = None,
-    low: str | None = None,
-    high: str | None = None,
-    horizontal: bool = False,
-    annotate: bool | str = True,
-    predicted: str | None = None,
-    log: bool = False,
-    styles: Mapping | None = None,
-    dashed: Collection | None = None,
-    xlabel: str | None = None,
-    ylabel: str | None = None,
-    title: str | None = None,
-    reference: float | Mapping[str, float] | None = None,
-    share: bool = True,
-    per_row: int | None = None,
+    frame, x, y, by=None, *, low=None, high=None, predicted=None, horizontal=False, annotate=True, log=False, **common
 ) -> Figure:
-    """Bars grouped by the values of x, one a series; with by equal to x each bar has its own colour.
+    """Bars at the categories of x, one a series beside each other; with by equal to x each has its own colour.
 
     Args:
         x, xlabel: the categories; y, ylabel: the values, whichever way the bars lie.
-        low, high: columns with the ends of a whisker.
-        annotate: what stands at each bar: True for the value in three digits, a format such as "{:.1f}", or a column of texts, which
-            also stand where there is no value ("oom").
-        predicted: a column of values, drawn as a black or white line across the bar. log: the axis of values.
-        share: panels have one scale of values.
+        low, high: columns with the ends of a whisker. predicted: a column of values, drawn as a line across the bar.
+        annotate: what stands at each bar: True for the value in three digits, a format such as "{:.1f}", or a column of
+            texts, which also stand where there is no value ("oom"). log: the axis of values.
+        common: as above; panels share the axis of values by default.
     """
-    _check(frame, x, y, by, low, high, predicted)
-    if frame.empty or frame[y].notna().sum() == 0:
-        return _no_data(title)
-    looks = _resolve(frame[by] if by else [y], styles, dashed)
-    ends = [column for column in (y, high, predicted) if column]
 
     def height(rows: pd.DataFrame, across: int) -> float:
-        return 0.24 * len(rows) + 0.1 * rows[x].nunique() + 0.6 if horizontal else 3.6 if across == 1 else 3.0
+        return 0.6 + 0.24 * len(rows) + 0.1 * rows[x].nunique() if horizontal else 3.7 - 0.3 * across
 
-    shared = {"sharex" if horizontal else "sharey": share}
-    figure, panels = _panels(frame, panel, height, title=title, per_row=per_row, **shared)
-    references = _references(reference)
-    for axis, rows, _, _ in panels:
+    frame, common = frame.reset_index(drop=True), {"share_x": horizontal, "share_y": not horizontal} | common
+    board = _Board(frame, (y, x, low, high, predicted), by, height, **common)
+    texts = pd.Series([_value_text(row, y, annotate) for row in frame.to_dict("records")], dtype=str)
+    longest, tops = 0.08 * texts.str.len().max() + 0.1, [column for column in (y, high, predicted) if column]
+    for axis, rows in board.panels:
         places, categories = pd.factorize(rows[x], use_na_sentinel=False)
-        beside = rows.groupby(places)[y]
-        width = 0.84 / beside.size().max()
-        at = places + (beside.cumcount() - (beside.transform("size") - 1) / 2) * width
-        series = [looks[name] for name in rows[by]] if by else [looks[y]] * len(rows)
-        style = {"color": [s.colour for s in series], "hatch": [s.hatch for s in series], "edgecolor": "white"}
-        (axis.barh if horizontal else axis.bar)(at, rows[y], 0.94 * width, linewidth=0, **style)
+        groups = rows.groupby(places)[y]
+        width = 0.84 / groups.size().max()
+        at = places + (groups.cumcount() - (groups.transform("size") - 1) / 2) * width
+        turned = longest > width * board.inches / len(categories) and not horizontal
+        for index, row in rows.iterrows():
+            look, place, end = board.looks[row[board.by]], at[index], row[tops].max()
+            (axis.barh if horizontal else axis.bar)(place, row[y], 0.94 * width, **look.patch)
+            ends, missing = (place, 0.0 if pd.isna(end) else end), ("data", "axes fraction" if pd.isna(end) else "data")
+            if horizontal:
+                _write(axis, texts[index], ends[::-1], (4, 0), xycoords=missing[::-1], ha="left")
+            else:
+                _write(axis, texts[index], ends, (0, 3), xycoords=missing, va="bottom", rotation=90 * turned)
         if low and high:
             whisker = np.maximum([rows[y] - rows[low], rows[high] - rows[y]], 0)
             where = (rows[y], at, None, whisker) if horizontal else (at, rows[y], whisker, None)
             axis.errorbar(*where, fmt="none", ecolor=INK, elinewidth=1.2)
         if predicted:
-            across = (axis.vlines if horizontal else axis.hlines)(rows[predicted], at - width / 2, at + width / 2)
-            across.set(color=INK, linewidth=2.2)
-        for value in references.values():
-            (axis.axvline if horizontal else axis.axhline)(value, color=INK, linestyle=":", linewidth=1.2)
-        for row, place in zip(rows.to_dict("records") if annotate else (), at, strict=False):
-            _annotate(axis, _value_text(row, y, annotate), place, row[y], np.nanmax([row[c] for c in ends]), horizontal)
-        _categories(axis, categories, horizontal)
-        seen = frame if share else rows
-        least, most = seen[y].min(), seen[ends].max().max()
+            across = axis.vlines if horizontal else axis.hlines
+            across(rows[predicted], at - width / 2, at + width / 2, color=INK, linewidth=2.2)
         if log:
-            _log_scale(axis, "x" if horizontal else "y", least, most)
-            limits = least / 2, most * (most / least * 2) ** (0.2 if horizontal and annotate else 0.1)
+            _log_scale(axis, "x" if horizontal else "y", frame[y].min(), frame[y].max())
+            (axis.set_xlim if horizontal else axis.set_ylim)(frame[y].min() / 2, frame[tops].max().max() * 2)
         else:
-            limits = min(0.0, 1.1 * least), max(most, 0.0) * (1.25 if horizontal and annotate else 1.1)
-        if limits[0] < limits[1]:
-            (axis.set_xlim if horizontal else axis.set_ylim)(*limits)
-    names = (x if xlabel is None else xlabel, y if ylabel is None else ylabel)
-    _named(panels, *(names[::-1] if horizontal else names))
-    entries = _swatches(looks.values()) if by and by != x else {}
-    entries |= {label: Line2D([], [], color=INK, linestyle=":") for label in references}
-    _legend(figure, entries | ({"predicted": Line2D([], [], color=INK, linewidth=2.2)} if predicted else {}))
-    return figure
+            room = min(0.6, longest / board.inches if horizontal else longest / 2.5 if turned else 0.1)
+            axis.margins(**{"x" if horizontal else "y": room / (1 - room)})
+        _categories(axis, categories, horizontal, board.inches)
+    entries = board.keys() if by and by != x else {name: _key(line=":") for name in board.references}
+    return board.finish(x, y, entries | ({"predicted": _key()} if predicted else {}), lying=horizontal)
 
 
-def _value_text(row: Mapping, y: str, annotate: bool | str) -> str:
-    """What stands at a bar or in a cell: a column's text, else the value in a format or in three digits."""
-    if isinstance(annotate, str) and annotate in row:
-        return "" if pd.isna(row[annotate]) else str(row[annotate])
-    if pd.isna(row[y]):
-        return ""
-    return annotate.format(row[y]) if isinstance(annotate, str) else significant(row[y])
-
-
-def _annotate(axis, text: str, at: float, value: float, end: float, horizontal: bool) -> None:
-    """A text at the end of a bar, or at the foot of a place without one."""
-    missing = pd.isna(value)
-    foot, coordinates = (0.0, "axes fraction") if missing else (end, "data")
-    style = {"textcoords": "offset points", "color": INK, "fontsize": SMALL, "annotation_clip": False}
-    if horizontal:
-        axis.annotate(text, (foot, at), (4, 0), xycoords=(coordinates, "data"), va="center", **style)
-    else:
-        turned = 90 if len(text) > 5 or missing else 0
-        axis.annotate(
-            text, (at, foot), (0, 2), xycoords=("data", coordinates), ha="center", va="bottom", rotation=turned, **style
-        )
-
-
-def _categories(axis, categories: Iterable, horizontal: bool) -> None:
-    """Ticks with the names of categories; from the top down where bars lie."""
-    names = [_text(name) for name in categories]
-    if horizontal:
-        axis.set_yticks(range(len(names)), names)
-        axis.set_ylim(len(names) - 0.5, -0.5)
-        axis.grid(False, axis="y")
-        return
-    inches = axis.figure.get_figwidth() * 0.85 / axis.get_subplotspec().get_gridspec().ncols
-    wide = max(len(line) for name in names for line in name.split("\n")) * 0.08 > inches / len(names)
-    axis.set_xticks(range(len(names)), names, rotation=35 if wide else 0, ha="right" if wide else "center")
-    if wide:
-        axis.tick_params(axis="x", rotation=35)
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.grid(False, axis="x")
-
-
-def stacked(
-    frame: pd.DataFrame,
-    x: str,
-    y: str,
-    by: str,
-    *,
-    areas: bool = False,
-    panel: str | Sequence[str] | None = None,
-    horizontal: bool = False,
-    annotate: bool | str = False,
-    total: bool | str = False,
-    phases: str | None = None,
-    predicted: str | None = None,
-    styles: Mapping | None = None,
-    xlabel: str | None = None,
-    ylabel: str | None = None,
-    title: str | None = None,
-    share: bool = False,
-    per_row: int | None = None,
-) -> Figure:
+def stacked(frame, x, y, by, *, areas=False, horizontal=False, annotate=False, phases=None, **common) -> Figure:
     """Series on top of each other: bars at the categories of x or, with areas, steps over the numbers of x.
 
     Args:
-        annotate: the value in each part that is large enough: True or a format. total: the sum at the end of each bar, likewise.
-        phases: with areas, a column that names stretches of x; they are parted by dotted lines.
-        predicted: with bars, a column with a sum, the same in each row of a bar, drawn as a line across it.
-        share: panels have one scale of values.
+        annotate: the value in each part of a bar that is large enough: True, or a format.
+        phases: with areas, a column that names stretches of x; dotted lines part them.
     """
-    _check(frame, x, y, by, phases, predicted)
-    if frame.empty or frame[y].notna().sum() == 0:
-        return _no_data(title)
-    looks = _resolve(frame[by], styles)
 
     def height(rows: pd.DataFrame, across: int) -> float:
-        return 0.34 * rows[x].nunique() + 0.6 if horizontal else 3.4 if across == 1 else 2.9
+        return 0.6 + 0.34 * rows[x].nunique() if horizontal else 3.7 - 0.4 * across
 
-    shared = {"sharex" if horizontal else "sharey": share}
-    figure, panels = _panels(frame, panel, height, title=title, per_row=per_row, **shared)
-    for axis, rows, _, _ in panels:
-        table = rows.pivot_table(index=x, columns=by, values=y, aggfunc="sum", sort=False, observed=True)
-        table = table[[name for name in looks if name in table]].fillna(0.0)
+    board = _Board(frame, (y, x, phases), by, height, **common)
+    for axis, rows in board.panels:
+        table = rows.pivot_table(index=x, columns=by, values=y, aggfunc="sum", sort=False).fillna(0.0)
+        table, base = table[[name for name in board.looks if name in table]], np.zeros(len(table))
         if areas:
             table = table.sort_index()
-            colours = [looks[name].colour for name in table]
+            colours = [board.looks[name].colour for name in table]
             axis.stackplot(table.index, table.T.to_numpy(), colors=colours, linewidth=0, step="post")
-            axis.set_xlim(table.index.min(), table.index.max())
-            _phases(axis, rows, x, phases)
-            axis.set_ylim(0, 1.08 * table.sum(axis=1).max())
+            low, high = table.index.min(), table.index.max()
+            axis.margins(x=0, y=0.1)
+            for name, part in rows.groupby(phases, sort=False) if phases else ():
+                begin, end = part[x].min(), part[x].max()
+                axis.axvline(begin, color=INK, linewidth=0.9, linestyle=":")
+                if (end - begin) * board.inches > 0.08 * len(name) * (high - low):
+                    _write(axis, name, ((begin + end) / 2, 1.0), va="top", xycoords=("data", "axes fraction"))
             continue
-        base, at, sums = np.zeros(len(table)), np.arange(len(table)), table.sum(axis=1)
-        for name in table:
-            values, look = table[name].to_numpy(), looks[name]
-            place = {"left" if horizontal else "bottom": base, "color": look.colour, "hatch": look.hatch}
-            (axis.barh if horizontal else axis.bar)(at, values, 0.78, linewidth=0, edgecolor="white", **place)
-            for i in at if annotate else ():
-                if values[i] > 0.06 * sums.max():
-                    middle = (base[i] + values[i] / 2, i) if horizontal else (i, base[i] + values[i] / 2)
-                    text = _value_text({y: values[i]}, y, annotate)
-                    axis.text(*middle, text, ha="center", va="center", fontsize=SMALL, color=_on(look.colour))
-            base = base + values
-        for i, value in enumerate(sums if total else ()):
-            _annotate(axis, _value_text({y: value}, y, total), i, value, value, horizontal)
-        if predicted:
-            expected = rows.groupby(x, sort=False)[predicted].first()
-            across = (axis.vlines if horizontal else axis.hlines)(expected, at - 0.42, at + 0.42)
-            across.set(color=INK, linewidth=2.2)
-        _categories(axis, table.index, horizontal)
-        (axis.set_xlim if horizontal else axis.set_ylim)(0, sums.max() * (1.2 if total and horizontal else 1.08))
-    names = (x if xlabel is None else xlabel, y if ylabel is None else ylabel)
-    _named(panels, *(names[::-1] if horizontal else names))
-    entries = _swatches(looks.values())
-    _legend(figure, entries | ({"predicted": Line2D([], [], color=INK, linewidth=2.2)} if predicted else {}))
-    return figure
+        for name, values in table.items():
+            style = {"left" if horizontal else "bottom": base} | board.looks[name].patch
+            (axis.barh if horizontal else axis.bar)(np.arange(len(table)), values, 0.8, **style)
+            for place, (foot, value) in enumerate(zip(base, values, strict=True)):
+                if value > 0.06 * table.sum(axis=1).max():
+                    middle, text = (place, foot + value / 2), _value_text({y: value}, y, annotate)
+                    _write(axis, text, middle[::-1] if horizontal else middle, colour=_on(board.looks[name].colour))
+            base = base + values.to_numpy()
+        _categories(axis, table.index, horizontal, board.inches)
+    return board.finish(x, y, board.keys(), lying=horizontal)
 
 
-def _phases(axis, rows: pd.DataFrame, x: str, phases: str | None) -> None:
-    low, high = axis.get_xlim()
-    for name, part in rows.groupby(phases, sort=False) if phases else ():
-        begin, end = part[x].min(), part[x].max()
-        axis.axvline(begin, color=INK, linewidth=0.9, linestyle=":")
-        if end - begin > 0.012 * len(name) * (high - low):
-            axis.annotate(
-                name, ((begin + end) / 2, 1.0), xycoords=("data", "axes fraction"), ha="center", va="top", color=INK
-            )
-
-
-def heatmap(
-    frame: pd.DataFrame,
-    rows: str,
-    columns: str | Sequence[str],
-    value: str,
-    *,
-    panel: str | Sequence[str] | None = None,
-    annotate: bool | str = True,
-    relative: str | None = None,
-    styles: Mapping | None = None,
-    xlabel: str | None = None,
-    ylabel: str | None = None,
-    title: str | None = None,
-    label: str | None = None,
-) -> Figure:
+def heatmap(frame, rows, columns, value, *, annotate=True, relative=None, label=None, **common) -> Figure:
     """A coloured cell a row and column, panels one below the other.
 
     Args:
         columns: a column or several, whose values stand below each other. annotate: as in bars.
         relative: "column max" or "row max": the colour says the share of the largest value there, the text the value.
-        styles: only the labels of rows count. label: of the colour bar.
+        label: of the colour bar. Of styles only the labels count.
     """
-    across = [columns] if isinstance(columns, str) else list(columns)
-    _check(frame, rows, *across, value)
-    if frame.empty or frame[value].notna().sum() == 0:
-        return _no_data(title)
     if relative not in (None, "column max", "row max"):
         raise ValueError(f'figure: relative is "{relative}"; it takes "column max", "row max" or None')
-    names = {name: Style(*(styles or {}).get(name, (_text(name),))).label for name in frame[rows]}
-    wide = max(len(group[across].drop_duplicates()) for _, group in _groups(frame, panel))
-    width = min(13.0, max(7.0, 0.62 * wide + 2.8))
-    figure, panels = _panels(
-        frame, panel, lambda group, _: 0.32 * group[rows].nunique() + 0.9, title=title, per_row=1, width=width
-    )
-    for axis, group, _, _ in panels:
-        group = group.assign(_column=["\n".join(map(_text, key)) for key in group[across].itertuples(index=False)])
-        places = [pd.factorize(group[name], use_na_sentinel=False) for name in (rows, "_column")]
-        (down, row_names), (along, column_names) = places
+    across = [columns] if isinstance(columns, str) else list(columns)
+    width = min(13.0, max(7.0, 0.62 * len(frame[across].drop_duplicates()) + 2.8)) if len(frame) else None
+    common = {"per_row": 1, "width": width} | common
+    board = _Board(frame, (value, rows, *across), rows, lambda group, _: 0.9 + 0.32 * group[rows].nunique(), **common)
+    for axis, group in board.panels:
+        names = pd.Series(["\n".join(map(_text, key)) for key in group[across].itertuples(index=False)])
+        (down, row_names), (along, column_names) = pd.factorize(group[rows]), pd.factorize(names)
         table = np.full((len(row_names), len(column_names)), np.nan)
         table[down, along] = group[value]
         if relative:
-            most = pd.DataFrame(table).max(axis=0 if relative == "column max" else 1).to_numpy()
-            table = table / (most if relative == "column max" else most[:, None])
-        image = axis.imshow(table, vmin=0 if relative else None, vmax=1 if relative else None, aspect="auto")
+            largest = pd.DataFrame(table).max(axis=0 if relative == "column max" else 1).to_numpy()
+            table = table / (largest if relative == "column max" else largest[:, None])
+        image = axis.imshow(table, aspect="auto", vmin=0 if relative else None, vmax=1 if relative else None)
         for i, j, cell in zip(down, along, group.to_dict("records"), strict=True):
-            known = not np.isnan(table[i, j])
-            text = _value_text(cell, value, annotate) if annotate else ""
-            colour = _on(image.cmap(image.norm(table[i, j]))[:3]) if known else INK
-            axis.text(j, i, text, ha="center", va="center", fontsize=SMALL, color=colour)
+            colour = INK if np.isnan(table[i, j]) else _on(image.to_rgba(table[i, j])[:3])
+            _write(axis, _value_text(cell, value, annotate), (j, i), colour=colour)
         axis.grid(False)
-        axis.set_xticks(range(len(column_names)), list(column_names))
-        axis.set_yticks(range(len(row_names)), [names[name] for name in row_names])
-        bar = figure.colorbar(image, ax=axis, pad=0.01)
+        axis.set_xticks(range(len(column_names)), column_names)
+        axis.set_yticks(range(len(row_names)), [board.looks[name].label for name in row_names])
+        bar = board.figure.colorbar(image, ax=axis, pad=0.01)
         bar.set_label(label or (f"share of {relative}" if relative else value), color=INK, fontsize=SMALL)
         bar.ax.tick_params(colors=INK, labelsize=SMALL)
         bar.outline.set_visible(False)
-    _named(panels[-1:], ", ".join(across) if xlabel is None else xlabel, ylabel or "")
-    return figure
+    return board.finish(", ".join(across), "", {})
 
 
-def timeline(
-    frame: pd.DataFrame,
-    *,
-    lane: str,
-    start: str,
-    duration: str,
-    name: str | None = None,
-    colour: str | None = None,
-    panel: str | Sequence[str] | None = None,
-    styles: Mapping | None = None,
-    xlabel: str = "time, ms",
-    title: str | None = None,
-    share_x: bool = True,
-) -> Figure:
-    """Bars in lanes, from the top in the order in which lanes appear; panels one below the other.
+def timeline(frame, *, lane, start, duration, name=None, colour=None, **common) -> Figure:
+    """Bars in lanes, from the top in the order in which lanes appear; panels one below the other, with one scale.
 
     Args:
-        start, duration: columns, in the unit of xlabel. name: a column of texts that stand in the bars that are wide enough.
+        start, duration: columns, in the unit of xlabel, which is "time, ms" by default.
+        name: a column of texts that stand in the bars that are wide enough.
         colour: the column that gives the colour; by default the lane.
     """
-    colour = colour or lane
-    _check(frame, lane, start, duration, name, colour)
-    if frame.empty or frame[duration].notna().sum() == 0:
-        return _no_data(title)
-    looks, lanes = _resolve(frame[colour], styles), list(dict.fromkeys(frame[lane]))
-    figure, panels = _panels(
-        frame,
-        panel,
-        lambda rows, _: 0.34 * rows[lane].nunique() + 0.6,
-        title=title,
-        per_row=1,
-        width=WIDTH,
-        sharex=share_x,
-    )
-    for axis, rows, _, _ in panels:
-        here = [at for at in lanes if at in set(rows[lane])]
-        seen = frame if share_x else rows
-        low, high = seen[start].min(), (seen[start] + seen[duration]).max()
-        for (at, key), spans in rows.groupby([lane, colour], sort=False):
-            pieces = list(zip(spans[start], spans[duration], strict=True))
-            axis.broken_barh(pieces, (here.index(at) - 0.4, 0.8), facecolors=looks[key].colour)
-            for text, begin, length in zip(spans[name] if name else (), spans[start], spans[duration], strict=False):
-                if length > 0.011 * (len(text) + 1) * (high - low):
-                    middle = (begin + length / 2, here.index(at))
-                    axis.text(*middle, text, ha="center", va="center", fontsize=SMALL, color=_on(looks[key].colour))
-        _categories(axis, here, True)
-        axis.set_xlim(low, high)
-    _named(panels, xlabel, "")
-    _legend(figure, _swatches(looks.values()) if colour != lane else {})
-    return figure
+    common = {"per_row": 1, "width": 10.0, "share_x": True} | common
+    columns, by = (duration, start, lane, name), colour or lane
+    board = _Board(frame, columns, by, lambda rows, _: 0.6 + 0.34 * rows[lane].nunique(), **common)
+    for axis, rows in board.panels:
+        lanes = [each for each in dict.fromkeys(frame[lane]) if each in set(rows[lane])]
+        span = (rows[start] + rows[duration]).max() - rows[start].min()
+        for (each, key), bars in rows.groupby([lane, by], sort=False):
+            at, shade = lanes.index(each), board.looks[key].colour
+            axis.broken_barh(list(zip(bars[start], bars[duration], strict=True)), (at - 0.4, 0.8), facecolors=shade)
+            for text, begin, length in zip(bars[name] if name else (), bars[start], bars[duration], strict=False):
+                if length * board.inches > 0.08 * (len(text) + 1) * span:
+                    _write(axis, text, (begin + length / 2, at), colour=_on(shade))
+        axis.margins(x=0)
+        _categories(axis, lanes, True, board.inches)
+    return board.finish("time, ms", "", board.keys() if by != lane else {})
 
 
-def roofline(
-    frame: pd.DataFrame,
-    *,
-    intensity: str,
-    rate: str,
-    by: str,
-    ceilings: Mapping[str, float],
-    bandwidths: Mapping[str, float],
-    marker: str | None = None,
-    counted: str | None = None,
-    styles: Mapping | None = None,
-    xlabel: str = "FLOPs for each byte of device memory",
-    ylabel: str = "TFLOP/s",
-    title: str | None = None,
-) -> Figure:
+def roofline(frame, *, intensity, rate, by, ceilings, bandwidths, marker=None, counted=None, **common) -> Figure:
     """Rates over arithmetic intensity, on log axes, under what the device reaches.
 
     Args:
@@ -755,36 +499,26 @@ def roofline(
         ceilings: name -> TFLOP/s. bandwidths: name -> TB/s, which slope up to the highest ceiling.
         counted: a column with a second intensity, such as a profiler's; hollow, joined to the first.
     """
-    _check(frame, intensity, rate, by, marker, counted)
-    if frame.empty or (frame[rate].notna() & frame[intensity].notna()).sum() == 0:
-        return _no_data(title)
-    looks = _resolve(frame[by], styles)
-    shapes = dict(zip(dict.fromkeys(frame[marker]), itertools.cycle(MARKERS), strict=False)) if marker else {}
-    figure, [(axis, *_)] = _panels(frame, None, lambda *_: 4.6, title=title, width=9.0)
-    entries = {}
-    for row in frame.to_dict("records"):
-        shape, look = shapes[row[marker]] if marker else "o", looks[row[by]]
-        style = {"color": look.colour, "marker": shape, "markersize": 7}
-        axis.plot(row[intensity], row[rate], linestyle="none", **style)
-        if counted and pd.notna(row[counted]):
-            xs, ys = [row[intensity], row[counted]], [row[rate]] * 2
-            axis.plot(xs, ys, linewidth=0.9, markerfacecolor="none", markevery=[1], **style)
-    for look in looks.values():
-        entries[look.label] = Line2D([], [], color=look.colour, marker="o", linestyle="none")
-    for value, shape in shapes.items():
-        entries[f"{marker} {_text(value)}"] = Line2D([], [], color=INK, marker=shape, linestyle="none")
-    low, high = frame[intensity].min() / 3, frame[intensity].max() * 4
-    xs, top = np.geomspace(low, high, 200), max(ceilings.values(), default=np.inf)
-    for (label, value), line in zip(bandwidths.items(), itertools.cycle(LINE_STYLES)):
-        ys = np.minimum(value * xs, top)
-        axis.plot(xs, ys, color=INK, linestyle=line, linewidth=1.3)
-        axis.annotate(label, (xs[8], ys[8]), (4, -4), textcoords="offset points", va="top", color=INK, fontsize=SMALL)
-    for (label, value), line in zip(ceilings.items(), itertools.cycle(LINE_STYLES[1:])):
-        axis.axhline(value, color=INK, linestyle=line, linewidth=1.3)
-        axis.annotate(label, (high, value), (0, 3), textcoords="offset points", ha="right", color=INK, fontsize=SMALL)
-    axis.set_xlim(low, high)
-    _log_scale(axis, "x", low, high)
-    _log_scale(axis, "y", *axis.dataLim.intervaly)
-    _named([_Panel(axis, frame, True, True)], xlabel, ylabel)
-    _legend(figure, entries)
-    return figure
+    board = _Board(frame, (rate, intensity, marker, counted), by, lambda *_: 4.6, **{"width": 9.0} | common)
+    entries = {look.label: _key(look.colour, "none", "o") for look in board.looks.values()}
+    for axis, rows in board.panels:
+        shapes = dict(zip(dict.fromkeys(frame[marker]), itertools.cycle(MARKERS), strict=False)) if marker else {}
+        for row in rows.to_dict("records"):
+            style = {"color": board.looks[row[by]].colour, "marker": shapes.get(row.get(marker), "o"), "markersize": 7}
+            axis.plot(row[intensity], row[rate], linestyle="none", **style)
+            if counted and pd.notna(row[counted]):
+                both = [row[intensity], row[counted]], [row[rate]] * 2
+                axis.plot(*both, linewidth=0.9, markerfacecolor="none", markevery=[1], **style)
+        entries |= {_text(value, marker): _key(line="none", marker=shape) for value, shape in shapes.items()}
+        xs = np.geomspace(rows[intensity].min() / 3, rows[intensity].max() * 4, 200)
+        roofs = [
+            (name, np.minimum(value * xs, max(ceilings.values(), default=np.inf))) for name, value in bandwidths.items()
+        ]
+        roofs += [(name, np.full(len(xs), value)) for name, value in ceilings.items()]
+        for (name, ys), line in zip(roofs, itertools.cycle(LINES), strict=False):
+            axis.plot(xs, ys, color=INK, linestyle=line, linewidth=1.3)
+            entries[name] = _key(line=line)
+        _log_scale(axis, "x", xs[0], xs[-1])
+        _log_scale(axis, "y", *axis.dataLim.intervaly)
+        axis.margins(x=0)
+    return board.finish("FLOPs for each byte of device memory", "TFLOP/s", entries)
