@@ -3,13 +3,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lmsys import attention as kernels
 from lmsys import cost
+from lmsys.attention import Explanation
 from lmsys.attention.reference import reference_attention
 from lmsys.bench import attention as sweeps
-from lmsys.bench import leaderboard
+from lmsys.bench import experiment, leaderboard
+from lmsys.bench.experiment import Parameters
 from lmsys.bench.measure import Measurement
-from lmsys.records import SCHEMAS
 
 CPU = torch.device("cpu")
 
@@ -22,47 +22,73 @@ def uncompiled(monkeypatch):
     return compiled
 
 
-def board(*implementations, **other):
-    return leaderboard.settings("smoke", implementations=implementations or None, device="cpu", **other)
+@pytest.fixture(autouse=True)
+def anew(monkeypatch):
+    monkeypatch.setattr(sweeps, "_current", None)
+
+
+def parameters(*implementations, scale="smoke", **given):
+    given |= {"scale": scale, "board": ["2025"], "implementations": list(implementations) or None}
+    return leaderboard.NOTEBOOK.parameters({"device": "cpu"} | given)
+
+
+def run(folder, *implementations):
+    p = parameters(*implementations)
+    keep = leaderboard.other_boards("2025")
+    return experiment.run(leaderboard.ATTENTION, p, folder=folder, keep=keep, say=lambda text: None)
+
+
+def case_of(p):
+    (point, *_) = leaderboard.points(p)
+    return sweeps.Case(point, Parameters(passes=["forward_backward"], device="cpu", seed=0))
 
 
 def test_the_board_is_the_courses():
-    full = leaderboard.settings("full", device="cpu")
-    assert (full.heads, full.seq_len, full.head_dim, full.dtype) == (16, 16384, 64, "bf16")
-    assert {"flash_attention_triton", "flash_attention_cuda", "torch_sdpa_cudnn", "flash_attention_4"} <= set(
-        full.implementations
-    )
-    assert "scaled_dot_prod_attention" not in full.implementations
+    points = leaderboard.points(parameters(scale="full"))
+    shapes = {tuple(point[key] for key in ("batch", "heads", "q_len", "head_dim", "dtype")) for point in points}
+    assert shapes == {(1, 16, 16384, 64, "bf16")}
+    names = {point["implementation"] for point in points}
+    assert {"flash_attention_triton", "flash_attention_cuda", "torch_sdpa_cudnn", "flash_attention_4"} <= names
+    assert "scaled_dot_prod_attention" not in names
     for bad, message in (
         ({"rep_ms": 0}, "rep_ms is 0"),
         ({"warmup_ms": 1.5}, "warmup_ms is 1.5"),
-        ({"implementations": []}, "must not be empty"),
-        ({"implementations": ["cudnn"]}, "unknown attention kernel 'cudnn'"),
+        ({"board": ["2024"]}, "unknown board '2024'"),
         ({"device": "tpu"}, "unknown device"),
     ):
         with pytest.raises(ValueError, match=message):
-            leaderboard.settings("smoke", **bad)
+            leaderboard.points(leaderboard.NOTEBOOK.parameters({"scale": "smoke", "board": ["2025"]} | bad))
+    for name in ("cudnn", "torch_native"):  # torch_native is of the 2026 board
+        with pytest.raises(ValueError, match=f"unknown implementation '{name}'"):
+            parameters(name)
 
 
-def test_a_board_leaves_its_artifacts(uncompiled, tmp_path):
-    shown = []
+def test_a_board_leaves_its_rows(uncompiled, tmp_path):
     names = ("flash_attention_torch", "torch_sdpa_flash", "torch_sdpa_cudnn")
-    frame = leaderboard.run(board(*names), tmp_path, on_row=lambda row: shown.append(leaderboard.row_line(row)))
-    assert tuple(frame.columns) == (*SCHEMAS["leaderboard_results"], *leaderboard.EXTRA_COLUMNS)
+    frame = run(tmp_path, *names)
+    assert tuple(frame.columns[:8]) == (
+        *("board", "implementation", "gpus", "status", "median_ms", "samples", "mfu", "peak_mib"),
+    )
     assert frame.implementation.tolist() == list(names) and frame.status.tolist() == ["ok", "ok", "unsupported"]
-    assert set(frame.board) == {2025} and set(frame.gpus) == {0} and len(uncompiled) == 2 and len(shown) == 3
-    assert frame.note.str.contains("not the board's shape").all()
+    assert set(frame.board) == {2025} and set(frame.gpus) == {0} and len(uncompiled) == 2
+    assert frame.note[:2].tolist() == ["not the board's shape"] * 2
     row = frame.iloc[0]
     flops = cost.attention_flops(1, 2, 64, 64, 16, True, "forward_backward")
     assert row.tflops == pytest.approx(flops / row.median_ms / 1e9, rel=1e-3) and row.samples == 2 and row.bare_ms > 0
     assert row.error <= 2 * row.error_pytorch + 4e-6 and row.peak_mib > 0
-    report = leaderboard.write_report(frame, tmp_path).read_text()
-    assert "is the fastest at" in report and "times the speed of torch_sdpa_flash" in report
-    assert "torch_sdpa_cudnn has no time, unsupported" in report and "| `torch_sdpa_cudnn` |  | unsupported |" in report
-    assert (tmp_path / "leaderboard_results.json").exists()
 
 
-def test_the_step_accumulates_the_gradient_of_one_tensor(uncompiled, monkeypatch):
+def test_the_other_boards_rows_and_their_stamp_stay(uncompiled, tmp_path):
+    run(tmp_path, "torch_sdpa_flash")
+    path = tmp_path / "leaderboard_results.csv"
+    path.write_text(path.read_text().replace("2025,torch_sdpa_flash", "2026,lmsys"))
+    frame = run(tmp_path, "flash_attention_torch")
+    assert frame.board.tolist() == [2026, 2025] and len(leaderboard.of_board(frame, "2026")) == 1
+    assert '"kept"' in path.with_suffix(".json").read_text()
+    assert run(tmp_path, "torch_sdpa_flash").implementation.tolist() == ["lmsys", "torch_sdpa_flash"]
+
+
+def test_the_step_accumulates_the_gradient_of_one_tensor(monkeypatch):
     """The course's step: sum, backward, into the gradient of the tensor that q, k and v are thirds of."""
     seen = []
 
@@ -73,13 +99,13 @@ def test_the_step_accumulates_the_gradient_of_one_tensor(uncompiled, monkeypatch
         return Measurement("ok", 1.0, 1.0, 1.0, 2.0, [1.0])
 
     monkeypatch.setattr(leaderboard, "measure", once)
-    sweep = sweeps.settings("smoke", kernels=["vectorized_torch"], passes=["forward_backward"], device="cpu")
-    point = sweeps.Point(sweep, sweeps.Case("2025", 1, 2, 2, 8, 8, 16, "fp32", True), CPU)
-    row = leaderboard._step_times(board(), lambda q, k, v: reference_attention(q, k, v, causal=True)[0], point, CPU)
-    q, k, v = (t.detach().double().requires_grad_() for t in (point.q, point.k, point.v))
+    p = parameters("vectorized_torch")
+    case = case_of(p)
+    row = leaderboard.step_times(lambda q, k, v: reference_attention(q, k, v, causal=True)[0], case, p)
+    q, k, v = (t.detach().double().requires_grad_() for t in (case.q, case.k, case.v))
     exact = torch.autograd.grad(reference_attention(q, k, v, causal=True)[0].sum(), (q, k, v))
     torch.testing.assert_close(seen[0], 2 * torch.stack(exact).float(), rtol=1e-4, atol=1e-5)
-    assert row["status"] == "ok" and row["median_ms"] == row["bare_ms"] == 1.0
+    assert row["median_ms"] == row["bare_ms"] == 1.0
 
 
 def test_a_gpu_is_timed_by_do_bench(monkeypatch):
@@ -94,14 +120,13 @@ def test_a_gpu_is_timed_by_do_bench(monkeypatch):
     monkeypatch.setattr(testing, "do_bench", do_bench)
     monkeypatch.setattr(leaderboard, "measure", lambda *_, **__: Measurement("ok", 9.0, 9.0, 9.0, 2.0, [9.0]))
     monkeypatch.setattr(leaderboard, "device_name", lambda _: "NVIDIA H200")
-    full = leaderboard.settings("full", rep_ms=700, warmup_ms=50, device="cpu")
-    tensors = [torch.randn(1, 2, 8, 16, requires_grad=True) for _ in range(4)]
-    point = SimpleNamespace(**dict(zip(("q", "k", "v", "grad"), tensors, strict=True)))
-    gpu = SimpleNamespace(type="cuda")
-    row = leaderboard._step_times(full, lambda q, k, v: reference_attention(q, k, v, causal=True)[0], point, gpu)
+    q, k, v, grad = (torch.randn(1, 2, 8, 16, dtype=torch.bfloat16, requires_grad=True) for _ in range(4))
+    case = SimpleNamespace(q=q, k=k, v=v, grad=grad, device=SimpleNamespace(type="cuda"))
+    p = parameters(scale="full", rep_ms=700, warmup_ms=50)
+    row = leaderboard.step_times(lambda q, k, v: reference_attention(q, k, v, causal=True)[0], case, p)
     assert asked == {"warmup": 50, "rep": 700, "return_mode": "all"}
     assert (row["median_ms"], row["samples"], row["bare_ms"], row["peak_mib"]) == (3.0, 3, 9.0, 2.0)
-    flops = 3.5 * 2 * 16 * 64 * 16384**2
+    flops = 3.5 * 2 * 2 * 16 * 8**2
     assert row["mfu"] == pytest.approx(flops / 3e-3 / 989.5e12) and row["tflops"] == pytest.approx(flops / 3e-3 / 1e12)
 
 
@@ -113,47 +138,58 @@ def test_what_cannot_be_compiled_is_measured_without_and_says_so(monkeypatch, tm
         return fails
 
     monkeypatch.setattr(leaderboard.torch, "compile", refuses)
-    frame = leaderboard.run(board("torch_sdpa_flash"), tmp_path)
-    (row,) = frame.to_dict("records")
+    (row,) = run(tmp_path, "torch_sdpa_flash").to_dict("records")
     assert row["status"] == "ok" and not row["compiled"]
     assert "measured without torch.compile, which fails: RuntimeError: Unsupported: a graph" in row["note"]
-    assert "not compiled" in leaderboard.table(frame) and "not compiled" in leaderboard.row_line(row)
-    assert any("without torch.compile" in sentence for sentence in leaderboard.conclusions(frame))
 
 
-def test_failures_are_rows(uncompiled, monkeypatch):
-    def times(error):
-        def fails(*_):
-            raise error
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(torch.OutOfMemoryError("no memory"), "oom"), (RuntimeError("illegal memory access"), "error")],
+)
+def test_failures_are_rows(uncompiled, monkeypatch, tmp_path, error, status):
+    def fails(*_):
+        raise error
 
-        monkeypatch.setattr(leaderboard, "_step_times", fails)
-        (row,) = leaderboard.rows(board("torch_sdpa_flash"), CPU)
-        return row
+    monkeypatch.setattr(leaderboard, "step_times", fails)
+    (row,) = run(tmp_path, "torch_sdpa_flash").to_dict("records")
+    assert row["status"] == status and str(error) in row["note"]
 
-    assert times(torch.OutOfMemoryError("no memory"))["status"] == "oom"
-    row = times(RuntimeError("illegal memory access"))
-    assert row["status"] == "error" and "illegal memory access" in leaderboard.row_line(row)
+
+def test_a_wrong_result_has_no_time(uncompiled, monkeypatch, tmp_path):
     monkeypatch.setattr(sweeps, "attention", lambda q, k, v, **_: q + k + v)
-    (row,) = leaderboard.rows(board("torch_sdpa_flash"), CPU)
-    assert row["status"] == "error" and "wrong" in row["note"] and "median_ms" not in row
+    (row,) = run(tmp_path, "torch_sdpa_flash").to_dict("records")
+    assert row["status"] == "error" and "wrong" in row["note"] and row["median_ms"] != row["median_ms"]
 
 
-def test_out_of_memory_in_the_step_is_a_status(uncompiled, monkeypatch):
+def test_out_of_memory_in_the_step_is_a_status(uncompiled, monkeypatch, tmp_path):
     monkeypatch.setattr(leaderboard, "measure", lambda *_, **__: Measurement("oom", note="CUDA out of memory"))
-    (row,) = leaderboard.rows(board("torch_sdpa_flash"), CPU)
+    (row,) = run(tmp_path, "torch_sdpa_flash").to_dict("records")
     assert row["status"] == "oom" and row["note"].startswith("CUDA out of memory")
 
 
-def test_both_paths_have_a_row_where_there_are_two(uncompiled, monkeypatch):
+def test_both_paths_have_a_row_where_there_are_two_and_peers_a_verdict(uncompiled, monkeypatch, tmp_path):
     def explain(q, k, v, causal, *, path="auto"):
         name = "hopper" if path == "auto" else path
-        return kernels.Explanation(name, name, ())
+        return Explanation(name, name, ())
 
-    monkeypatch.setattr(kernels, "explain", explain)
-    monkeypatch.setattr(sweeps.Point, "check", lambda *_: {"forward_backward": {"error": 1.0, "error_pytorch": 1.0}})
-    measured = {"status": "ok", "median_ms": 1.0, "p20_ms": 1.0, "p80_ms": 1.0, "bare_ms": 1.0}
-    monkeypatch.setattr(leaderboard, "_step_times", lambda *_: dict(measured))
-    found = list(leaderboard.rows(board("flash_attention_triton"), CPU))
-    assert [(row["path"], row["compiled"]) for row in found] == [("hopper", True), ("portable", True)]
-    assert all("interpreter" in row["note"] for row in found)
-    assert leaderboard.row_line(found[0]).startswith("flash_attention_triton (hopper)")
+    times = iter([3.0, 4.0, 6.0])
+
+    def step_times(*_):
+        ms = next(times)
+        return {"median_ms": ms, "p20_ms": ms, "p80_ms": ms, "bare_ms": ms, "tflops": 1 / ms}
+
+    monkeypatch.setattr(sweeps, "explain", explain)
+    monkeypatch.setattr(sweeps.Case, "check", lambda *_: {"forward_backward": {"error": 1.0, "error_pytorch": 1.0}})
+    monkeypatch.setattr(leaderboard, "step_times", step_times)
+    frame = run(tmp_path, "flash_attention_triton", "torch_sdpa_flash")
+    assert frame.path[:2].tolist() == ["hopper", "portable"] and frame.note.str.contains("interpreter").sum() == 2
+    assert leaderboard.table(frame)["ours beside it"].tolist() == [
+        "ours",
+        "ours",
+        "",
+    ]  # the interpreter's times say nothing
+    table = leaderboard.table(frame.assign(note=None))
+    assert table["ours beside it"].tolist() == ["ours", "ours", "2.00, ahead"] and table["step, ms"][0].startswith(
+        "3.00 ["
+    )

@@ -265,9 +265,10 @@ def run(
 
     Args:
         folder: where results go; None: artifacts/<machine>/ of the parameters.
-        keep: which rows of the earlier results stay in front of the new ones. say: takes the lines of progress.
+        keep: which rows of the earlier results stay in front of the new ones, their stamp as `kept` of the new one.
+        say: takes the lines of progress.
     Raises:
-        ValueError: no points. OSError: a folder that cannot be written.
+        ValueError: no points, or rows to keep that are of another device or version. OSError: a folder that cannot be written.
     """
     from lmsys.device import environment, resolve_device
 
@@ -282,7 +283,9 @@ def run(
         "parameters": parameters.as_dict(),
     }
     path = folder / f"{experiment.name}.csv"
-    kept = _kept(path, keep) if keep else []
+    kept = _kept(path, experiment, device, keep) if keep else []
+    if kept and path.with_suffix(".json").exists():
+        stamp["kept"] = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     journal = Journal(folder / f"{experiment.name}.partial.jsonl", stamp)
     groups = [list(group) for group in _grouped(points, experiment.group)]
     missing = [group for group in groups if not all(journal.has(point) for point in group)]
@@ -394,11 +397,23 @@ def _row(point: Point, measured: Row, experiment: Experiment, device: Any) -> Ro
     return row | measured
 
 
-def _kept(path: Path, keep: Callable[[Row], bool]) -> list[Row]:
-    """Rows of the earlier results that stay."""
+def _kept(path: Path, experiment: Experiment, device: Any, keep: Callable[[Row], bool]) -> list[Row]:
+    """Rows of the earlier results that stay. ValueError where they are of another device or version."""
+    from lmsys.device import device_name
+
     if not path.exists():
         return []
-    return [row for row in records.read_results(path).to_dict("records") if keep(row)]
+    frame = records.read_results(path)
+    again = "measure all of it again, or name another machine for the results"
+    require(
+        list(frame.columns) == list(experiment.columns), f"the columns of {path} are not those of this version; {again}"
+    )
+    rows = [row for row in frame.to_dict("records") if keep(row)]
+    devices = {row["device"] for row in rows if "device" in row} - {device_name(device)}
+    require(
+        not devices, f"{path} was measured on {', '.join(map(str, devices))}, this is {device_name(device)}; {again}"
+    )
+    return rows
 
 
 # --- Rows on disk ---------------------------------------------------------------------------------
