@@ -14,23 +14,22 @@ export TORCHINDUCTOR_VEC_ISA_OK ?= 1
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 SITE := book/_build/html/index.html
-NOTEBOOKS := pipeline flash_attention attention_sweep train_step race lm_matrix data_parallel sharding leaderboard model_benchmark mixed_precision memory profiling faults
+NOTEBOOKS := $(shell cat notebooks/report.txt)
 EXECUTED := $(NOTEBOOKS:%=book/$(MACHINE)/%.ipynb)
 SOURCES := $(shell find lmsys -name '*.py' -o -name '*.json' -o -name '*.cu')
 PAGES := README.md _config.yml _toc.yml $(shell find book artifacts -path book/_build -prune -o -path book/local -prune -o -type f -print)
 
 .PHONY: report test lab clean
-.DELETE_ON_ERROR:
 
 report: $(SITE)
 	@echo "The site is at $(SITE)"
 
 $(SITE): $(EXECUTED) $(PAGES)
-	$(if $(STALE),$(BIN)/python -m lmsys report $(STALE) --no_site --scale $(SCALE) --machine $(MACHINE))
-	$(BIN)/python -m lmsys report --site_only
+	$(BIN)/python -m lmsys report $(or $(STALE),--site_only) --scale $(SCALE) --machine $(MACHINE)
 	@touch $@
 
-# What is out of date is noted here, and executed above by one process, one notebook at a time: they measure, and would disturb each other.
+# What is out of date is noted here, and executed above by one process, one notebook at a time: they measure, and would
+# disturb each other. One that fails is executed again the next time.
 book/$(MACHINE)/%.ipynb: notebooks/%.ipynb $(SOURCES) | $(INSTALLED)
 	$(eval STALE += $*)@:
 
@@ -44,13 +43,13 @@ $(INSTALLED): requirements.txt pyproject.toml
 test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pytest tests --numprocesses 2 --dist loadfile
-	scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && export LMSYS_OUTPUT="$$scratch" LMSYS_SCALE=smoke WANDB_MODE=offline && \
-	PYTHONPATH=tests $(BIN)/pytest --nbmake --nbmake-timeout=300 --numprocesses 2 -p own_outputs notebooks && \
+	scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && export LMSYS_OUTPUT="$$scratch" WANDB_MODE=offline && \
+	$(BIN)/pytest tests --numprocesses 2 --dist loadfile && \
+	LMSYS_SCALE=smoke PYTHONPATH=tests $(BIN)/pytest --nbmake --nbmake-timeout=300 --numprocesses 2 -p own_outputs notebooks && \
 	$(BIN)/jupyter-book build book -W -n --keep-going --quiet --path-output "$$scratch/site"
 
 lab: $(INSTALLED)
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab notebooks $(if $(filter 0,$(shell id -u)),--allow-root)  # root, in a container, is refused without
 
 clean:
 	rm -rf .venv book/_build book/local artifacts/local runs

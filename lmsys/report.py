@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
 import json
 import math
@@ -21,60 +22,75 @@ from pathlib import Path
 from typing import Any
 
 from lmsys import records, values
-from lmsys.config import resolve_scale, unknown_name
+from lmsys.config import shortened, unknown_name
 from lmsys.records import HEADLINE_MACHINE
 
-# Notebook -> the parameters that a scale gives it beside `scale` itself, which the notebook's own presets read.
-RUNS: dict[str, dict[str, dict[str, Any]]] = {
-    "pipeline": {"smoke": {}, "cpu": {}, "full": {}},
-    "flash_attention": {"smoke": {}, "cpu": {}, "full": {}},
-    "attention_sweep": {"smoke": {}, "cpu": {}, "full": {"passes": ["forward", "backward"]}},
-    "train_step": {"smoke": {}, "cpu": {}, "full": {}},
-    "race": {"smoke": {}, "cpu": {}, "full": {}},
-    "lm_matrix": {"smoke": {}, "cpu": {}, "full": {}},
-    "data_parallel": {"smoke": {}, "cpu": {}, "full": {}},
-    "sharding": {"smoke": {}, "cpu": {}, "full": {}},
-    "model_benchmark": {"smoke": {}, "cpu": {}, "full": {}},
-    "mixed_precision": {"smoke": {}, "cpu": {}, "full": {}},
-    "memory": {"smoke": {}, "cpu": {}, "full": {}},
-    "profiling": {"smoke": {}, "cpu": {}, "full": {}},
-    "leaderboard": {"smoke": {}, "cpu": {}, "full": {}},
-    "faults": {"smoke": {}, "cpu": {}, "full": {}},
-    "speedrun_tinystories": {"smoke": {}, "cpu": {}, "full": {}},
-}
-ON_DEMAND = ("speedrun_tinystories",)  # takes the minutes that it is given: runs where it is named
+
+class NotebookError(RuntimeError):
+    """A notebook that failed: which cell, its error, and where what ran is. exit_code: 2 for a user's mistake, else 1."""
+
+    def __init__(self, message: str, exit_code: int = 1):
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 # --- Notebooks ------------------------------------------------------------------------------------
 
 
+def titles() -> dict[str, str]:
+    """The notebooks by name, with the heading of each."""
+    found = {}
+    for path in sorted((records.REPOSITORY / "notebooks").glob("*.ipynb")):
+        first = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
+        found[path.stem] = first.partition("\n")[0].lstrip("# ")
+    return found
+
+
+def listed() -> list[str]:
+    """The notebooks of the report, in order; the others run where they are named."""
+    return (records.REPOSITORY / "notebooks" / "report.txt").read_text(encoding="utf-8").split()
+
+
+def run_notebooks(names: Sequence[str], *, scale: str = "auto", machine: str | None = None) -> list[str]:
+    """Execute notebooks one after the other, as they measure, and return the names of those that failed."""
+    for name in names:
+        _source(name)
+    failed = []
+    for name in names:
+        try:
+            run_notebook(name, parameters={"scale": scale}, machine=machine)
+        except NotebookError as error:
+            print(f"[{name}] {error}", file=sys.stderr)
+            failed.append(name)
+    return failed
+
+
 def run_notebook(
     name: str,
     *,
-    scale: str = "auto",
     machine: str | None = None,
     parameters: Mapping[str, Any] | None = None,
-    say: Callable[[str], None] = print,
+    target: Path | None = None,
+    say: Callable[[str], None] = functools.partial(print, flush=True),
 ) -> Path:
-    """Execute notebooks/NAME.ipynb with papermill into book/<machine>/NAME.ipynb, which it replaces once it has succeeded.
+    """Execute notebooks/NAME.ipynb with papermill; what it prints is printed as it comes.
 
+    Args:
+        target: the executed notebook, which is replaced once it has succeeded; None: book/<machine>/NAME.ipynb.
     Raises:
-        ValueError: unknown notebook, scale or parameter. papermill's PapermillExecutionError: a cell failed; what ran until
-        then is in artifacts/<machine>/NAME.failed.ipynb.
+        ValueError: unknown notebook. NotebookError: a cell failed, or the kernel died; what ran until then is in
+            artifacts/<machine>/NAME.failed.ipynb.
     """
     import papermill
+    from nbclient.exceptions import DeadKernelError
     from traitlets.config import Config
 
-    if name not in RUNS:
-        raise unknown_name("notebook", name, RUNS)
-    scale = resolve_scale(scale)
-    source = records.REPOSITORY / "notebooks" / f"{name}.ipynb"
-    target = records.book_dir(machine) / f"{name}.ipynb"
-    running = records.artifacts_dir(machine) / f"{name}.running.ipynb"
-    failed = running.with_name(f"{name}.failed.ipynb")
-    settings = {"scale": scale, "machine": records.machine_tag(machine), **RUNS[name][scale], **(parameters or {})}
+    source = _source(name)
+    folder = records.artifacts_dir(machine)
+    target = records.book_dir(machine) / f"{name}.ipynb" if target is None else target
+    running, failed = folder / f"{name}.running.ipynb", folder / f"{name}.failed.ipynb"
     start = time.perf_counter()
-    say(f"[{name}] running at scale {scale} ...")
+    say(f"[{name}] running ...")
     try:
         with tempfile.TemporaryDirectory(prefix="lmsys-") as sockets:
             # Files of this user alone in place of ports, which another kernel that starts now may take first.
@@ -85,22 +101,44 @@ def run_notebook(
             papermill.execute_notebook(
                 source,
                 running,
-                settings,
+                {**(parameters or {}), "machine": records.machine_tag(machine)},
                 kernel_name="python3",
                 progress_bar=False,
-                shutdown_kernel="immediate",  # what a notebook leaves is on disk: taking all its modules apart takes 1 to 2 s
+                stdout_file=sys.stdout,
+                stderr_file=sys.stderr,
+                shutdown_kernel="immediate",  # what it leaves is on disk: taking all its modules apart takes 1 to 2 s
                 config=Config({"KernelManager": connection}),
             )
-    except papermill.exceptions.PapermillExecutionError:
-        _clean(running)
-        os.replace(running, failed)
-        say(f"[{name}] failed; what ran is in {failed}")
+    except BaseException as error:  # Ctrl-C and SIGTERM, too
+        place = os.path.relpath(_put_aside(running, failed))
+        if isinstance(error, papermill.exceptions.PapermillExecutionError):
+            text = " ".join(f"{error.ename}: {error.evalue}".split())
+            message = f"cell [{error.exec_count}] of notebook {name} failed: {shortened(text, 500)}\n"
+            raise NotebookError(f"{message}what ran is in {place}", 2 if error.ename == "ValueError" else 1) from None
+        if isinstance(error, DeadKernelError):
+            message = f"the kernel of notebook {name} died; was it killed, or out of memory?"
+            raise NotebookError(f"{message}\nwhat ran is in {place}") from None
         raise
     _clean(running)
     os.replace(running, target)
     failed.unlink(missing_ok=True)
     say(f"[{name}] done in {time.perf_counter() - start:.0f} s: {os.path.relpath(target)}")
     return target
+
+
+def _source(name: str) -> Path:
+    path = records.REPOSITORY / "notebooks" / f"{name}.ipynb"
+    if not path.exists():
+        raise unknown_name("notebook", name, titles())
+    return path
+
+
+def _put_aside(running: Path, failed: Path) -> Path:
+    """What ran of a notebook that did not end, cleaned."""
+    if running.exists():
+        _clean(running)
+        os.replace(running, failed)
+    return failed
 
 
 def _clean(notebook: Path) -> None:
@@ -118,7 +156,10 @@ def _clean(notebook: Path) -> None:
         for output in cell.get("outputs", ()):
             if output.output_type == "stream":
                 output.text = without_paths(output.text)
-            alternatives += filter(None, [output.get("metadata", {}).get("image/png", {}).get("alt")])
+            about = output.get("metadata", {})
+            alternatives += [
+                about[kind]["alt"] for kind in ("image/png", "image/svg+xml") if "alt" in about.get(kind, {})
+            ]
         if alternatives:  # which myst-nb reads of a cell, not of an output
             cell.metadata["mystnb"] = {"image": {"alt": "; ".join(alternatives)}}
     records.write_text(notebook, nbformat.writes(content) + "\n")

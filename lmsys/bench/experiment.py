@@ -26,7 +26,6 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from lmsys import records
-from lmsys.bench import measure as measuring
 from lmsys.config import require, resolve_scale, unknown_name
 
 if TYPE_CHECKING:
@@ -114,7 +113,9 @@ def declared(notebook: str) -> dict[str, Parameter]:
         annotated = isinstance(statement, ast.AnnAssign)
         annotation = ast.unparse(statement.annotation) if annotated else type(default).__name__
         assert annotation in TYPES, f"{path}: {target.id}: annotate it with one of {', '.join(TYPES)}"
-        found[target.id] = Parameter(target.id, annotation, default, comments.get(statement.end_lineno, ""))
+        lines = range(statement.lineno, statement.end_lineno + 1)
+        text = " ".join(comments[line] for line in lines if line in comments)
+        found[target.id] = Parameter(target.id, annotation, default, text)
     return found
 
 
@@ -270,6 +271,7 @@ def run(
     Raises:
         ValueError: no points, or rows to keep that are of another device or version. OSError: a folder that cannot be written.
     """
+    from lmsys.bench import measure as measuring
     from lmsys.device import environment, resolve_device
 
     say = say or functools.partial(print, flush=True)
@@ -371,6 +373,8 @@ def _in_process(measure: Callable, parameters: Parameters, process: Any, point: 
 
 
 def _measured(call: Callable[[], Any], point: Point, device: Any) -> Measured:
+    from lmsys.bench import measure as measuring
+
     if "status" in point:
         return Measured([{}])
     try:
