@@ -119,33 +119,32 @@ def _experiment(notebook: str) -> Callable[..., None]:
     from lmsys.bench.experiment import TYPES, declared
     from lmsys.bench.experiment import Parameter as Declared
 
+    known = declared(notebook)
+
     def run(**given: object) -> None:
-        machine = given.pop("machine", None)
+        values = {name: known[name].read(value) for name, value in given.items() if value is not None}
+        machine = values.pop("machine", None)
         executed = records.artifacts_dir(machine) / f"{notebook}.executed.ipynb"
-        values = {name: value for name, value in given.items() if value is not None}
         report.run_notebook(notebook, parameters=values, machine=machine, target=executed)
 
-    def keyword(declared: Declared) -> inspect.Parameter:
-        def read(_type: type, tokens: Sequence[Token]) -> object:
-            return declared.read([token.value for token in tokens] if is_list else tokens[0].value)
+    def keyword(parameter: Declared) -> inspect.Parameter:
+        def whole(_hint: type, tokens: Sequence[Token]) -> object:  # cyclopts would round
+            return parameter.read([token.value for token in tokens] if is_list else tokens[0].value)
 
-        kind, is_list = TYPES[declared.annotation]
-        text = declared.help + ("" if declared.default is None else f" (default: {declared.default})")
-        if kind is bool and not is_list:
-            annotation = Annotated[bool, Parameter(help=text, negative=None)]
-        else:
-            annotation = Annotated[
-                (list[str] if kind is bool else list[kind]) if is_list else kind, Parameter(help=text, converter=read)
-            ]
-        return inspect.Parameter(declared.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        kind, is_list = TYPES[parameter.annotation]
+        hint = list[str if kind is bool else kind] if is_list else kind  # true and false are read by read()
+        text = parameter.help + ("" if parameter.default is None else f" (default: {parameter.default})")
+        negative, converter = None if hint is bool else (), whole if kind is int else None
+        annotation = Annotated[hint | None, Parameter(help=text, negative=negative, converter=converter)]
+        return inspect.Parameter(parameter.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
-    run.__signature__ = inspect.Signature([keyword(parameter) for parameter in declared(notebook).values()])
+    run.__signature__ = inspect.Signature([keyword(parameter) for parameter in known.values()])
     return run
 
 
 def _joined(tokens: Sequence[str], run: Callable) -> list[str]:
     """`--keep false` as `--keep=false`: what is on or off may be followed by its value."""
-    flags = [f"--{p.name}" for p in run.__signature__.parameters.values() if p.annotation.__origin__ is bool]
+    flags = [f"--{p.name}" for p in run.__signature__.parameters.values() if p.annotation.__origin__ == bool | None]
     joined: list[str] = []
     for token in tokens:
         if joined and joined[-1] in flags and token.lower() in ("true", "false"):

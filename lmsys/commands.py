@@ -22,6 +22,11 @@ def flag(text: str, **options: object) -> Parameter:
     return Parameter(help=text, **options)
 
 
+def count(text: str) -> Parameter:
+    """Of a whole number; cyclopts would round others."""
+    return flag(text, converter=lambda _, tokens: int(tokens[0].value))
+
+
 Machine = Annotated[str | None, flag("results go to artifacts/MACHINE (default: LMSYS_MACHINE, else local)")]
 
 
@@ -49,7 +54,7 @@ def pipeline(
     settings: Settings = Settings(),
     scale: Annotated[Scale | None, flag("preset; auto is full on a CUDA GPU, else cpu (default: auto)")] = None,
     text: Annotated[str | None, flag("your own UTF-8 text file: data.text_path, with dataset_mode=local_text")] = None,
-    processes: Annotated[int | None, flag("to train in (default: with a --ddp_wrapper, one a GPU)")] = None,
+    processes: Annotated[int | None, count("to train in (default: with a --ddp_wrapper, one a GPU)")] = None,
     skip_data: Annotated[bool, flag("take the run folder's tokenizer and token files as they are")] = False,
     machine: Machine = None,
 ) -> None:
@@ -83,16 +88,16 @@ def pipeline(
 def train(
     *,
     size: Annotated[str | None, flag(f"{', '.join(MODEL_SIZES)} (default: the --config's model, else small)")] = None,
-    context_length: Annotated[int | None, flag("tokens of a sequence (default: the --config's, else 512)")] = None,
-    vocab_size: Annotated[int | None, flag("vocabulary (default: the size's own, or the tokenizer's)")] = None,
+    context_length: Annotated[int | None, count("tokens of a sequence (default: the --config's, else 512)")] = None,
+    vocab_size: Annotated[int | None, count("vocabulary (default: the size's own, or the tokenizer's)")] = None,
     text: Annotated[str | None, flag("a UTF-8 file to train on (default: token files, else random tokens)")] = None,
     train_tokens: Annotated[str | None, flag(".npy token file to train on")] = None,
     valid_tokens: Annotated[str | None, flag(".npy token file to validate with")] = None,
     tokenizer: Annotated[str | None, flag("tokenizer.json (default, for --text: one is trained on it)")] = None,
-    num_tokens: Annotated[int, flag("random tokens to train on (default: 1000000)")] = 1_000_000,
-    steps: Annotated[int | None, flag("optimizer steps (default: from --epochs)")] = None,
+    num_tokens: Annotated[int, count("random tokens to train on (default: 1000000)")] = 1_000_000,
+    steps: Annotated[int | None, count("optimizer steps (default: from --epochs)")] = None,
     epochs: Annotated[float | None, flag("passes over the tokens (default: 1, unless --steps)")] = None,
-    batch_size: Annotated[int | None, flag("sequences a batch")] = None,
+    batch_size: Annotated[int | None, count("sequences a batch")] = None,
     learning_rate: Annotated[float | None, flag("highest learning rate")] = None,
     dtype: Annotated[Literal["fp32", "bf16", "fp16"] | None, flag("bf16, fp16: autocast; parameters: fp32")] = None,
     compile: Annotated[bool | None, flag("torch.compile, block by block")] = None,
@@ -133,11 +138,11 @@ def generate(
     checkpoint: Annotated[str, flag("a checkpoint, or a run folder (then its newest good one)")],
     prompt: Annotated[list[str], flag("text to continue; may be repeated", consume_multiple=False)],
     tokenizer: Annotated[str | None, flag("tokenizer.json (default: the run folder's)")] = None,
-    max_new_tokens: Annotated[int, flag("tokens to write at most (default: 200)")] = 200,
+    max_new_tokens: Annotated[int, count("tokens to write at most (default: 200)")] = 200,
     temperature: Annotated[float, flag("0 is greedy (default: 0.8)")] = 0.8,
-    top_k: Annotated[int, flag("sample among the k likeliest; 0 is off (default: 0)")] = 0,
+    top_k: Annotated[int, count("sample among the k likeliest; 0 is off (default: 0)")] = 0,
     top_p: Annotated[float, flag("nucleus sampling; 1 is off (default: 0.95)")] = 0.95,
-    seed: Annotated[int, flag("of the sampling (default: 0)")] = 0,
+    seed: Annotated[int, count("of the sampling (default: 0)")] = 0,
     no_cache: Annotated[bool, flag("read the whole window anew for each token, to compare")] = False,
     device: Annotated[str, flag("auto, cpu, cuda or cuda:N")] = "auto",
 ) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import functools
 import inspect
 import json
 import math
@@ -71,7 +70,6 @@ def run_notebook(
     machine: str | None = None,
     parameters: Mapping[str, Any] | None = None,
     target: Path | None = None,
-    say: Callable[[str], None] = functools.partial(print, flush=True),
 ) -> Path:
     """Execute notebooks/NAME.ipynb with papermill; what it prints is printed as it comes.
 
@@ -90,7 +88,7 @@ def run_notebook(
     target = records.book_dir(machine) / f"{name}.ipynb" if target is None else target
     running, failed = folder / f"{name}.running.ipynb", folder / f"{name}.failed.ipynb"
     start = time.perf_counter()
-    say(f"[{name}] running ...")
+    print(f"[{name}] running ...", flush=True)
     try:
         with tempfile.TemporaryDirectory(prefix="lmsys-") as sockets:
             # Files of this user alone in place of ports, which another kernel that starts now may take first.
@@ -103,6 +101,7 @@ def run_notebook(
                 running,
                 {**(parameters or {}), "machine": records.machine_tag(machine)},
                 kernel_name="python3",
+                language="python",
                 progress_bar=False,
                 stdout_file=sys.stdout,
                 stderr_file=sys.stderr,
@@ -122,7 +121,7 @@ def run_notebook(
     _clean(running)
     os.replace(running, target)
     failed.unlink(missing_ok=True)
-    say(f"[{name}] done in {time.perf_counter() - start:.0f} s: {os.path.relpath(target)}")
+    print(f"[{name}] done in {time.perf_counter() - start:.0f} s: {os.path.relpath(target)}")
     return target
 
 

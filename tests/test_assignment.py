@@ -44,7 +44,7 @@ def test_what_a_problem_names_is_there():
         assert problem.parts or problem.code
         assert all((REPOSITORY / name).exists() for name in problem.code), problem.name
         for part in problem.parts:
-            assert part.notebook is None or part.notebook in report.RUNS
+            assert part.notebook is None or part.notebook in report.titles()
 
 
 def test_without_results_each_problem_names_what_brings_them(artifacts):

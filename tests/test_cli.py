@@ -1,13 +1,17 @@
 """The command line: help, and one clear line with exit code 2 for each bad input."""
 
+import io
 import os
 import subprocess
 import sys
+import time
 
+import nbformat
 import numpy as np
+import papermill
 import pytest
 
-from lmsys import records
+from lmsys import records, report
 from lmsys.__main__ import main
 
 COMMANDS = ["pipeline", "train", "generate", "attention-sweep", "bench-tokenizer", "report"]
@@ -27,10 +31,8 @@ def fails(capsys, *arguments):
     "command", [[], *([name] for name in COMMANDS)], ids=lambda command: " ".join(command) or "all"
 )
 def test_help(command, capsys):
-    with pytest.raises(SystemExit) as ended:
-        main([*command, "--help"])
-    assert ended.value.code == 0
-    assert "usage: python -m lmsys" in capsys.readouterr().out
+    assert main([*command, "--help"]) == 0
+    assert f"Usage: python -m lmsys {' '.join(command)}" in capsys.readouterr().out
 
 
 def test_import_is_light():
@@ -143,24 +145,96 @@ def test_what_all_processes_are_told_is_said_by_one(capsys, monkeypatch):
     assert len([line for line in capsys.readouterr().err.splitlines() if "unknown model size 'huge'" in line]) == 1
 
 
+def notebook_cell(source, tags=()):
+    return nbformat.v4.new_code_cell(source, metadata={"tags": list(tags)})
+
+
+PARAMETERS = """machine: str = None  # results go there
+masks: list[bool] = None  # causal or not
+keep: bool = False  # rows that are there
+heads: int = 2  # of queries
+fault: str = None  # how to fail"""
+BODY = """import os, time
+print("row", masks, keep, heads, machine)
+time.sleep(1)
+if fault == "killed":
+    os.kill(os.getpid(), 9)
+if fault:
+    raise {"value": ValueError, "other": RuntimeError}[fault]("heads is bad\\nhere")"""
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch, output_root):
+    """The only notebook, `tiny_study`; the folder of its results."""
+    title = nbformat.v4.new_markdown_cell("# A tiny study\n\nWhat for.")
+    cells = [title, notebook_cell(PARAMETERS, ["parameters"]), notebook_cell(BODY)]
+    folder = tmp_path / "repository" / "notebooks"
+    folder.mkdir(parents=True)
+    for name, more in (("tiny_study", []), ("broken", [notebook_cell("1 / 0")])):
+        nbformat.write(nbformat.v4.new_notebook(cells=[*cells, *more]), folder / f"{name}.ipynb")
+    monkeypatch.setattr(records, "REPOSITORY", folder.parent)
+    return output_root / "artifacts" / "local"
+
+
+def test_a_notebooks_parameters_are_its_commands_flags(tiny, capsys):
+    assert main(["--help"]) == 0 and "tiny-study" in (shown := capsys.readouterr().out) and "A tiny study" in shown
+    assert main(["tiny_study", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--heads INT of queries (default: 2)" in shown and "--keep --no-keep rows that are there" in shown
+
+
+def test_a_notebook_runs_and_its_rows_come_as_they_are_printed(tiny, monkeypatch):
+    written = []
+    stream = io.StringIO()
+    stream.write = lambda text: written.append((time.monotonic(), text))
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert main(["tiny-study", "--masks", "true", "false", "--keep", "true", "--heads", "4"]) == 0
+    row = next(at for at, text in written if "row [True, False] True 4 local" in text)
+    assert written[-1][0] - row > 0.8, "the cell was still running"
+    assert {path.name for path in tiny.iterdir()} == {"tiny_study.executed.ipynb"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--custom_tiers", "100:64"], "q_len 100 is not a power of two"),
-        (["--custom_tiers", "128:0"], "k_len 0 is not a power of two"),
-        (["--custom_tiers", "128"], "not of the form q:k"),
-        (["--kernels", "flash_attention_trition"], "Did you mean 'flash_attention_triton'"),
-        (["--dtypes", "fp8"], "unknown dtype 'fp8'"),
-        (["--passes", "backwards"], "unknown pass 'backwards'"),
-        (["--heads", "4", "--kv_heads", "3"], "not a multiple of kv_heads"),
-        (["--iters", "0"], "iterations is 0"),
-        (["--device", "cuda:64"], "cuda:64"),
+        (["--heads", "two"], "parameter heads is 'two'; it takes whole numbers"),
+        (["--heads", "1.5"], "parameter heads is '1.5'; it takes whole numbers"),
+        (["--masks", "true", "f"], "parameter masks is 'f'; it takes true or false"),
+        (["--keep", "maybe"], "maybe"),
+        (["--haeds", "2"], "Did you mean --heads"),
+        (["--machine", "../up"], "machine '../up'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_sweep_settings(arguments, message, capsys, output_root):
-    assert message in fails(capsys, "attention-sweep", "--scale", "smoke", *arguments)
-    assert not output_root.exists()
+def test_bad_parameters_are_found_before_a_kernel_starts(arguments, message, tiny, capsys, monkeypatch):
+    monkeypatch.setattr(papermill, "execute_notebook", None)
+    assert message in fails(capsys, "tiny-study", *arguments)
+    assert not tiny.exists()
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "message"),
+    [
+        ("value", 2, "cell [3] of notebook tiny_study failed: ValueError: heads is bad here"),
+        ("other", 1, "cell [3] of notebook tiny_study failed: RuntimeError: heads is bad here"),
+        ("killed", 1, "the kernel of notebook tiny_study died"),
+    ],
+)
+def test_a_failed_notebook_says_cell_error_and_place(fault, code, message, tiny, capsys):
+    assert main(["tiny-study", "--fault", fault]) == code
+    first, second = capsys.readouterr().err.splitlines()[-2:]
+    assert message in first and second.endswith("tiny_study.failed.ipynb")
+    assert [path.name for path in tiny.iterdir()] == ["tiny_study.failed.ipynb"]
+
+
+def test_a_failed_notebook_does_not_stop_the_report(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(report, "build_site", lambda: "index.html")
+    assert main(["report", "broken", "tiny-study", "--scale", "smoke"]) == 1
+    shown = capsys.readouterr()
+    assert "ZeroDivisionError" in shown.err and shown.err.endswith("lmsys report: failed: broken\n")
+    assert "site: index.html" in shown.out
+    assert [path.name for path in (tiny.parents[1] / "book" / "local").iterdir()] == ["tiny_study.ipynb"]
+    assert "unknown notebook 'x'" in fails(capsys, "report", "tiny_study", "x")
 
 
 def test_unwritable_artifacts_folder_is_found_before_any_work(capsys, output_root):
@@ -182,18 +256,16 @@ def test_read_only_artifacts_folder_keeps_what_it_held(capsys, output_root):
     assert (folder / "attention_sweep_results.csv").read_text() == "old"
 
 
-def test_full_disk_leaves_what_was_there(capsys, output_root, monkeypatch):
+def test_full_disk_leaves_what_was_there(tiny, capsys, monkeypatch):
     """A write that fails for want of space ends in one line, and the earlier results stay."""
-    folder = records.writable_dir(output_root / "artifacts" / "local")
-    (folder / "attention_sweep_report.md").write_text("old")
+    (records.writable_dir(tiny) / "tiny_study.executed.ipynb").write_text("old")
 
     def full(path, text):
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(records, "write_text", full)
-    line = fails(capsys, "attention-sweep", "--scale", "smoke", "--kernels", "vectorized_torch")
-    assert "No space left on device" in line
-    assert (folder / "attention_sweep_report.md").read_text() == "old"
+    assert "No space left on device" in fails(capsys, "tiny-study")
+    assert (tiny / "tiny_study.executed.ipynb").read_text() == "old"
 
 
 def test_generate_needs_a_checkpoint(tmp_path, capsys):
