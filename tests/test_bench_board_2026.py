@@ -12,7 +12,7 @@ from lmsys import records, report
 from lmsys.__main__ import main
 from lmsys.bench import board_2026 as board
 from lmsys.bench import leaderboard, replicas
-from lmsys.bench.native import NativeLM
+from lmsys.bench.peers import NativeLM
 from lmsys.model import TransformerLM
 from lmsys.step import planner
 

@@ -7,7 +7,7 @@ import torch
 from lmsys import records
 from lmsys import train as training
 from lmsys.bench import train_step
-from lmsys.bench.native import NativeLM, NativeStep
+from lmsys.bench.peers import NativeLM, NativeStep
 from lmsys.config import ModelConfig
 from lmsys.model import TransformerLM, cross_entropy
 from lmsys.train.engine import Engine

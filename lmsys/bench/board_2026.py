@@ -7,7 +7,7 @@ A step is forward, loss, backward and AdamW, from tokens on the device to update
   (lmsys.step.blocks, lmsys.step.planner), our attention, head and loss in one (lmsys.step.loss), AdamW in one kernel (lmsys.step.optimizer.FusedAdamW).
 - torch_native, the peer: what PyTorch itself has, put together as its own training recipes do: FSDP2, cuDNN attention, each block
   compiled and checkpointed, the loss in compiled chunks, fused AdamW; weights, gradients and moments in bf16, which is less to hold and to
-  move than ours. Its model is that of lmsys.bench.native.
+  move than ours. Its model is that of lmsys.bench.peers.
 
 Before that, in the same processes: the same code on a small twin, whose blocks each keep something else, beside the plain model on the
 whole batch in float64, with the plain model's error in the step's dtype as the measure; and the device's rates at the step's own
@@ -43,7 +43,7 @@ from lmsys import cost, parallel, records
 from lmsys.bench import leaderboard, replicas
 from lmsys.bench.attention import DTYPES as TORCH_DTYPES
 from lmsys.bench.measure import peak_bytes_cpu, quantiles
-from lmsys.bench.native import NativeLM
+from lmsys.bench.peers import NativeLM
 from lmsys.bench.replicas import Clock, largest, live_bytes
 from lmsys.config import ModelConfig, require, resolve_scale, unknown_name
 from lmsys.device import device_name, peak_flops, resolve_device

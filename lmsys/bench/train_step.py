@@ -32,7 +32,7 @@ from lmsys import cost, records
 from lmsys import train as training
 from lmsys.bench import ahead, power
 from lmsys.bench.measure import is_out_of_memory, one_thread, peak_bytes_cpu, quantiles, release, settled
-from lmsys.bench.native import NativeStep
+from lmsys.bench.peers import NativeStep
 from lmsys.bench.power import PowerWatch
 from lmsys.bench.replicas import Clock, live_bytes, pattern_tokens
 from lmsys.config import (

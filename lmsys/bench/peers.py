@@ -85,7 +85,7 @@ class NativeLM(nn.Module):
 
 
 class NativeStep:
-    """The peer's training, with the methods of the trainer's own replica that a step takes: accumulate and update.
+    """The peer's training, with the methods of the trainer's engine that a step takes: accumulate and update.
 
     The weights are those that the trainer begins with. Of config: model, optim, and of train seed, dtype, compile.
     """
@@ -97,6 +97,7 @@ class NativeStep:
             weights = TransformerLM(config.model).state_dict()
             self.model = NativeLM(config.model)
         self.model.load_state_dict(weights)
+        self.module = self.model
         self.forward = torch.compile(self.model, dynamic=False) if config.train.compile else self.model
         optim = config.optim
         self.optimizer = torch.optim.AdamW(
@@ -121,3 +122,6 @@ class NativeStep:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def close(self) -> None:
+        """Nothing is kept from step to step."""
