@@ -9,7 +9,7 @@ from multiprocessing import forkserver
 import pytest
 
 # What the one server of a worker of pytest imports beside what its first test asks for, so that each process of a later test need not.
-PRELOADED = ("torch._inductor.compile_fx", "torch.distributed.fsdp", "lmsys.bench.replicas", "lmsys.pipeline")
+PRELOADED = ("torch._inductor.compile_fx", "torch.distributed.fsdp", "lmsys.bench.steps", "lmsys.pipeline")
 
 os.environ.setdefault("WANDB_MODE", "offline")
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -11,7 +11,7 @@ import torch
 from lmsys import records, report
 from lmsys.__main__ import main
 from lmsys.bench import board_2026 as board
-from lmsys.bench import leaderboard, replicas
+from lmsys.bench import leaderboard, processes, replicas
 from lmsys.bench.peers import NativeLM
 from lmsys.model import TransformerLM
 from lmsys.step import planner
@@ -184,7 +184,7 @@ def test_the_full_scale_is_the_courses(monkeypatch):
         board.settings("full", device="cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(replicas, "resolve_device", lambda _: torch.device("cuda", 0))
+    monkeypatch.setattr(processes, "resolve_device", lambda _: torch.device("cuda", 0))
     full = board.settings("full", device="cuda")
     assert dataclasses.astuple(full.model)[:6] == (4096, 11008, 34, 32, 32768, 151936)
     assert (full.dtype, full.compiled, full.kernel) == ("bf16", True, "flash_attention_triton")
@@ -197,7 +197,7 @@ def test_the_full_scale_is_the_courses(monkeypatch):
 
 def test_a_machine_with_one_gpu_shows_the_small_model_on_its_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(replicas, "resolve_device", lambda name: torch.device("cpu" if name == "cpu" else "cuda"))
+    monkeypatch.setattr(processes, "resolve_device", lambda name: torch.device("cpu" if name == "cpu" else "cuda"))
     assert board.settings("smoke").device == "cpu"
     with pytest.raises(ValueError, match="gpus 2 is more than this machine has: 1"):
         board.settings("smoke", device="cuda")

@@ -204,7 +204,7 @@ def test_captured_steps_are_of_gpus(tmp_path):
         ("none", "ok"),
     ]
     said = data_parallel.conclusions(frame, "captured")
-    assert len(said) == 2 and all("a CUDA graph is captured on a GPU" in sentence for sentence in said)
+    assert len(said) == 2 and all("train.cuda_graph is for a GPU" in sentence for sentence in said)
     assert list(frame.options.fillna("")) == ["captured=True", "captured=True", ""]
 
 

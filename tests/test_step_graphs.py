@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lmsys.bench.replicas import pattern_tokens
+from lmsys.bench.steps import pattern_tokens
 from lmsys.config import TrainConfig, pipeline_config
 from lmsys.data import BatchSampler
 from lmsys.step import graphs

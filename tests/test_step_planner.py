@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from lmsys import cost, parallel
 from lmsys.bench.measure import peak_bytes_cpu
-from lmsys.bench.replicas import live_bytes
+from lmsys.bench.steps import live_bytes
 from lmsys.config import ModelConfig
 from lmsys.model import TransformerLM
 from lmsys.step import blocks, planner

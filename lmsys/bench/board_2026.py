@@ -44,7 +44,8 @@ from lmsys.bench import leaderboard, replicas
 from lmsys.bench.attention import DTYPES as TORCH_DTYPES
 from lmsys.bench.measure import peak_bytes_cpu, quantiles
 from lmsys.bench.peers import NativeLM
-from lmsys.bench.replicas import Clock, largest, live_bytes
+from lmsys.bench.processes import Clock, largest
+from lmsys.bench.steps import live_bytes
 from lmsys.config import ModelConfig, require, resolve_scale, unknown_name
 from lmsys.device import device_name, peak_flops, resolve_device
 from lmsys.model import TransformerLM

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from lmsys import cost, records
 from lmsys.attention import get_kernel
 from lmsys.bench.measure import is_out_of_memory, one_thread, quantiles, release, without_native_stderr
-from lmsys.bench.replicas import Clock
+from lmsys.bench.processes import Clock
 from lmsys.config import DTYPES, ModelConfig, model_size, require, resolve_scale, unknown_name
 from lmsys.device import device_name, fp32_products, resolve_device
 from lmsys.model import RMSNorm, TransformerLM, cross_entropy

@@ -34,7 +34,8 @@ from lmsys.bench import ahead, power
 from lmsys.bench.measure import is_out_of_memory, one_thread, peak_bytes_cpu, quantiles, release, settled
 from lmsys.bench.peers import NativeStep
 from lmsys.bench.power import PowerWatch
-from lmsys.bench.replicas import Clock, live_bytes, pattern_tokens
+from lmsys.bench.processes import Clock
+from lmsys.bench.steps import live_bytes, pattern_tokens
 from lmsys.config import (
     DTYPES,
     PLAIN_BLOCK_OPTIONS,

@@ -40,7 +40,7 @@ class Replicated:
     ):
         settings = config.train
         self.model, self.config = model, config
-        self.module = parallel.wrap(model, settings.ddp_wrapper, **_wrapper_options(settings), **wrapper_options)
+        self.module = parallel.wrap(model, settings.ddp_wrapper, **_wrapper_options(settings) | wrapper_options)
         self.parameters = list(self.module.parameters())
         self.optimizer = self._make_optimizer(settings, config.optim, masters)
         self.fused = isinstance(self.optimizer, FusedAdamW)
