@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from cyclopts import Parameter
+from cyclopts import Parameter, Token
 
 from lmsys import records
 from lmsys import report as reports
@@ -24,7 +24,14 @@ def flag(text: str, **options: object) -> Parameter:
 
 def count(text: str) -> Parameter:
     """Of a whole number; cyclopts would round others."""
-    return flag(text, converter=lambda _, tokens: int(tokens[0].value))
+
+    def read(_type: type, tokens: Sequence[Token]) -> int:
+        try:
+            return int(tokens[0].value)
+        except ValueError:
+            raise ValueError(f"'{tokens[0].value}' is not a whole number") from None
+
+    return flag(text, converter=read)
 
 
 Machine = Annotated[str | None, flag("results go to artifacts/MACHINE (default: LMSYS_MACHINE, else local)")]

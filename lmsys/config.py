@@ -514,9 +514,6 @@ def pipeline_preset(scale: str) -> dict[str, Any]:
 
 # --- JSON and overrides -> config -----------------------------------------------------------------
 
-# Other names of train.checkpointing_interval: the first is the same setting, the second an older one that gives way to it.
-_SAME_AS_INTERVAL, _OLDER_INTERVAL = "checkpointing_every", "save_interval"
-
 
 def read_json(path: str | Path) -> dict[str, Any]:
     """A JSON object from a file; ValueError names the file and the place where it does not parse."""
@@ -532,7 +529,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def parse_override(text: str) -> dict[str, Any]:
-    """'train.steps=100' -> {'train': {'steps': 100}}. The value is read as JSON, and as a string where it is not JSON."""
+    """'train.steps=100' -> {'train': {'steps': 100}}. The value is JSON, and a string where it is not JSON."""
     key, equals, raw = text.partition("=")
     require(bool(equals) and bool(key.strip()), f"override '{text}' is not of the form section.key=value")
     try:
@@ -560,50 +557,40 @@ def pipeline_config(
     Raises:
         ValueError: unknown key, wrong type, or settings that cannot go together.
     """
-    layers: list[tuple[str, dict[str, Any]]] = []
-    if file is not None:
-        layers.append((str(file), read_json(file)))
+    layers = [] if file is None else [(str(file), read_json(file))]
     layers += [(f"override '{text}'", parse_override(text)) for text in overrides]
-    for key, value in (flags or {}).items():
-        if value is not None:
-            layers.append((f"flag {key}", parse_override(f"{key}={json.dumps(value)}")))
-    for source, layer in layers:
-        if scale is None and "scale" in layer and not isinstance(layer["scale"], str):
-            raise ValueError(f"{source}: scale must be a string, one of {', '.join(SCALES)}")
+    given = {key: value for key, value in (flags or {}).items() if value is not None}
+    layers += [(f"flag {key}", parse_override(f"{key}={json.dumps(value)}")) for key, value in given.items()]
     if scale is None:
         scale = next((layer["scale"] for _, layer in reversed(layers) if "scale" in layer), "auto")
     scale = resolve_scale(scale)
-
-    merged: dict[str, Any] = pipeline_preset(scale)
-    interval = older = None
-    for source, layer in layers:
-        layer = dict(layer, scale=scale)
-        if isinstance(layer.get("train"), dict):
-            layer["train"], here, older_here = _take_interval(source, layer["train"])
-            interval = interval if here is None else here
-            older = older if older_here is None else older_here
-        _merge(merged, layer, PipelineConfig, source)
-    chosen = interval if interval is not None else older
-    if chosen is not None:
-        merged.setdefault("train", {})["checkpointing_interval"] = chosen
-    train = merged.get("train", {})
-    if train.get("epochs") is not None and not any("steps" in layer.get("train", {}) for _, layer in layers):
-        train["steps"] = None  # epochs were asked for: the preset's steps give way
+    merged = pipeline_preset(scale)
+    for source, layer in _with_one_interval(layers):
+        _merge(merged, layer | {"scale": scale}, PipelineConfig, source)
+    if merged["train"].get("epochs") is not None and not any("steps" in layer.get("train", ()) for _, layer in layers):
+        merged["train"]["steps"] = None  # epochs were asked for: the preset's steps give way
     return build(PipelineConfig, merged)
 
 
-def _take_interval(source: str, train: dict[str, Any]) -> tuple[dict[str, Any], Any, Any]:
-    """Take the checkpoint interval, under any of its names, out of one layer's train section."""
-    train = dict(train)
-    interval, same = train.pop("checkpointing_interval", None), train.pop(_SAME_AS_INTERVAL, None)
-    require(
-        interval is None or same is None or interval == same,
-        f"{source}: train.checkpointing_interval {interval} and train.{_SAME_AS_INTERVAL} {same} are one setting with two values",
-    )
-    older = train.pop(_OLDER_INTERVAL, None)
-    for value in (interval, same, older):
-        _check_type("train.checkpointing_interval", value, int | None, source)
-    return train, same if interval is None else interval, older
+def _with_one_interval(layers: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
+    """Layers without the other names of train.checkpointing_interval: checkpointing_every is the same setting,
+    save_interval an older one that gives way to it in any layer."""
+    older = []
+    for source, layer in layers:
+        train = layer.get("train")
+        if not isinstance(train, dict):
+            continue
+        if "save_interval" in train:
+            older.append((source, {"train": {"checkpointing_interval": train.pop("save_interval")}}))
+        if "checkpointing_every" in train:
+            same = train.pop("checkpointing_every")
+            interval = train.setdefault("checkpointing_interval", same)
+            require(
+                interval == same,
+                f"{source}: train.checkpointing_interval {interval} and train.checkpointing_every {same} are one setting "
+                "with two values",
+            )
+    return older + layers
 
 
 def _merge(into: dict[str, Any], layer: Mapping[str, Any], cls: type, source: str, prefix: str = "") -> None:
@@ -625,21 +612,16 @@ def _check_type(key: str, value: Any, hint: Any, source: str) -> Any:
     """value as the type that a dataclass field states, or ValueError."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for option in options:
-        if option is type(None) and value is None:
-            return None
         if option is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
             return float(value)
-        if (
-            typing.get_origin(option) is tuple
-            and isinstance(value, (list, tuple))
-            and all(isinstance(v, str) for v in value)
-        ):
-            return tuple(value)
-        if option in (int, str, bool) and type(value) is option:
+        if typing.get_origin(option) is tuple and isinstance(value, (list, tuple)):
+            if all(isinstance(item, str) for item in value):
+                return tuple(value)
+        elif option is not float and type(value) is option:
             return value
+    names = {option: getattr(option, "__name__", "") for option in options} | {type(None): "null"}
     wanted = " or ".join(
-        "null" if o is type(None) else "a list of strings" if typing.get_origin(o) is tuple else o.__name__
-        for o in options
+        "a list of strings" if typing.get_origin(option) is tuple else names[option] for option in options
     )
     raise ValueError(f"{source}: '{key}' must be {wanted}, got {shortened(json.dumps(value, default=str))}")
 

@@ -150,7 +150,7 @@ def test_bad_files_are_errors(tmp_path):
         pipeline_config("smoke", broken)
     with pytest.raises(ValueError, match="expected a JSON object"):
         pipeline_config("smoke", write(tmp_path, [1]))
-    with pytest.raises(ValueError, match="scale must be a string"):
+    with pytest.raises(ValueError, match="unknown scale '3'"):
         pipeline_config(None, write(tmp_path, {"scale": 3}))
 
 
