@@ -48,7 +48,9 @@ class Values:
         try:
             if name in self.tables:
                 return self._table(self.tables[name])
-            return formatted(self.value(name), self.values.get(name.partition(".")[0], {}).get("format", ""))
+            value = self.value(name)
+            counted = name.endswith((".count", ".nunique"))
+            return formatted(value, "," if counted else self.values[name.partition(".")[0]].get("format", ""))
         except Exception as error:
             file = (self.tables | self.values).get(name.partition(".")[0], {}).get("file", self.source.name)
             raise ValueError(f"{page}: {{{{ {name} }}}} ({file}): {error}") from error
@@ -56,7 +58,7 @@ class Values:
     def value(self, name: str) -> Any:
         """A named value before it is formatted: a number, or a text of the result file or its stamp.
 
-        `name.min` is the least over the rows that match, and so max, median, mean, sum, count and geomean.
+        `name.min` is the least over the rows that match, and so max, median, mean, sum, count, nunique, geomean.
         """
         name, _, reduction = name.partition(".")
         if name not in self.values:
@@ -89,7 +91,7 @@ class Values:
         frame = frame.replace(entry.get("labels", {}))
         if "pivot" in entry:
             index = entry["pivot"]["index"]
-            wide = frame.pivot(**entry["pivot"])
+            wide = (frame.pivot_table if "aggfunc" in entry["pivot"] else frame.pivot)(**entry["pivot"])
             wide.columns = [" ".join(str(part) for part in key if part != "") for key in wide.columns]
             frame = frame[index].drop_duplicates().merge(wide.reset_index(), on=index)  # in the file's order
         for name, expression in entry.get("derive", {}).items():
@@ -97,7 +99,7 @@ class Values:
         if "sort" in entry:
             keys = [key.removeprefix("-") for key in entry["sort"]]
             frame = frame.sort_values(keys, ascending=[key in entry["sort"] for key in keys], kind="stable")
-        return frame
+        return frame.head(entry.get("head", len(frame)))
 
     def _table(self, entry: dict[str, Any]) -> str:
         rows, columns = self.rows(entry).to_dict("records"), entry["columns"]

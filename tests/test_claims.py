@@ -10,6 +10,9 @@ import re
 import pandas as pd
 import pytest
 
+from lmsys import cost
+from lmsys.config import ModelConfig
+from lmsys.device import PEAK_TFLOPS
 from lmsys.records import REPOSITORY, within_spread
 
 PAGES = [
@@ -138,6 +141,267 @@ def tokenizer_faster():
         others = speeds.drop("lmsys")
         assert (others.p20_s > speeds.p80_s["lmsys"]).all()
         assert task == "train" or others.filter(like="tiktoken", axis=0).seconds.idxmin() == "tiktoken encode"
+
+
+@claim
+def course_formula():
+    course = rows("h200/pytorch_attention_results").dropna(subset=["before_backward_mib"])
+    assert (course.before_backward_mib - course.computed_mib).abs().max() < 0.01
+
+
+def paired(name, index, column, time="median_ms"):
+    """The rows of a file as one row a point, with the times of each value of a column."""
+    return rows(name).pivot(index=index, columns=column, values=time)
+
+
+@claim
+def course_compiled_long():
+    times = paired("h200/pytorch_attention_results", ["pass", "head_dim", "seq_len"], "implementation")
+    ratio = times.naive / times.compiled
+    for which in ("forward", "backward", "forward_backward"):
+        assert ratio[which].idxmin() == (32, 256) and ratio[which].idxmax() == (16, 8192)
+
+
+def compiled_gain():
+    keys = ["size", "context_length", "dtype", "mode"]
+    times = paired("h200/model_benchmark_results", keys, "compiled", "mean_ms")
+    return (times.no / times.blocks).dropna()
+
+
+@claim
+def model_compiled():
+    gain = compiled_gain()
+    least, most = gain.groupby("mode").idxmin(), gain.groupby("mode").idxmax()
+    assert (gain > 1).all() and all(at[0] in ("xl", "2.7b") and at[2] == "tf32" for at in least)
+    assert all(at[0] in ("small", "large") and at[2] == "bf16" for at in most)
+
+
+@claim
+def accuracy():
+    checks = rows("h200/attention_accuracy_results")
+    assert (checks.status == "ok").all() and checks.deterministic.all()
+    assert all((checks[f"{name}_ratio"].dropna() <= 2).all() for name in ("o", "lse", "dq", "dk", "dv"))
+
+
+@claim
+def steps_that_do_not_pay():
+    for head_dim in (64, 128):
+        step = rows("h200/flash_steps_results").query("head_dim == @head_dim and `pass` == 'forward'").set_index("step")
+        assert ahead(step.loc["compiled"], step.loc["tiled PyTorch"])
+        assert ahead(step.loc["portable Triton"], step.loc["TMA"]) and step.median_ms.idxmin() == "overlap"
+
+
+@claim
+def last_step_bound():
+    counters = rows("h200/counters_results").query("step == 'overlap'").set_index("head_dim")
+    parts = counters[["tensor_pct", "exp_pct", "shared_pct", "issue_pct"]].astype(float).idxmax(axis=1)
+    assert parts[64] == "exp_pct" and parts[128] == "tensor_pct"
+    assert counters.exp_pct[64] - counters.tensor_pct[64] < 5
+
+
+def against(peer, which, ours="flash_attention_triton"):
+    """The rows of ours and of a peer at each point of the sweep's grid."""
+    sweep = rows("h200/attention_sweep_results")
+    sweep = sweep[(sweep["pass"] == which) & (sweep.path != "portable")]
+    keys = ["batch", "heads", "kv_heads", "q_len", "k_len", "head_dim", "causal", "tier"]
+    sweep = sweep[sweep.tier.isin(("throughput", "grouped_query", "few_blocks"))]
+    return sweep[sweep.kernel == ours].merge(sweep[sweep.kernel == peer], on=keys, suffixes=("", "_peer"))
+
+
+def geometric_mean(ratio):
+    return ratio.prod() ** (1 / len(ratio))
+
+
+@claim
+def standings():
+    for which in ("forward", "backward"):
+        flex = against("torch_flex", which)
+        assert (flex.p80_ms < flex.p20_ms_peer).all()
+        few = flex[flex.tier == "few_blocks"]
+        assert (flex.median_ms_peer / flex.median_ms).idxmax() in few.index
+        cudnn = against("torch_sdpa_cudnn", which).query("tier != 'few_blocks' and q_len >= 1024")
+        assert geometric_mean(cudnn.median_ms_peer / cudnn.median_ms) > 1
+    forward, backward = (
+        against("flash_attention_4", which).query("tier != 'few_blocks'") for which in ("forward", "backward")
+    )
+    assert geometric_mean(forward.median_ms_peer / forward.median_ms) > 1
+    assert (backward.median_ms_peer < backward.median_ms).all()
+
+
+@claim
+def flash_extremes():
+    times = paired("h200/flash_benchmarking_results", ["pass", "dtype", "head_dim", "seq_len"], "implementation")
+    for ratio in (times.naive / times.flash, times.compiled / times.flash):
+        for which in ("forward", "backward", "forward_backward"):
+            assert ratio[which].idxmin() == ("fp32", 128, 1024) and ratio[which].idxmax() == ("bf16", 16, 65536)
+    both = (times.naive / times.flash)["forward_backward"]
+    slower = both[both < 1]
+    assert slower.index.get_level_values("seq_len").max() == 8192 and set(slower.index.get_level_values("dtype")) == {
+        "fp32"
+    }
+    assert (rows("h200/flash_benchmarking_results").status == "ok").all()
+
+
+@claim
+def tiled_slower():
+    sweep = rows("h200/attention_sweep_results").query(
+        "causal and `pass` == 'forward' and batch == 4 and q_len == k_len"
+    )
+    sweep = sweep[sweep.heads == 12].set_index(["kernel", "q_len"])
+    tiled, naive = sweep.loc["flash_attention_torch"], sweep.loc["scaled_dot_prod_attention"]
+    assert all(ahead(naive.loc[length], tiled.loc[length]) for length in naive.index)
+    assert ((tiled.peak_mib < naive.peak_mib) == (naive.index >= 2048)).all()
+
+
+def no_gain(option):
+    """Whether the step without an option, and without the backward pass written by hand, is as fast as with the option."""
+    step = steps("gpt2")
+    return not ahead(step["written_backward"], step[option]) and not ahead(step[option], step["written_backward"])
+
+
+@claim
+def compile_rest_no_gain():
+    assert no_gain("compile_rest")
+
+
+@claim
+def fused_norm_no_gain():
+    assert no_gain("fused_norm") and steps("gpt2")["fused_norm"].peak_mib == steps("gpt2")["written_backward"].peak_mib
+
+
+@claim
+def bf16_parameters_no_gain():
+    step = steps("gpt2")
+    assert no_gain("bf16_parameters") and step["bf16_parameters"].peak_mib < step["written_backward"].peak_mib
+
+
+@claim
+def merged_gate_memory():
+    step = steps("gpt2")
+    assert (
+        no_gain("merged_gate") and 2.1 < (step["merged_gate"].peak_mib - step["written_backward"].peak_mib) / 1024 < 2.2
+    )
+
+
+@claim
+def written_backward_memory():
+    for size in ("gpt2", "gpt2-medium"):
+        step = steps(size)
+        assert not ahead(step["written_backward"], step["all"]) and not ahead(step["all"], step["written_backward"])
+        assert step["all"].peak_mib < 0.9 * step["written_backward"].peak_mib
+
+
+@claim
+def captured_options():
+    options = rows("h200-x2/data_parallel_results").query("study == 'options' and gpus == 2").set_index("options")
+    base = options.loc["captured=True"]
+    for option, row in options.drop("captured=True").iterrows():
+        if "copy_engine" in option:
+            assert ahead(row, base)
+        elif "priority" in option:
+            assert not ahead(row, base) and not ahead(base, row)
+        else:
+            assert ahead(base, row)
+
+
+@claim
+def board_2025_second():
+    board = rows("h200/leaderboard_results").sort_values("median_ms")
+    first, second, third = (board.iloc[index] for index in range(3))
+    assert first.implementation == "flash_attention_4" and second.implementation == "flash_attention_triton"
+    assert ahead(first, second) and ahead(second, third)
+
+
+@claim
+def board_2025_floor():
+    flops = cost.attention_flops(1, 16, 16384, 16384, 64, True, "forward_backward")
+    peak = PEAK_TFLOPS["NVIDIA H200"]["bf16"]
+    assert f"{flops / 1e12:.2f} {1e3 * flops / peak / 1e12:.2f} {peak:.1f}" == "1.92 1.94 989.5"
+
+
+@claim
+def board_2026_floor():
+    config = ModelConfig(
+        **{
+            "vocab_size": 151936,
+            "context_length": 32768,
+            "d_model": 4096,
+            "d_ff": 11008,
+            "num_layers": 34,
+            "num_heads": 32,
+        }
+    )
+    parameters, flops = cost.model_parameters(config), 65536 * cost.train_flops_per_token(config)
+    seconds = flops / 2 / (1e12 * PEAK_TFLOPS["NVIDIA H200"]["bf16"])
+    shown = f"{parameters / 1e9:.2f} {16 * parameters / 1e9:.0f} {flops / 1e15:.2f} {seconds:.2f}"
+    assert shown == "8.13 130 4.74 2.40"
+
+
+@claim
+def host_bound():
+    eager = rows("h200/model_benchmark_results").query(
+        "compiled == 'no' and mode == 'forward_backward' and dtype == 'bf16'"
+    )
+    times = eager.pivot(index="size", columns="context_length", values="mean_ms")
+    for size, longest in (("small", 512), ("medium", 512), ("large", 256), ("xl", 256), ("2.7b", 256)):
+        assert times.loc[size, 2 * longest] < 1.25 * times.loc[size, longest], size
+    assert (times.loc[["small", "medium", "large"], 2048] > 2 * times.loc[["small", "medium", "large"], 512]).all()
+
+
+@claim
+def bench_repeat():
+    again = rows("h200/model_benchmark_repeat").set_index("size").median_ms
+    first = rows("h200/model_benchmark_results").query("context_length == 512 and dtype == 'bf16' and compiled == 'no'")
+    ratio = again / first[first["mode"] == "full_step"].set_index("size").median_ms
+    assert set(ratio[(ratio - 1).abs() > 0.05].index) == {"medium", "large"}
+
+
+@claim
+def warmup():
+    times = rows("h200/model_benchmark_warmup").time_ms
+    means = {skipped: times[skipped : skipped + 10].mean() for skipped in (0, 1, 2, 5)}
+    assert means[0] > 2 * means[5]
+    assert all(means[skipped] - means[5] < times[skipped : skipped + 10].std() for skipped in (1, 2))
+
+
+@claim
+def profile_agrees():
+    forward = rows("h200/profiling_results").query("mode == 'inference' and phase == 'forward'")
+    busy = forward[forward.busy_ms > 0.95 * forward.traced_ms]
+    assert len(busy) > 4 and (busy.traced_ms / busy.timed_ms < 1.02).all()
+
+
+def profiled(mode, dtype):
+    kernels = rows("h200/profiling_kernels").query("mode == @mode and dtype == @dtype and context_length == 1024")
+    return kernels[(kernels["size"] == "2.7b") & (kernels.phase != "optimizer")].groupby("name").total_ms.sum()
+
+
+@claim
+def profile_top():
+    assert profiled("inference", "fp32").idxmax().startswith("sm80_xmma_gemm_f32f32_f32f32_f32_tn_n_tilesize128x128x8")
+    assert "cutlass_80_simt_sgemm_256x128_8x4" in profiled("training", "fp32").idxmax()
+    assert profiled("inference", "bf16").idxmax().startswith("nvjet_sm90_tst_320x128")
+    assert "direct_copy_kernel_cuda" in profiled("training", "bf16").idxmax()
+
+
+@claim
+def profile_adamw():
+    kernels = rows("h200/profiling_kernels").query("mode == 'training'")
+    keys = ["size", "dtype", "context_length"]
+    share = kernels[kernels.phase == "optimizer"].groupby(keys).total_ms.sum() / kernels.groupby(keys).total_ms.sum()
+    assert share.idxmax() == ("2.7b", "bf16", 256) and 0.45 < share.max() < 0.55
+    assert all(share[point].is_monotonic_decreasing for point in share.index.droplevel(2).unique())
+
+
+@claim
+def profile_softmax():
+    kernels = rows("h200/profiling_kernels").query("mode == 'inference'")
+    keys = ["size", "dtype", "context_length"]
+    softmax = kernels[kernels.part == "softmax"].groupby(keys).total_ms.sum()
+    products = kernels[kernels.part.isin(("scores", "values")) & (kernels.category == "matrix products")]
+    ratio = softmax / products.groupby(keys).total_ms.sum()
+    assert (ratio.xs("fp32", level="dtype") < 1).all() and (ratio.xs("bf16", level="dtype") > 1).all()
+    assert ratio["2.7b"]["bf16"].idxmax() == 1024
 
 
 def test_every_claim_of_a_page_has_a_check_and_every_check_a_page():
