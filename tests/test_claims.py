@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from lmsys import cost
-from lmsys.config import ModelConfig
+from lmsys.config import ModelConfig, model_size
 from lmsys.device import PEAK_TFLOPS
 from lmsys.records import REPOSITORY, within_spread
 
@@ -402,6 +402,240 @@ def profile_softmax():
     ratio = softmax / products.groupby(keys).total_ms.sum()
     assert (ratio.xs("fp32", level="dtype") < 1).all() and (ratio.xs("bf16", level="dtype") > 1).all()
     assert ratio["2.7b"]["bf16"].idxmax() == 1024
+
+
+def allreduce():
+    reduced = rows("h200-x2/collectives_results").query("op == 'all_reduce'")
+    return cost.Link.fit("all_reduce", 2, list(reduced.size_mib * 2**20), list(reduced.median_ms / 1e3))
+
+
+@claim
+def allreduce_line():
+    link = allreduce()
+    half = link.latency_s * link.bandwidth / 2**20
+    assert f"{1e6 * link.latency_s:.1f} {link.bandwidth / 1e9:.0f} {half:.1f}" == "20.4 305 5.9"
+
+
+@claim
+def ddp_messages():
+    sizes = cost.parameter_sizes(model_size("xl"))
+    assert f"{len(sizes)} {4 * sum(sizes) / 1e9:.2f} {4 * min(sizes) / 1e3:.1f}" == "339 7.99 6.4"
+
+
+@claim
+def bucket_model():
+    link, size = allreduce(), 4 * sum(cost.parameter_sizes(model_size("xl")))
+    best = (size * link.bandwidth * link.latency_s) ** 0.5
+    overhead = 2 * (size * link.latency_s / link.bandwidth) ** 0.5
+    assert f"{size / 1e6:,.0f} {best / 1e6:.0f} {size / best:.0f} {1e3 * overhead:.1f}" == "7,993 223 36 1.5"
+
+
+@claim
+def ddp_order():
+    captured = rows("h200-x2/data_parallel_results").query(
+        "study == 'captured' and gpus == 2 and options == 'captured=True'"
+    )
+    step = captured[captured["size"] == "xl"].set_index("wrapper")
+    assert ahead(step.loc["flat"], step.loc["naive"])
+
+
+@claim
+def buckets():
+    sizes = rows("h200-x2/data_parallel_results").query("study == 'buckets' and gpus == 2")
+    assert fastest(sizes, sizes.bucket_mb == 1000)
+    step = sizes.set_index("bucket_mb")
+    assert all(ahead(step.loc[large], step.loc[small]) for large in (25, 100) for small in (1, 10))
+
+
+@claim
+def scaling_alike():
+    assert alike(rows("h200-x2/data_parallel_results").query("study == 'scaling' and gpus == 2"))
+
+
+@claim
+def datasheet():
+    peaks = PEAK_TFLOPS["NVIDIA H200"]
+    assert [round(peaks[dtype]) for dtype in ("fp32", "tf32", "bf16", "fp16")] == [67, 495, 990, 990]
+
+
+@claim
+def sums():
+    ends = rows("h200/mixed_precision_sums").query("additions == 1000")
+    cast = ends.query("accumulator == 'fp32' and addend == 'fp16'")
+    assert len(cast) == 2 and cast["sum"].nunique() == 1
+    assert abs(cast.error.iloc[0] - 1000 * (0.010002136230 - 0.01)) < 1e-5
+
+
+@claim
+def norm_overflow():
+    norm = rows("h200/mixed_precision_layer_norm").query("what == 'scale'")
+    low = norm[norm.statistics == "all low"]
+    fp16, bf16 = low[low.dtype == "fp16"], low[low.dtype == "bf16"]
+    assert fp16[fp16.square_overflows].value.min() == 64 and fp16[fp16.lost].value.min() == 16
+    assert not bf16.square_overflows.any() and not bf16.lost.any() and bf16.value.max() == 4096
+
+
+@claim
+def speed_grows():
+    rate = rows("h200/model_benchmark_results").query(
+        "compiled == 'no' and context_length == 512 and mode == 'forward_backward'"
+    )
+    times = rate.pivot(index="size", columns="dtype", values="mean_ms").loc[["small", "medium", "large", "xl", "2.7b"]]
+    assert (times.fp32 / times.bf16).is_monotonic_increasing
+    small = rate[rate["size"] == "small"].set_index("dtype")
+    assert ahead(small.loc["tf32"], small.loc["bf16"])
+
+
+@claim
+def memory_at_peak():
+    timeline = rows("h200/memory_timeline")
+    parts = ["parameters", "optimizer", "other", "gradients", "activations", "temporary"]
+    total = timeline[[f"{part}_mib" for part in parts]].sum(axis=1)
+    highest = timeline.loc[total.groupby([timeline["mode"], timeline.context_length]).idxmax()]
+    assert list(highest.change) == [2096, 2070, 5992, 1534]
+
+
+@claim
+def memory_oom():
+    peaks = rows("h200/memory_peaks").query("mode == 'full_step' and context_length == 2048")
+    status = peaks.groupby("kernel").status.unique().map(list)
+    assert status["vectorized_torch"] == ["oom"] and status["flash_attention_triton"] == ["ok"]
+
+
+@claim
+def memory_stream():
+    stream = rows("h200/memory_allocations").query("kind == 'stream'")
+    for context, mib in ((128, 5), (2048, 80)):
+        of_context = stream[stream.context_length == context]
+        added = of_context[of_context["stack"].str.match(r"model.py:\d+ TransformerBlock.forward <")]
+        assert set(of_context.size_mib) == {mib} and added["count"].sum() == 64
+
+
+@claim
+def memory_formula():
+    batch, tokens, d, f, heads = 4, 2048, 2560, 10240, 32
+    parts = {
+        "feed-forward": 8 * batch * tokens * f,
+        "attention": 12 * batch * tokens * d + 4 * batch * tokens * heads,
+        "cast weights": 2 * (4 * d * d + 3 * d * f),
+        "norms": 8 * batch * tokens * (d + 1),
+        "streams": 8 * batch * tokens * d,
+        "inputs": 6 * batch * tokens * d,
+        "rotation": 4 * tokens * d // heads,
+    }
+    assert [round(size / 2**20, 1) for size in parts.values()] == [640, 241, 200, 160.1, 160, 120, 0.6]
+    measured = rows("h200/memory_residuals").query("what == 'block'").mib.sum()
+    assert round(sum(parts.values()) / 2**20) == round(measured) == 1522
+
+
+def strategy(name):
+    return rows("h200/memory_checkpointing").set_index("strategy").loc[name]
+
+
+@claim
+def checkpointing_each():
+    assert all(strategy("1").peak_mib < strategy(other).peak_mib for other in ("none", "2", "4"))
+    assert 1.25 < (32 * 80 / 1522) ** 0.5 < 1.35
+
+
+@claim
+def checkpointing_nested():
+    assert abs(strategy("nested").peak_mib - strategy("1").peak_mib) < 10 and ahead(strategy("1"), strategy("nested"))
+
+
+@claim
+def checkpointing_loss():
+    assert rows("h200/memory_checkpointing").loss.nunique() == 1
+
+
+@claim
+def sharding_state():
+    config = model_size("xl")
+    shown = {
+        "replicated": [(4, 4, 8), (4, 4, 8)],
+        "zero1": [(4, 4, 4), (4, 4, 1)],
+        "zero2": [(4, 2, 4), (4, 0.5, 1)],
+        "fsdp": [(2, 2, 4), (0.5, 0.5, 1)],
+    }
+    for sharding, states in shown.items():
+        for gpus, state in zip((2, 8), states, strict=True):
+            sizes = cost.training_state(config, sharding, gpus).values()
+            assert [size / cost.model_parameters(config) for size in sizes] == pytest.approx(state, rel=1e-3)
+
+
+def shardings():
+    return rows("h200-x2/sharding_results").set_index("sharding")
+
+
+@claim
+def zero2_no_less():
+    assert shardings().peak_mib["zero2"] > shardings().peak_mib["zero1"]
+
+
+@claim
+def zero1_alike():
+    step = shardings()
+    assert alike(step.loc[["replicated", "zero1"]]) and alike(step.loc[["replicated", "fsdp"]])
+    assert ahead(step.loc["replicated"], step.loc["zero2"])
+
+
+@claim
+def fsdp_faster():
+    step = shardings()
+    assert ahead(step.loc["fsdp"], step.loc["torch_fsdp2"])
+    assert abs(step.peak_mib["fsdp"] / step.peak_mib["torch_fsdp2"] - 1) < 0.01
+
+
+def uncovered(wrapper):
+    """Milliseconds of communication that begins in the traced forward pass, and of it those without computation."""
+    trace = rows("h200-x2/sharding_timeline").query("wrapper == @wrapper")
+    (forward,) = trace[(trace.lane == "phase") & (trace.name == "forward")].itertuples()
+    trace = trace[trace.start_ms < forward.start_ms + forward.duration_ms]
+    edges = [
+        (at, lane, sign)
+        for lane, start, duration in trace[["lane", "start_ms", "duration_ms"]].itertuples(index=False)
+        for at, sign in ((start, 1), (start + duration, -1))
+    ]
+    active, before, total, alone = {"compute": 0, "communication": 0, "phase": 0}, 0.0, 0.0, 0.0
+    for at, lane, sign in sorted(edges):
+        if active["communication"]:
+            total += at - before
+            alone += 0 if active["compute"] else at - before
+        active[lane] += sign
+        before = at
+    return round(total), round(alone)
+
+
+@claim
+def gathers():
+    assert uncovered("fsdp") == (89, 62) and uncovered("torch_fsdp2") == (129, 106)
+
+
+@claim
+def accounting():
+    xxl, tokens = cost.XXL, 1024
+    saved = xxl.activation_bytes(tokens)
+    assert f"{xxl.parameters / 1e9:.1f} {xxl.state_bytes / 1e12:.2f} {xxl.state_bytes / 80e9:.0f}" == "219.8 3.52 44"
+    assert f"{saved / tokens / 1e6:.1f} {saved / 1e9:.1f} {saved / 80e9:.2f}" == "17.5 18.0 0.22"
+    assert (xxl.devices_for(0, 95e9), xxl.devices_for(tokens, 95e9)) == (38, 41)
+    assert f"{xxl.tokens_per_device(16, 4, cost.TPU_V5P, 2):.0f}" == "319"
+
+
+@claim
+def ring():
+    whole, usual = cost.odd_ring_all_reduce_s(2**30, 8, 3e11), cost.Link(0.0, 3e11).seconds("all_reduce", 2**30, 8)
+    assert f"{1e3 * whole:.1f} {1e3 * usual:.1f}" == "25.1 6.3"
+
+
+@claim
+def bounds():
+    layer, device = cost.FeedForward(cost.XXL.d_model, cost.XXL.d_ff), cost.TPU_V5P
+    assert f"{device.intensity:,.0f}" == "2,556" and int(layer.most_tensor(device)) == 32
+    tokens = [2**16, 2**18, 2**20, 2**22]
+    assert [int(layer.most_data_parallel(count, device)) for count in tokens] == [26, 103, 411, 1642]
+    assert [int(layer.most_mixed(count, device)) for count in tokens] == [859, 3340, 13266, 52969]
+    shared = [int(layer.most_mixed(count, device, overlapped=False)) for count in tokens]
+    assert shared == [229, 869, 3430, 13673]
 
 
 def test_every_claim_of_a_page_has_a_check_and_every_check_a_page():
