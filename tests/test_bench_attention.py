@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lmsys import attention as kernels
-from lmsys import cost, plots, report
+from lmsys import cost, plots
 from lmsys.attention.reference import reference_attention
 from lmsys.bench import attention, standings
 from lmsys.records import REPOSITORY, SCHEMAS, read_results
@@ -432,38 +432,3 @@ def test_a_full_sweep_leaves_its_figures_and_its_report(tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "save", lambda figure, path: path)
     only = attention.write_report(frame[frame.tier == "few_blocks"], tmp_path)
     assert list(only) == ["forward", "backward", "heatmap", "scaling", "report"]
-
-
-def test_the_books_numbers_come_from_the_sweep(tmp_path, monkeypatch):
-    """The fills of a full sweep's results: one row a kernel and path, from the group that each is about."""
-
-    def speed(kernel, path, which, case):
-        return (
-            "oom" if kernel == "scaled_dot_prod_attention" and case.q_len == 16384 else usual(kernel, path, which, case)
-        )
-
-    monkeypatch.setattr(report, "_artifact", lambda name: tmp_path / name)
-    names = (
-        "attention_headline",
-        "attention_standings",
-        "attention_throughput",
-        "attention_accuracy",
-        "attention_leaderboard",
-    )
-    assert all("Not measured yet" in report.fill(name) for name in names)
-    columns = [*SCHEMAS["attention_sweep_results"], *attention.EXTRA_COLUMNS]
-    full_frame(speed).reindex(columns=columns).to_csv(tmp_path / "attention_sweep_results.csv", index=False)
-    stamp = {"environment": {"gpu": "NVIDIA H200"}}
-    (tmp_path / "attention_sweep_results.json").write_text(json.dumps(stamp))
-    headline = report.fill("attention_headline")
-    assert (
-        "batch 4, 12 heads, head_dim 64, 16,384 tokens" in headline
-        and headline.count("\n| `flash_attention_triton`") == 2
-    )
-    assert "| `scaled_dot_prod_attention` | oom |" in headline
-    fastest = cost.attention_flops(4, 12, 16384, 16384, 64, True, "forward") / 525 / 1e9
-    assert f"| `flash_attention_triton` | {fastest:.2f} " in headline
-    throughput = report.fill("attention_throughput")
-    assert throughput.count("\n") == 2 + 1 + 12 and "| 128 | yes | 16,384 | 525 / 525 | 410 / 410 |" in throughput
-    assert "| `flash_attention_triton` | `torch_flex` | forward | all | 40 | 1.31" in report.fill("attention_standings")
-    assert "naive, ms" in report.fill("tiled_torch")

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from lmsys import records, report
+from lmsys import records
 from lmsys import train as training
 from lmsys.__main__ import main
 from lmsys.bench import race
@@ -246,19 +246,3 @@ def test_the_command_trains_on_a_text_of_ones_own(tmp_path, capsys, output_root)
 def test_bad_input_is_one_clear_error(given, message):
     with pytest.raises(ValueError, match=message):
         race.settings("smoke", **given)
-
-
-def test_the_front_page_has_the_machine_of_two_gpus_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "REPOSITORY", tmp_path)
-    assert "Not measured yet: artifacts/h200-x2/race_results.csv" in report.fill("race_headline")
-    for machine, seconds in (("h200", 4.0), ("h200-x2", 5.0)):
-        folder = tmp_path / "artifacts" / machine
-        folder.mkdir(parents=True)
-        by_hand({"ours": 1.0, "naive": seconds}, [3.0, 2.0]).to_csv(folder / "race_results.csv", index=False)
-        assert f"{seconds:.2f} times as fast" in report.fill("race_headline")
-    assert "race_loss.png" not in report.fill("race_headline") and "race.ipynb" not in report.fill("race_headline")
-    (folder / "race_loss.png").touch()
-    (tmp_path / "book" / "h200-x2").mkdir(parents=True)
-    (tmp_path / "book" / "h200-x2" / "race.ipynb").touch()
-    filled = report.fill("race_headline")
-    assert "(../artifacts/h200-x2/race_loss.png)" in filled and "[](h200-x2/race.ipynb)" in filled

@@ -4,7 +4,6 @@ import types
 from pathlib import Path
 
 import nbformat
-import pandas as pd
 import pytest
 
 from lmsys import records, report
@@ -42,8 +41,6 @@ def test_unknown_names_are_errors():
         report.run_notebook("x")
     with pytest.raises(ValueError, match="unknown notebook 'x'"):
         report.run_notebooks(["pipeline", "x"])
-    with pytest.raises(ValueError, match="unknown fill"):
-        report.fill("x")
 
 
 def test_committed_notebooks_and_stamps_are_clean():
@@ -94,29 +91,6 @@ def test_of_a_progress_bar_the_end_is_kept(tmp_path):
     (cell,) = nbformat.read(path, as_version=4).cells
     texts = [(output.name, output.text) for output in cell.outputs]
     assert texts == [("stderr", "a warning\ntraining: 100%\n\r"), ("stdout", "[plan] 3\n"), ("stderr", "2 of 2\r\n")]
-
-
-def test_the_most_gpus_measured_are_on_the_front_page(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "REPOSITORY", tmp_path)
-    assert "Not measured yet" in report.fill("scaling_headline") and report.fill("scaling_figure") == ""
-    assert "##" not in report.fill("more_results") and "several GPUs" in report.fill("more_results")
-    for machine, gpus in (("h200-x2", 2), ("h200-x4", 4)):
-        columns = dict.fromkeys(records.SCHEMAS["lm_matrix_results"], 1.0) | {"device": "NVIDIA H200", "dtype": "bf16"}
-        path = tmp_path / "artifacts" / machine / "lm_matrix_results.csv"
-        path.parent.mkdir(parents=True)
-        rows = [("k", 1, "ok", 1.0), ("k", gpus, "ok", 0.987), ("plain", gpus, "ok", 0.5), ("k", gpus, "oom", 0.0)]
-        names = {"size": "gpt2", "wrapper": "flashddp"}
-        keys = ("kernel", "gpus", "status", "scaling_efficiency")
-        pd.DataFrame([columns | names | dict(zip(keys, row, strict=True)) for row in rows]).to_csv(path, index=False)
-    shown = report.fill("scaling_headline")
-    assert "4 x NVIDIA H200" in shown and "| wrapper | gpt2, ms | gpt2, of linear |" in shown
-    assert "| `flashddp` | 1.00 [1.00, 1.00] | 98.7% |" in shown and "50.0%" not in shown
-    assert report.fill("scaling_figure") == "![Speed-up over one GPU](../artifacts/h200-x4/lm_matrix_speedup.png)"
-    sections = report.fill("more_results")
-    assert sections.startswith("## Several GPUs\n\n") and shown in sections and "time to the same loss" in sections
-    (tmp_path / "book" / "h200-x4").mkdir(parents=True)
-    (tmp_path / "book" / "h200-x4" / "sharding.ipynb").touch()
-    assert report.fill("scaling_figure").endswith("Read on: [](h200-x4/sharding.ipynb).")
 
 
 @pytest.mark.parametrize(
