@@ -12,16 +12,15 @@ Points without a value (NaN) are gaps. Without any value the figure says "no dat
 
 from __future__ import annotations
 
-import base64
 import colorsys
 import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from IPython.display import SVG, Image
 from matplotlib import rc_context
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
@@ -56,23 +55,8 @@ class Style(NamedTuple):
         return {"facecolor": self.colour, "hatch": "//" if self.dashed else None, "edgecolor": "white", "linewidth": 0}
 
 
-@dataclass(frozen=True)
-class Saved:
-    """A saved figure, which a notebook shows with its alternative text."""
-
-    path: Path  # of the PNG
-    alt: str
-    shows: Path  # SVG or PNG
-
-    def _repr_mimebundle_(self, include=None, exclude=None):
-        kind = "image/svg+xml" if self.shows.suffix == ".svg" else "image/png"
-        data = self.shows.read_bytes()
-        content = data.decode() if kind == "image/svg+xml" else base64.b64encode(data).decode()
-        return {kind: content, "text/plain": self.alt}, {kind: {"alt": self.alt}}
-
-
-def save(figure: Figure, path: str | Path, alt: str) -> Saved:
-    """Write NAME.svg and NAME.png (200 dpi) beside each other, each atomically, and close the figure.
+def save(figure: Figure, path: str | Path, alt: str) -> Any:
+    """Write NAME.svg and NAME.png (200 dpi), each atomically; what a notebook shows: one of them with alternative text.
 
     Args:
         path: NAME.png or NAME. alt: what the figure shows, for those who do not see it.
@@ -91,7 +75,9 @@ def save(figure: Figure, path: str | Path, alt: str) -> Saved:
         with atomic_path(vector) as temporary:
             figure.savefig(temporary, format="svg", transparent=True, metadata={"Title": alt, "Date": None})
     figure.clear()
-    return Saved(path, alt, path if vector.stat().st_size > LARGE else vector)
+    if vector.stat().st_size > LARGE:
+        return Image(filename=path, alt=alt)
+    return SVG(filename=vector, metadata={"alt": alt})
 
 
 def _styles(names: Iterable, styles: Mapping | None, dashed: Collection | None) -> dict[Any, Style]:
@@ -139,12 +125,12 @@ class _Board:
 
     Args:
         columns: that the frame must have; the first holds the values. by: of the series; None: all rows are one.
-        height: (rows of a panel, panels across) -> inches.
+        lanes: columns whose values lie below each other in a panel and set its height; None: panels are plain.
     Attributes:
         panels: [(axis, rows)], empty without data. by: the column of series in rows. looks: series -> Style.
     """
 
-    def __init__(self, frame, columns, by, height, *, panel=None, styles=None, dashed=None, reference=None, **layout):
+    def __init__(self, frame, columns, by, lanes, *, panel=None, styles=None, dashed=None, reference=None, **layout):
         names = [panel] if isinstance(panel, str) else list(panel or ())
         missing = {*columns, *names, by} - {None, *frame.columns}
         if missing and len(frame.columns):
@@ -159,11 +145,11 @@ class _Board:
             self.looks = _styles(frame[self.by], styles, dashed)
             named = reference if isinstance(reference, Mapping) else {_text(reference): reference}
             self.references = {} if reference is None else dict(named)
-            self._make_panels(frame, names, height, **layout)
+            self._make_panels(frame, names, lanes, **layout)
         if title:
             self.figure.suptitle(title, x=0.01, ha="left", fontsize=TEXT + 1, color=INK)
 
-    def _make_panels(self, frame, names, height, per_row=None, width=None, share_x=False, share_y=False) -> None:
+    def _make_panels(self, frame, names, lanes, per_row=None, width=None, share_x=False, share_y=False) -> None:
         groups = list(frame.groupby(names, sort=False, dropna=False)) if names else [((), frame)]
         if len(names) == 2 and per_row is None:
             codes = [pd.factorize(pd.Series(values))[0] for values in zip(*(key for key, _ in groups), strict=True)]
@@ -174,7 +160,8 @@ class _Board:
         down, across = (max(place[i] for place in places) + 1 for i in (0, 1))
         heights = [0.0] * down
         for (_, rows), (i, _) in zip(groups, places, strict=True):
-            heights[i] = max(heights[i], height(rows, across))
+            inches = 0.7 + 0.32 * len(rows[lanes].drop_duplicates()) if lanes else max(2.7, 4.6 - 0.7 * across)
+            heights[i] = max(heights[i], inches)
         width = width or (10.0 if across > 1 else 8.0)
         self.inches = 0.85 * width / across  # of a panel's width
         self.figure = Figure(figsize=(width, sum(heights) + 0.8), layout="constrained")
@@ -193,15 +180,16 @@ class _Board:
             axis.yaxis.label.set_visible(j == 0)
             self.panels.append((axis, rows))
 
-    def finish(self, xlabel: str, ylabel: str, entries: Mapping[str, Any], *, lying: bool = False) -> Figure:
-        """Names of the axes (changed over where bars lie), reference lines, and one legend below all panels."""
+    def finish(self, xlabel: str, ylabel: str, entries: Mapping | None, *, lying: bool = False) -> Figure:
+        """Names of the axes (changed over where bars lie), reference lines, below all panels a legend unless it is None."""
         names = [xlabel if self.xlabel is None else self.xlabel, ylabel if self.ylabel is None else self.ylabel]
         for axis, _ in self.panels:
             axis.set_xlabel(names[lying], fontsize=TEXT, color=INK)
             axis.set_ylabel(names[not lying], fontsize=TEXT, color=INK)
             for value in self.references.values():
                 (axis.axvline if lying else axis.axhline)(value, color=INK, linestyle=":", linewidth=1.2)
-        if entries and self.panels:
+        entries = None if entries is None else {**entries, **{name: _key(line=":") for name in self.references}}
+        if entries:
             widest = 5.6 * max(map(len, entries)) + 40
             columns = max(1, min(len(entries), int(72 * self.figure.get_figwidth() / widest)))
             style = {"frameon": False, "fontsize": SMALL, "labelcolor": INK, "ncols": columns}
@@ -209,9 +197,8 @@ class _Board:
         return self.figure
 
     def keys(self) -> dict[str, Any]:
-        """The legend of bars or areas, and of the reference lines."""
-        areas = {look.label: Patch(**look.patch) for look in self.looks.values()}
-        return areas | {name: _key(line=":") for name in self.references}
+        """The legend of bars or areas."""
+        return {look.label: Patch(**look.patch) for look in self.looks.values()}
 
 
 def _log_scale(axis, which: str, low: float, high: float, base: int = 10) -> None:
@@ -260,10 +247,10 @@ def lines(
     high=None,
     spread="band",
     log="",
+    zero=False,
     nested=False,
     direct_labels=True,
-    zero=False,
-    **common,
+    **more,
 ) -> Figure:
     """A line a series; series of one point are labelled points.
 
@@ -273,15 +260,15 @@ def lines(
         log: "x", "y" or "xy"; followed by log2 ("xlog2", "xylog2") x counts in powers of two.
         nested: series lie on each other; each is thinner than the one before, so that all show.
         direct_labels: names at the ends of the lines of a single panel; else, and with several panels, a legend below.
-        zero: the y axis begins at 0. common: as above; panels share their axes by default.
+        zero: the y axis begins at 0. more: as above; panels share their axes by default.
     """
     by, *dash_by = [by] if isinstance(by, str) or by is None else by
     letters, base = log.removesuffix("log2"), 2 if log.endswith("log2") else 10
     if set(letters) - set("xy") or spread not in ("band", "whiskers"):
         known = 'log "", "x", "y", "xy", "xlog2" or "xylog2" and spread "band" or "whiskers"'
         raise ValueError(f'figure: got log="{log}", spread="{spread}"; it takes {known}')
-    common = {"share_x": True, "share_y": True} | common
-    board = _Board(frame, (y, x, low, high, *dash_by), by, lambda _, across: max(2.7, 4.6 - 0.7 * across), **common)
+    more = {"share_x": True, "share_y": True} | more
+    board = _Board(frame, (y, x, low, high, *dash_by), by, None, **more)
     if not board.panels:
         return board.figure
     named, looks, ends = not pd.api.types.is_numeric_dtype(frame[x]), board.looks, []
@@ -292,7 +279,7 @@ def lines(
             points = points.assign(_x=points[x].map(ticks.index) if named else points[x]).sort_values("_x")
             at, values, look = points["_x"], points[y], looks[name]
             style = {"color": look.colour, "linestyle": dashes[dash[0]] if dash else look.line}
-            style["linewidth"] = 1.3 + 0.7 * (len(looks) - 1 - number) if nested else 1.7
+            style["linewidth"] = 1.3 + (len(looks) - 1 - number) * min(2.5, 12 / len(looks)) if nested else 1.7
             marked = style["linestyle"] == "none" or (len(points) <= 40 and not nested)
             axis.plot(at, values, marker="o" if marked else None, markersize=4, **style)
             if low and high and spread == "band":
@@ -313,12 +300,11 @@ def lines(
             axis.xaxis.set_minor_locator(NullLocator())
     entries = {look.label: _key(look.colour, look.line, "o") for look in looks.values()} if len(looks) > 1 else {}
     entries |= {_text(value): _key(line=line) for value, line in dashes.items()}
-    entries |= {name: _key(line=":") for name in board.references}
-    direct = direct_labels and len(board.panels) == 1 and not dash_by and len(entries) <= 9
-    figure = board.finish(x, y, {} if direct else entries)
+    direct = direct_labels and len(board.panels) == 1 and not dash_by and len(ends) <= 9
+    figure = board.finish(x, y, None if direct else entries)
     for axis, _ in board.panels if zero and "y" not in letters else ():
         axis.set_ylim(bottom=0)
-    if direct and entries:
+    if direct and (len(looks) > 1 or board.references):
         scattered = frame[y].notna().sum() == len(ends)
         ends = [*(ends if len(looks) > 1 else ()), *((name, INK, None, at) for name, at in board.references.items())]
         _label_ends(board.panels[0][0], ends, scattered)
@@ -340,7 +326,7 @@ def _label_ends(axis, ends: Sequence[tuple], scattered: bool) -> None:
 
 
 def bars(
-    frame, x, y, by=None, *, low=None, high=None, predicted=None, horizontal=False, annotate=True, log=False, **common
+    frame, x, y, by=None, *, low=None, high=None, predicted=None, horizontal=False, annotate=True, log=False, **more
 ) -> Figure:
     """Bars at the categories of x, one a series beside each other; with by equal to x each has its own colour.
 
@@ -349,14 +335,10 @@ def bars(
         low, high: columns with the ends of a whisker. predicted: a column of values, drawn as a line across the bar.
         annotate: what stands at each bar: True for the value in three digits, a format such as "{:.1f}", or a column of
             texts, which also stand where there is no value ("oom"). log: the axis of values.
-        common: as above; panels share the axis of values by default.
+        more: as above; panels share the axis of values by default.
     """
-
-    def height(rows: pd.DataFrame, across: int) -> float:
-        return 0.6 + 0.24 * len(rows) + 0.1 * rows[x].nunique() if horizontal else 3.7 - 0.3 * across
-
-    frame, common = frame.reset_index(drop=True), {"share_x": horizontal, "share_y": not horizontal} | common
-    board = _Board(frame, (y, x, low, high, predicted), by, height, **common)
+    frame, more = frame.reset_index(drop=True), {"share_x": horizontal, "share_y": not horizontal} | more
+    board = _Board(frame, (y, x, low, high, predicted), by, list({x, by or x}) if horizontal else None, **more)
     texts = pd.Series([_value_text(row, y, annotate) for row in frame.to_dict("records")], dtype=str)
     longest, tops = 0.08 * texts.str.len().max() + 0.1, [column for column in (y, high, predicted) if column]
     for axis, rows in board.panels:
@@ -382,27 +364,24 @@ def bars(
             across(rows[predicted], at - width / 2, at + width / 2, color=INK, linewidth=2.2)
         if log:
             _log_scale(axis, "x" if horizontal else "y", frame[y].min(), frame[y].max())
-            (axis.set_xlim if horizontal else axis.set_ylim)(frame[y].min() / 2, frame[tops].max().max() * 2)
+            limits = frame[y].min() / 2, frame[tops].max().max() * (4 if turned else 2)
+            (axis.set_xlim if horizontal else axis.set_ylim)(*limits)
         else:
             room = min(0.6, longest / board.inches if horizontal else longest / 2.5 if turned else 0.1)
             axis.margins(**{"x" if horizontal else "y": room / (1 - room)})
         _categories(axis, categories, horizontal, board.inches)
-    entries = board.keys() if by and by != x else {name: _key(line=":") for name in board.references}
-    return board.finish(x, y, entries | ({"predicted": _key()} if predicted else {}), lying=horizontal)
+    entries = (board.keys() if by and by != x else {}) | ({"predicted": _key()} if predicted else {})
+    return board.finish(x, y, entries, lying=horizontal)
 
 
-def stacked(frame, x, y, by, *, areas=False, horizontal=False, annotate=False, phases=None, **common) -> Figure:
+def stacked(frame, x, y, by, *, areas=False, horizontal=False, annotate=False, phases=None, **more) -> Figure:
     """Series on top of each other: bars at the categories of x or, with areas, steps over the numbers of x.
 
     Args:
         annotate: the value in each part of a bar that is large enough: True, or a format.
         phases: with areas, a column that names stretches of x; dotted lines part them.
     """
-
-    def height(rows: pd.DataFrame, across: int) -> float:
-        return 0.6 + 0.34 * rows[x].nunique() if horizontal else 3.7 - 0.4 * across
-
-    board = _Board(frame, (y, x, phases), by, height, **common)
+    board = _Board(frame, (y, x, phases), by, [x] if horizontal else None, **more)
     for axis, rows in board.panels:
         table = rows.pivot_table(index=x, columns=by, values=y, aggfunc="sum", sort=False).fillna(0.0)
         table, base = table[[name for name in board.looks if name in table]], np.zeros(len(table))
@@ -430,7 +409,7 @@ def stacked(frame, x, y, by, *, areas=False, horizontal=False, annotate=False, p
     return board.finish(x, y, board.keys(), lying=horizontal)
 
 
-def heatmap(frame, rows, columns, value, *, annotate=True, relative=None, label=None, **common) -> Figure:
+def heatmap(frame, rows, columns, value, *, annotate=True, relative=None, label=None, **more) -> Figure:
     """A coloured cell a row and column, panels one below the other.
 
     Args:
@@ -441,9 +420,9 @@ def heatmap(frame, rows, columns, value, *, annotate=True, relative=None, label=
     if relative not in (None, "column max", "row max"):
         raise ValueError(f'figure: relative is "{relative}"; it takes "column max", "row max" or None')
     across = [columns] if isinstance(columns, str) else list(columns)
-    width = min(13.0, max(7.0, 0.62 * len(frame[across].drop_duplicates()) + 2.8)) if len(frame) else None
-    common = {"per_row": 1, "width": width} | common
-    board = _Board(frame, (value, rows, *across), rows, lambda group, _: 0.9 + 0.32 * group[rows].nunique(), **common)
+    cells = len(frame[across].drop_duplicates()) if len(frame) else 0
+    more = {"per_row": 1, "width": min(13.0, max(7.0, 0.62 * cells + 2.8))} | more
+    board = _Board(frame, (value, rows, *across), rows, [rows], **more)
     for axis, group in board.panels:
         names = pd.Series(["\n".join(map(_text, key)) for key in group[across].itertuples(index=False)])
         (down, row_names), (along, column_names) = pd.factorize(group[rows]), pd.factorize(names)
@@ -466,7 +445,7 @@ def heatmap(frame, rows, columns, value, *, annotate=True, relative=None, label=
     return board.finish(", ".join(across), "", {})
 
 
-def timeline(frame, *, lane, start, duration, name=None, colour=None, **common) -> Figure:
+def timeline(frame, *, lane, start, duration, name=None, colour=None, **more) -> Figure:
     """Bars in lanes, from the top in the order in which lanes appear; panels one below the other, with one scale.
 
     Args:
@@ -474,9 +453,9 @@ def timeline(frame, *, lane, start, duration, name=None, colour=None, **common) 
         name: a column of texts that stand in the bars that are wide enough.
         colour: the column that gives the colour; by default the lane.
     """
-    common = {"per_row": 1, "width": 10.0, "share_x": True} | common
+    more = {"per_row": 1, "width": 10.0, "share_x": True} | more
     columns, by = (duration, start, lane, name), colour or lane
-    board = _Board(frame, columns, by, lambda rows, _: 0.6 + 0.34 * rows[lane].nunique(), **common)
+    board = _Board(frame, columns, by, [lane], **more)
     for axis, rows in board.panels:
         lanes = [each for each in dict.fromkeys(frame[lane]) if each in set(rows[lane])]
         span = (rows[start] + rows[duration]).max() - rows[start].min()
@@ -491,7 +470,7 @@ def timeline(frame, *, lane, start, duration, name=None, colour=None, **common) 
     return board.finish("time, ms", "", board.keys() if by != lane else {})
 
 
-def roofline(frame, *, intensity, rate, by, ceilings, bandwidths, marker=None, counted=None, **common) -> Figure:
+def roofline(frame, *, intensity, rate, by, ceilings, bandwidths, marker=None, counted=None, **more) -> Figure:
     """Rates over arithmetic intensity, on log axes, under what the device reaches.
 
     Args:
@@ -499,7 +478,7 @@ def roofline(frame, *, intensity, rate, by, ceilings, bandwidths, marker=None, c
         ceilings: name -> TFLOP/s. bandwidths: name -> TB/s, which slope up to the highest ceiling.
         counted: a column with a second intensity, such as a profiler's; hollow, joined to the first.
     """
-    board = _Board(frame, (rate, intensity, marker, counted), by, lambda *_: 4.6, **{"width": 9.0} | common)
+    board = _Board(frame, (rate, intensity, marker, counted), by, None, **{"width": 9.0} | more)
     entries = {look.label: _key(look.colour, "none", "o") for look in board.looks.values()}
     for axis, rows in board.panels:
         shapes = dict(zip(dict.fromkeys(frame[marker]), itertools.cycle(MARKERS), strict=False)) if marker else {}

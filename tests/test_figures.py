@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
 
 from lmsys import figures
 
@@ -236,13 +237,13 @@ def test_save_writes_both_files_and_shows_the_one_that_is_small_enough(tmp_path,
     saved = figures.save(
         figures.bars(SPEEDS, "length", "rate", "kernel"), tmp_path / "sub" / "speeds.png", "Two kernels"
     )
-    assert sorted(path.name for path in saved.path.parent.iterdir()) == ["speeds.png", "speeds.svg"]
-    data, metadata = saved._repr_mimebundle_()
+    assert sorted(path.name for path in (tmp_path / "sub").iterdir()) == ["speeds.png", "speeds.svg"]
+    data, metadata = InteractiveShell.instance().display_formatter.format(saved)
     assert "<text" in data["image/svg+xml"] and "Two kernels" in data["image/svg+xml"]
     assert metadata == {"image/svg+xml": {"alt": "Two kernels"}}
     monkeypatch.setattr(figures, "LARGE", 100)
     saved = figures.save(figures.bars(SPEEDS, "length", "rate", "kernel"), tmp_path / "many", "Two kernels")
-    data, metadata = saved._repr_mimebundle_()
+    data, metadata = InteractiveShell.instance().display_formatter.format(saved)
     assert base64.b64decode(data["image/png"]) == (tmp_path / "many.png").read_bytes()
     assert metadata == {"image/png": {"alt": "Two kernels"}}
     for path, alt, message in (("a.svg", "a", "suffix is .svg"), ("a.png", " ", "alt is empty")):
