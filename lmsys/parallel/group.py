@@ -39,11 +39,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 TIMEOUT_S = 600.0  # of one collective operation; torch's own for NCCL
-_GRACE_S = 1.0  # how long spawn collects the errors of other ranks after the first, to report the one that came first
+_GRACE_S = 1.0  # how long spawn collects other ranks' errors after the first, to report the one that came first
 _EXIT_S = 20.0  # a process that failed is gone after this, whatever its threads and its GPU do
 _LAST_LINES = 20  # of a failed run's output, in the error where nothing better is known
 _DEVICES = ("auto", "cpu", "cuda")
-# What launch reads in the output of a run that failed: our line; where torchrun's own report begins, and its root cause.
+# In the output of a run that failed: our line; where torchrun's own report begins, and its root cause.
 _FAILED = re.compile(r"rank (\d+) of \d+ failed: .*")
 _REPORT = re.compile(r"[WE]\d+ .*torch/distributed/elastic/.*(closing signal|failed \(exitcode)")
 _ROOT_CAUSE = re.compile(r"Root Cause.*?rank +: (\d+).*?exitcode +: -(\d+)", re.DOTALL)
@@ -63,12 +63,7 @@ class Process:
 
 
 class RankError(RuntimeError):
-    """A process failed: its rank, what happened, and its traceback where there is one.
-
-    Attributes:
-        rank: the process that failed first.
-        signal: the number of the signal that ended it, or None.
-    """
+    """A process failed: what happened, the rank that failed first, and the signal that ended it, or None."""
 
     def __init__(self, message: str, rank: int | None = None, signal: int | None = None):
         super().__init__(message)
@@ -103,8 +98,9 @@ def process_group(device: str = "auto", timeout_s: float = TIMEOUT_S) -> Iterato
     if process.world_size == 1:
         yield process
         return
-    limit = timedelta(seconds=timeout_s)
-    store, _, _ = next(dist.rendezvous("env://", process.rank, process.world_size, timeout=limit))
+    store, _, _ = next(
+        dist.rendezvous("env://", process.rank, process.world_size, timeout=timedelta(seconds=timeout_s))
+    )
     try:
         _join(process, store, timeout_s)
         yield process
@@ -117,11 +113,7 @@ def process_group(device: str = "auto", timeout_s: float = TIMEOUT_S) -> Iterato
 
 
 def _from_environment(device: str) -> Process:
-    """The process that torchrun's variables describe.
-
-    Raises:
-        ValueError: some are missing or do not go together, or the device is not here.
-    """
+    """The process that torchrun's variables describe. ValueError where they or the device cannot work."""
     if dist.is_initialized():
         raise ValueError(
             "this process already has a process group; call process_group once, or destroy the other first"
@@ -157,11 +149,7 @@ def _from_environment(device: str) -> Process:
 
 
 def _device(device: str, local_rank: int, local_world_size: int) -> torch.device:
-    """The device of a local rank.
-
-    Raises:
-        ValueError: no such device, or fewer GPUs than processes.
-    """
+    """The device of a local rank. ValueError where there is none, or fewer GPUs than processes."""
     if device not in _DEVICES:
         raise ValueError(
             f"device '{device}' cannot be given to {local_world_size} process(es), each of which takes the GPU of its "
@@ -300,7 +288,7 @@ def spawn(
     """
     if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
         raise ValueError(f"world_size is {world_size!r}; it must be a positive integer")
-    first = _device(device, 0, world_size)
+    devices = [_device(device, rank, world_size) for rank in range(world_size)]
     try:
         payload = pickle.dumps((function, args))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -314,12 +302,13 @@ def spawn(
     store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
     collective_s = TIMEOUT_S if timeout_s is None else min(timeout_s, TIMEOUT_S)
     threads = max(1, torch.get_num_threads() // world_size)
-    starts = context(first, function.__module__)
+    starts = context(devices[0], function.__module__)
     processes, connections = [], {}
     try:
-        for rank in range(world_size):
+        for rank, where in enumerate(devices):
             ours, theirs = starts.Pipe(duplex=False)
-            arguments = (payload, theirs, rank, world_size, device, store.port, collective_s, threads)
+            process = Process(rank, rank, world_size, world_size, where, _backend(where))
+            arguments = (payload, theirs, process, store.port, collective_s, threads)
             processes.append(starts.Process(target=_rank_main, args=arguments, name=f"rank {rank}"))
             processes[-1].start()
             theirs.close()
@@ -396,22 +385,13 @@ def _killed(name: str, number: int) -> str:
 
 
 def _rank_main(
-    payload: bytes,
-    connection: Connection,
-    rank: int,
-    world_size: int,
-    device: str,
-    port: int,
-    timeout_s: float,
-    threads: int,
+    payload: bytes, connection: Connection, process: Process, port: int, timeout_s: float, threads: int
 ) -> None:
     """A spawned process: join the group, run the function, send its result or its error."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    where = _device(device, rank, world_size)
-    process = Process(rank, rank, world_size, world_size, where, _backend(where))
     try:
         function, args = pickle.loads(payload)
-        if where.type == "cpu":
+        if process.device.type == "cpu":
             torch.set_num_threads(threads)
         _join(process, dist.TCPStore("127.0.0.1", port, is_master=False), timeout_s)
         message = pickle.dumps((function(process, *args),))
@@ -419,7 +399,7 @@ def _rank_main(
     except BaseException as error:
         at = time.monotonic()
         text = _describe(process, error) + "\n\n" + "".join(traceback.format_exception(error))
-        connection.send_bytes(pickle.dumps(_Failure(rank, at, text, _is_lost_peer(error))))
+        connection.send_bytes(pickle.dumps(_Failure(process.rank, at, text, _is_lost_peer(error))))
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)  # a plain exit may wait for a GPU whose collectives never end
@@ -445,12 +425,12 @@ def launch(
     rendezvous: str | None = None,
     environment: dict[str, str] | None = None,
 ) -> None:
-    """Run `python -m MODULE ARGUMENTS` in so many processes under torchrun, passing on each line that they print.
+    """Run `python -m MODULE ARGUMENTS` in so many processes under torchrun, passing on what they print.
 
     Args:
         processes: on this node.
         on_line: gets each line of stdout and stderr, without its end, as it comes.
-        nodes, node_rank, rendezvous: several nodes: call this on each, with the same HOST:PORT of the first as rendezvous.
+        nodes, node_rank, rendezvous: several nodes: call this on each, with the same HOST:PORT of the first.
         environment: variables beside those of this process.
     Raises:
         ValueError: numbers that do not go together.
@@ -465,9 +445,8 @@ def launch(
             f"{nodes} node(s) with rendezvous {rendezvous}: several nodes need the HOST:PORT where they meet, one needs "
             "none"
         )
-    where = ["--standalone"]
-    if rendezvous is not None:
-        where = [f"--nnodes={nodes}", f"--node_rank={node_rank}"]
+    where = ["--standalone"] if nodes == 1 else [f"--nnodes={nodes}", f"--node_rank={node_rank}"]
+    if nodes > 1:
         where += ["--rdzv_backend=c10d", f"--rdzv_endpoint={rendezvous}"]
     command = [sys.executable, "-m", "torch.distributed.run", *where, f"--nproc_per_node={processes}", "-m", module]
     threads = max(1, torch.get_num_threads() // processes)  # torchrun's own choice is 1
@@ -494,13 +473,12 @@ def launch(
             on_line(line)
         code = run.wait()
     finally:
-        if run.poll() is None:
-            run.terminate()  # torchrun passes it on
-            try:
-                run.wait(30)
-            except subprocess.TimeoutExpired:
-                run.kill()
-                run.wait()
+        run.terminate()  # torchrun passes it on
+        try:
+            run.wait(30)
+        except subprocess.TimeoutExpired:
+            run.kill()
+            run.wait()
         run.stdout.close()
     if code == 0:
         return
@@ -592,10 +570,7 @@ def check_same_everywhere(
     group: dist.ProcessGroup | None = None,
     fix: str = "start every process with the same settings",
 ) -> None:
-    """Raise the same ValueError in every process unless all give the same description, one line an item.
-
-    To be called before collectives that would hang or mix up values where processes differ.
-    """
+    """Raise the same ValueError in every process unless all give the same description, one line an item."""
     digests = gather_objects(hashlib.sha256(description.encode()).hexdigest(), group)
     differing = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if not differing:

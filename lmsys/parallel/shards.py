@@ -1,12 +1,12 @@
-"""What ZeRO-1 and full sharding share: flat buffers and collectives on them, and state that lies in pieces on several ranks.
+"""What ZeRO-1 and full sharding share: flat buffers, collectives on them, and state that lies in pieces on the ranks.
 
-A piece is a run of a flattened tensor. Pieces become whole tensors on rank 0 (gather_pieces), or are written as they lie
-(save_pieces) and read again, cut otherwise, by any number of processes (load_pieces):
+A piece is a run of a flattened tensor. Pieces become whole tensors on rank 0 (gather_pieces), or are written as they
+lie (save_pieces) and read again, cut otherwise, by any number of processes (load_pieces):
 
-    index.json                    which pieces there are, in which file, each with its SHA-256; what belongs to all ranks
-    <save>-<rank>.safetensors     a rank's pieces; <save> tells the files of one saving from those of another
+    index.json                  which pieces there are, in which file, each with its SHA-256; what belongs to all ranks
+    <save>-<rank>.safetensors   a rank's pieces; <save> tells the files of one saving from those of another
 
-torch.distributed.checkpoint does the same with an index that is a pickle, whose reading can run any code; hence this one.
+torch.distributed.checkpoint does the same with a pickle for an index, whose reading can run any code; hence this one.
 The index is put in place when all else is on the disk, so that what was saved before stays whole until then. The folder
 must be one that all processes see.
 The state of an optimizer that updates pieces of parameters becomes pieces by one rule: a tensor shaped like the piece
