@@ -1,7 +1,7 @@
-"""What the tests of several processes share: a small module with every kind of parameter, its batches, and the unsharded twin.
+"""What tests of several processes share: a small module with every kind of parameter, batches, the unsharded twin.
 
-A test's oracle is the twin: the same module trained by one process on the whole batch. Functions here are importable by name,
-as lmsys.parallel.group.spawn needs. Legend: B sequences a batch over all processes, T tokens a sequence.
+A test's oracle is the twin: the same module trained by one process on the whole batch. Functions here are importable
+by name, as lmsys.parallel.group.spawn needs. Legend: B sequences a batch over all processes, T tokens a sequence.
 """
 
 import torch
@@ -29,8 +29,8 @@ class Block(nn.Module):
 class Toy(nn.Module):
     """Next-token logits of tokens: (B, T) int64 -> (B, T, VOCABULARY).
 
-    Parameters: the head is tied to the embedding, blocks[1].up.weight is frozen, `unused` takes part in no forward pass, and
-    `sometimes` only where the first token of the share is even, so that it may be used on one rank and not on another.
+    Parameters: the head is tied to the embedding, blocks[1].up.weight is frozen, `unused` takes part in no forward
+    pass, and `sometimes` only where the first token of the share is even, so that it may be used on one rank alone.
     Buffer: scale, which the logits are multiplied with.
     """
 
@@ -63,8 +63,8 @@ def toy(seed: int = 0) -> Toy:
 def batch(step: int) -> tuple[Tensor, Tensor]:
     """Tokens and targets of a step, (B, T) each, the same in every process.
 
-    The first tokens of the sequences alternate in parity with the step and the half of the batch, so that with two processes
-    `sometimes` is used on rank 0 in even steps and on rank 1 in odd ones.
+    The first tokens of the sequences alternate in parity with the step and the half of the batch, so that with two
+    processes `sometimes` is used on rank 0 in even steps and on rank 1 in odd ones.
     """
     generator = torch.Generator().manual_seed(1000 + step)
     tokens, targets = torch.randint(0, VOCABULARY - 1, (2, B, T), generator=generator).unbind()
@@ -113,3 +113,12 @@ def difference(module: nn.Module, expected: nn.Module) -> float:
     ours, theirs = dict(module.named_parameters()), dict(expected.named_parameters())
     assert ours.keys() == theirs.keys()
     return max((ours[name].float() - theirs[name].float()).abs().max().item() for name in ours)
+
+
+def same(ours, theirs) -> bool:
+    """Whether two nests of dictionaries, lists and tensors are equal, bit for bit."""
+    if isinstance(theirs, dict):
+        return ours.keys() == theirs.keys() and all(same(ours[key], theirs[key]) for key in theirs)
+    if isinstance(theirs, (list, tuple)):
+        return len(ours) == len(theirs) and all(map(same, ours, theirs))
+    return torch.equal(ours, theirs) if isinstance(theirs, Tensor) else ours == theirs

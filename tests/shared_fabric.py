@@ -1,4 +1,4 @@
-"""What lmsys.parallel.copy_engine asks of GPUs, by processes that map one file each: queues are the program's order, a wait polls."""
+"""What lmsys.parallel.copy_engine asks of GPUs, by processes that map one file each: queues in order, a wait polls."""
 
 import ctypes
 import time

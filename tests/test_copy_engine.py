@@ -1,4 +1,4 @@
-"""The copy engines' protocol, in processes that share a file in place of GPUs that share memory, against means in float64."""
+"""The copy engines' protocol, in processes that share a file instead of GPUs' memory, against means in float64."""
 
 import functools
 import random

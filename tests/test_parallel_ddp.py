@@ -1,4 +1,4 @@
-"""The data-parallel wrappers in two Gloo processes against the unsharded twin: one spawn runs all cases, each test reads its own."""
+"""The data-parallel wrappers in two Gloo processes against the unsharded twin: one spawn runs all cases."""
 
 import random
 import time
@@ -90,7 +90,7 @@ def clipping(process):
 
 
 def accumulation(process):
-    """Two backward passes a step: the twin of four processes has the same parts. Counts collectives in and out of no_sync."""
+    """Two backward passes a step: the twin of four processes has the same parts. Counts collectives by no_sync."""
     found = {}
     expected = twin(2 * RANKS)
     for case, (name, options) in WRAPPED.items():
@@ -213,7 +213,7 @@ def arrival(process):
 
 
 def early(process):
-    """How many buckets had left before backward ended, in the first step and in the second, which uses all parameters."""
+    """How many buckets had left before backward ended, in the first step and the second, which uses all parameters."""
     found = {}
     for layout in ("grouped", "flat"):
         module = toy()
@@ -271,6 +271,8 @@ def mistakes(process):
     for name in ("naive", "flat", "overlap", "flashddp"):
         wrapped = wrap(nn.Linear(3, 1), name)
         wrapped(torch.ones(4 + process.rank, 3)).mean().backward()
+        again = wrapped.module(torch.ones(4, 3)).mean()
+        found[f"forgotten {name}"] = message(again.backward, error=RuntimeError)
         found[f"uneven first {name}"] = message(wrapped.finish_gradient_synchronization)
     wrapped = wrap(nn.Linear(3, 1), "flashddp")
     wrapped(torch.ones(4, 3)).mean().backward()
@@ -440,9 +442,10 @@ def test_mistakes_are_named(results):
     for rank, found in enumerate(results["mistakes"]):
         for name in ("naive", "flat", "overlap", "flashddp"):
             assert found[f"uneven first {name}"] == (
-                "the shape of the batch differs between processes: rank(s) 1 from rank 0; first where rank 0 has '(4, 3)', "
-                "rank 1 has '(5, 3)'; drop an incomplete last batch"
+                "the shape of the batch differs between processes: rank(s) 1 from rank 0; first where rank 0 has "
+                "'(4, 3)', rank 1 has '(5, 3)'; drop an incomplete last batch"
             )
+            assert "call finish_gradient_synchronization() after each" in found[f"forgotten {name}"]
         if rank == 1:
             assert "this batch has shape (2, 3), the first had (4, 3)" in found["uneven later"]
         assert "call finish_gradient_synchronization() after" in found["backward twice"]

@@ -7,7 +7,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from parallel_cases import BLOCKS, STEPS, TIME_LIMIT_S, Toy, batch, difference, loss, sgd, share, toy, twin, twin_loss
+from parallel_cases import (
+    BLOCKS,
+    STEPS,
+    TIME_LIMIT_S,
+    Toy,
+    batch,
+    difference,
+    loss,
+    same,
+    sgd,
+    share,
+    toy,
+    twin,
+    twin_loss,
+)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -98,7 +112,7 @@ def is_free(wrapped: FullyShardedModule) -> bool:
 
 
 def memory(process) -> dict:
-    """Which blocks are whole as each block runs, with one gathered ahead; how many all-gathers a step takes; what stays."""
+    """Which blocks are whole as each block runs, one gathered ahead; a step's number of all-gathers; what stays."""
     module = toy()
     wrapped = fully_shard(module, prefetch=1)
     optimizer = sgd(wrapped.parameters())
@@ -156,7 +170,7 @@ def whole_parameters(process) -> dict:
 
 
 def half_precision(process, **options) -> dict:
-    """Parameters after steps in fp16, less those of the twin whose matrices and biases are cast to fp16 for its computation."""
+    """Parameters after steps in fp16, less those of the twin that computes with matrices and biases cast to fp16."""
     state = trained(process, toy(), compute_dtype=torch.float16, **options)
     module = toy()
     optimizer = sgd([parameter for parameter in module.parameters() if parameter.requires_grad])
@@ -182,7 +196,7 @@ def half_precision(process, **options) -> dict:
 
 
 def language_model(process, compiled=None, tied=False) -> float:
-    """A TransformerLM after steps of AdamW in two groups, less its twin on the whole batch. compiled: before or after wrapping."""
+    """A TransformerLM after steps of AdamW in two groups, less its twin's. compiled: before or after wrapping."""
     models = []
     tokens = torch.randint(
         0, TINY.vocab_size, (STEPS, 4, TINY.context_length + 1), generator=torch.Generator().manual_seed(0)
@@ -279,15 +293,6 @@ def peer(process) -> float:
     )
 
 
-def same_tree(ours, theirs) -> bool:
-    """Whether two nests of dictionaries, lists and tensors are equal, bit for bit."""
-    if isinstance(theirs, dict):
-        return ours.keys() == theirs.keys() and all(same_tree(ours[key], theirs[key]) for key in theirs)
-    if isinstance(theirs, (list, tuple)):
-        return len(ours) == len(theirs) and all(map(same_tree, ours, theirs))
-    return torch.equal(ours, theirs) if isinstance(theirs, torch.Tensor) else ours == theirs
-
-
 def mistakes(process) -> dict:
     messages = {}
     for name, module, options in (
@@ -326,7 +331,7 @@ def two_ranks(process) -> dict:
     results["checkpointed"] = trained(process, Checkpointed())
     results["clipped"] = trained(process, toy(), max_norm=0.3)
     repeats = [trained(process, toy(), slow=True, steps=3, prefetch=repeat % 3) for repeat in range(20)]
-    results["repeats"] = [same_tree(repeat, repeats[0]) for repeat in repeats]
+    results["repeats"] = [same(repeat, repeats[0]) for repeat in repeats]
     results["memory"] = memory(process)
     results["whole"] = whole_parameters(process)
     results["half"] = half_precision(process)

@@ -1,4 +1,4 @@
-"""Sharded state at other numbers of ranks: saved by two, loaded by three and by one; and shares that do not come out even."""
+"""Sharded state at other numbers of ranks: saved by two, loaded by three and by one; shares that are not even."""
 
 import dataclasses
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from parallel_cases import TIME_LIMIT_S, batch, difference, loss, share, toy, twin
+from parallel_cases import TIME_LIMIT_S, batch, difference, loss, same, share, toy, twin
 from torch import nn
 
 from lmsys.parallel.fsdp import fully_shard
@@ -23,15 +23,6 @@ def adamw(parameters):
 
 def trained_by(module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
-
-
-def same(ours, theirs) -> bool:
-    """Whether two nests of dictionaries, lists and tensors are equal, bit for bit."""
-    if isinstance(theirs, dict):
-        return ours.keys() == theirs.keys() and all(same(ours[key], theirs[key]) for key in theirs)
-    if isinstance(theirs, (list, tuple)):
-        return len(ours) == len(theirs) and all(map(same, ours, theirs))
-    return torch.equal(ours, theirs) if isinstance(theirs, torch.Tensor) else ours == theirs
 
 
 def backward(module, step, process) -> None:

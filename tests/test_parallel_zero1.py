@@ -44,7 +44,7 @@ WRAPPED = {
 
 
 def groups(module: nn.Module) -> list[dict]:
-    """Two groups with options of their own, the second all vectors; the frozen matrix is in the first, the tied twice."""
+    """Two groups with options of their own, the second all vectors; the first has the frozen matrix, the tied twice."""
     matrices = [p for p in module.parameters() if p.ndim >= 2] + [module.head.weight]
     return [
         {"params": matrices, "weight_decay": 0.1},
@@ -178,7 +178,7 @@ def under_wrappers(process) -> dict:
 
 
 def repeated(process) -> list[bool]:
-    """Twenty runs with scattered gradients whose ranks fall behind each other; whether each ends where the first did."""
+    """Twenty runs with scattered gradients whose ranks fall behind each other; whether each ends as the first did."""
     generator = random.Random(process.rank)
     ends = []
     for _ in range(20):
@@ -210,6 +210,31 @@ def balanced(process) -> dict:
         ShardedOptimizer(skewed.parameters(), torch.optim.Adam, partition="parameters")
     shares["warned"] = [str(one.message) for one in caught if "whole parameters leave" in str(one.message)]
     return shares
+
+
+class Counting(torch.optim.SGD):
+    """SGD that counts its steps in its groups, as schedule-free optimizers do."""
+
+    def step(self, closure=None, *, by=1):
+        super().step(closure)
+        for group in self.param_groups:
+            group["count"] = group.get("count", 0) + by
+
+
+def counted(process) -> dict:
+    """The counts that a state has after two steps, and after another that follows its loading."""
+    counts = []
+    for partition in ("elements", "parameters"):
+        parameters = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(1000))]
+        optimizer = ShardedOptimizer([{"params": [one]} for one in parameters], Counting, partition=partition, lr=0.1)
+        for _ in range(2):
+            optimizer.step(by=2)
+        state = optimizer.full_state_dict()
+        again = ShardedOptimizer([{"params": [one]} for one in parameters], Counting, partition=partition, lr=0.1)
+        again.load_full_state_dict(state)
+        again.step()
+        counts += [[group["count"] for group in one["param_groups"]] for one in (state, again.full_state_dict())]
+    return counts
 
 
 def misuse(process) -> dict:
@@ -254,6 +279,7 @@ def two_ranks(process) -> dict:
     results["repeats"] = repeated(process)
     results["balance"] = balanced(process)
     results["misuse"] = misuse(process)
+    results["counted"] = counted(process)
     return results
 
 
@@ -313,6 +339,10 @@ def test_state_is_balanced(results):
     assert "partition='elements'" in warning
 
 
+def test_state_has_the_options_as_the_inner_optimizer_left_them(results):
+    assert all(rank["counted"] == [[4, 4], [5, 5], [4, 4], [5, 5]] for rank in results)
+
+
 def test_errors_of_several_ranks(results):
     for rank in results:
         assert "parameter group 0 of the optimizer differs between processes: rank(s) 1" in rank["misuse"]["mismatch"]
@@ -335,6 +365,11 @@ def test_a_users_mistake_is_said(arguments, message):
     arguments = {"params": [nn.Parameter(torch.zeros(4, 4))], "optimizer_cls": AdamW} | arguments
     with pytest.raises(ValueError, match=message):
         ShardedOptimizer(arguments.pop("params"), arguments.pop("optimizer_cls"), **arguments)
+
+
+def test_numbers_are_no_parameters():
+    with pytest.raises(TypeError, match="takes tensors, and one of the params is float"):
+        ShardedOptimizer([1.0, 2.0], AdamW)
 
 
 def test_the_whole_state_is_not_read_from_one_rank(tmp_path):

@@ -1,8 +1,8 @@
 """Averaging over the GPUs of one machine by their copy engines, which leaves the SMs to the backward pass.
 
 A collective of NCCL is a kernel: its blocks hold SMs for as long as bytes travel, and a matmul that wants all SMs waits
-for them or runs in two waves. Here the bytes travel by copies between the GPUs' memories, and a GPU waits for another by a
-stream operation (cuStreamWaitValue32). What is left for the SMs is the addition and a local copy.
+for them or runs in two waves. Here the bytes travel by copies between the GPUs' memories, and a GPU waits for another
+by a stream operation (cuStreamWaitValue32). What is left for the SMs is the addition and a local copy.
 
 A list of tensors, taken as one vector, is cut into pieces, and a piece into one chunk a rank. Each piece passes three
 queues, which are CUDA streams; piece by piece they overlap:
@@ -13,15 +13,17 @@ queues, which are CUDA streams; piece by piece they overlap:
     receive  wait for added from all; copy their means from the outbox to their place then tell it: received
 
 Inbox and outbox are memory that all ranks have mapped (torch's symmetric memory); their slots are used in turn, and
-whoever fills a slot waits until the peer has emptied it. The tensors stay where they are; every rank gets the same bits.
+whoever fills a slot waits until the peer has emptied it. The tensors stay where they are; every rank gets the same
+bits.
 
 A rank's wait depends only on work that all ranks enqueue earlier, so queues that share a hardware channel cannot block
-each other. Pieces are counted from 1 in each round, such as a training step; close() ends one. The same round can then be
-replayed as a CUDA graph, whose branches CUDA enqueues as it likes: there a piece's queues also wait for each other on
-their own GPU, so that no wait comes before what it depends on.
+each other. Pieces are counted from 1 in each round, such as a training step; close() ends one. The same round can then
+be replayed as a CUDA graph, whose branches CUDA enqueues as it likes: there a piece's queues also wait for each other
+on their own GPU, so that no wait comes before what it depends on.
 
-Sources: reduce-scatter and all-gather as halves of an all-reduce, Thakur, Rabenseifner, Gropp, "Optimization of Collective
-Communication Operations in MPICH" (2005); copies in place of kernels, as in torch's asynchronous tensor parallelism.
+Sources: reduce-scatter and all-gather as halves of an all-reduce, Thakur, Rabenseifner, Gropp, "Optimization of
+Collective Communication Operations in MPICH" (2005); copies in place of kernels, as in torch's asynchronous tensor
+parallelism.
 Limits: GPUs that reach each other's memory, on one machine; dense tensors.
 """
 
@@ -75,12 +77,12 @@ class _Pass(NamedTuple):
 
 
 class CopyEngine:
-    """average(tensors) of the ranks of a group, in rounds. All ranks call it in one order, with tensors of the same shapes.
+    """average(tensors) of a group's ranks, in rounds. All ranks call it in one order, with tensors of the same shapes.
 
     Args:
         group, device: the processes, each with its GPU.
-        piece_mb: of tensors that travel as one piece. slots: pieces under way at most. A rank shares about their product.
-        fabric: makes what carries the bytes, with the interface of Links (which None is), of the bytes that a rank shares.
+        piece_mb: of tensors that travel as one piece. slots: pieces under way. A rank shares about the product of both.
+        fabric: makes what carries the bytes, of the size of a rank's memory; as Links, which None stands for.
     Raises:
         ValueError: numbers out of range, or GPUs that cannot reach each other's memory.
     """
@@ -108,7 +110,7 @@ class CopyEngine:
         self._passes: dict[tuple, _Pass] = {}
 
     def average(self, tensors: Sequence[Tensor]) -> Any:
-        """Start to average contiguous tensors of one dtype in place; what it returns has a wait() for the caller's stream.
+        """Start to average contiguous tensors of one dtype in place; wait() of what it returns is the stream's.
 
         The caller keeps the tensors, and leaves them alone, until then.
         """
@@ -197,7 +199,7 @@ class CopyEngine:
             return self._fabric.inside(start, part.stop - part.start, dtype)
 
         def message(queue: int, own_queue: int, peer: int, chunk: tuple[Range, ...], place: int) -> Message:
-            """queue: the peer's, whose flag is waited for. own_queue: of this rank, which tells. place: of the chunk."""
+            """queue: the peer's, whose flag is waited for. own_queue: this rank's, which tells. place: of the chunk."""
             return self._flag(self.rank, queue, peer), self._flag(peer, own_queue, self.rank), parts(chunk, place)
 
         def there(box: int, peer: int) -> int:
@@ -291,8 +293,8 @@ class _Ended:
 class Links:
     """What CopyEngine asks of GPUs of one machine: memory that ranks share, by address, and queues of work on it.
 
-    Queues run beside each other, each in order. They are streams, on which the driver is called directly: torch's copies
-    of slices cost the host several times as much. The memory is torch's symmetric memory.
+    Queues run beside each other, each in order. They are streams, on which the driver is called directly, as torch's
+    copies of slices cost the host several times as much. The memory is torch's symmetric memory.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, memory_bytes: int):
@@ -356,7 +358,7 @@ class Links:
         _check(self._wait(self._pointers[queue], address, value, 0))
 
     def order(self, first: int, then: int) -> None:
-        """In a graph, what `then` does from here on comes after what `first` has; else the program's order is enough."""
+        """In a graph, what `then` does from here on comes after what `first` has; else the program's order does."""
         if torch.cuda.is_current_stream_capturing():
             self._streams[then].wait_stream(self._streams[first])
 

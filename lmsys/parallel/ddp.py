@@ -8,20 +8,20 @@
 
 Sources: Li et al., "PyTorch Distributed", arXiv 2006.15704 (buckets, overlap, unused parameters). Different here:
 - Buckets are filled in the order in which gradients arrived in the first backward pass of rank 0, not of registration.
-- The memory of gradients is autograd's own. A bucket of layout "grouped" is one NCCL launch over tensors that stay where
-  they are: nothing is copied, and no buffer outlives the step or is zeroed for the next. Layout "flat" copies a full
-  bucket once, into one buffer that then holds its gradients.
+- The memory of gradients is autograd's own. A bucket of layout "grouped" is one NCCL launch over tensors that stay
+  where they are; no buffer outlives the step or is zeroed for the next. Layout "flat" copies a full bucket once, into
+  one buffer that then holds its gradients.
 - Among GPUs of one machine their copy engines can carry the bytes (lmsys.parallel.copy_engine), in place of kernels of
   NCCL, which take SMs from backward.
 - Whether any rank used a parameter travels with the last bucket; only a rank that left one unused waits to read it.
 
-What all of them do. Parameters and buffers are broadcast from rank 0 at the start, after checking that all ranks have the
-same ones. finish_gradient_synchronization(), called after backward and before clipping or the optimizer step, leaves
-every rank with the mean over ranks in .grad; a rank that did not use a parameter counts as zero; where no rank used it,
-.grad is None, as with one process. All but the last backward pass of a step run under no_sync(), whose gradients add up
-locally. Ranks weigh alike, so their batches must have one shape: a rank whose batch differs in shape from the first one's
-raises ValueError before its forward pass, at no cost in communication; where all ranks change shape together, say
-check_batches=False.
+What all of them do. Parameters and buffers are broadcast from rank 0 at the start, after checking that all ranks have
+the same ones. finish_gradient_synchronization(), called after backward and before clipping or the optimizer step,
+leaves every rank with the mean over ranks in .grad; a rank that did not use a parameter counts as zero; where no rank
+used it, .grad is None, as with one process. All but the last backward pass of a step run under no_sync(), whose
+gradients add up locally. Ranks weigh alike, so their batches must have one shape: a rank whose batch differs in shape
+from the first one's raises ValueError before its forward pass, at no cost in communication; where all ranks change
+shape together, say check_batches=False.
 
 Compile by block (block.compile()): a hook then runs as each block's backward ends. A module compiled whole delivers all
 gradients at the end of backward, right but with nothing to overlap.
@@ -52,7 +52,7 @@ _ALIGNMENT = 32  # bytes, of a gradient in a buffer: vector loads of 16 bytes, a
 
 
 class AllReduce:
-    """Averages over a group by all-reduces of NCCL, or of Gloo on a CPU: the transport that CopyEngine stands in for."""
+    """Averages over a group by all-reduces of NCCL, or of Gloo on a CPU: the transport beside CopyEngine."""
 
     memory_bytes = 0  # that torch's allocator does not count
 
@@ -142,9 +142,9 @@ class DataParallel(nn.Module):
             return
         if self._batch_shape is not None:
             raise ValueError(
-                f"this batch has shape {tuple(shape)}, the first had {tuple(self._batch_shape)}: all ranks weigh alike "
-                "in the mean of gradients, so their batches must have one shape; drop an incomplete last batch, or give "
-                "check_batches=False if every rank changes shape in the same step"
+                f"this batch has shape {tuple(shape)}, the first had {tuple(self._batch_shape)}: all ranks weigh "
+                "alike in the mean of gradients, so their batches must have one shape; drop an incomplete last batch, "
+                "or give check_batches=False if every rank changes shape in the same step"
             )
         self._batch_shape = shape
 
@@ -262,23 +262,23 @@ class _Bucket:
 class FlashDDP(DataParallel):
     """Buckets of gradients, averaged while backward goes on.
 
-    The first step reduces after backward, and only records the order in which gradients arrive; rank 0's order then fills
-    the buckets of all ranks. From the second on, a hook counts each gradient into its bucket, and a full bucket leaves at
-    once, after those before it: all ranks must start collectives in one order, so a bucket that waits for a parameter
-    unused on this rank holds back those after it until finish_gradient_synchronization().
+    The first step reduces after backward, and only records the order in which gradients arrive; rank 0's order then
+    fills the buckets of all ranks. From the second on, a hook counts each gradient into its bucket, and a full bucket
+    leaves at once, after those before it: all ranks must start collectives in one order, so a bucket that waits for a
+    parameter unused on this rank holds back those after it until finish_gradient_synchronization().
 
     Streams. The collective waits for what was enqueued on the stream of backward, runs on NCCL's own stream beside the
     rest of backward, and finish makes the current stream, not the host, wait for it. Until then the Work and the bucket
     hold the tensors, so the allocator cannot hand their memory to anyone; after it, the stream orders reuse.
 
     Args:
-        bucket_size_mb: in 10^6 bytes of gradients as they travel: a bucket is full once it holds that many; 0: a bucket a
-            parameter; None: BUCKET_MB of the transport.
+        bucket_size_mb: in 10^6 bytes of gradients as they travel: a bucket is full once it holds that many; 0: a
+            bucket a parameter; None: BUCKET_MB of the transport.
         layout: "grouped" or "flat", see the module.
-        transport: "nccl" (on a CPU, Gloo); "copy_engine", for GPUs of one machine; or "auto": copy engines where they can
-            be had and no option of NCCL is given.
-        communication_dtype: gradients travel in it (bf16: half the bytes, rounded to 8 bits before the sum); None: theirs.
-        min_ctas, max_ctas: bounds on the blocks of a NCCL kernel, each of which takes an SM from backward; None: NCCL's.
+        transport: "nccl" (on a CPU, Gloo); "copy_engine", for GPUs of one machine; or "auto": copy engines where they
+            can be had and no option of NCCL is given.
+        communication_dtype: gradients travel in it (bf16: half the bytes, 8 bits before the sum); None: their own.
+        min_ctas, max_ctas: bounds on a NCCL kernel's blocks, each of which takes an SM from backward; None: NCCL's.
         high_priority: NCCL's kernels go before backward's when both wait for an SM.
         group, check_batches: as DataParallel.
     """
@@ -428,7 +428,7 @@ class Overlap(FlashDDP):
         super().__init__(module, bucket_size_mb=0, **options)
 
 
-# How torch's wrapper is told not to broadcast buffers at each forward pass: renamed in torch 2.13, where the old name warns.
+# How torch's wrapper is told not to broadcast buffers at each forward pass: renamed in torch 2.13.
 _NO_BUFFERS = (
     "forward_sync_buffers"
     if "forward_sync_buffers" in inspect.signature(nn.parallel.DistributedDataParallel).parameters
@@ -440,7 +440,7 @@ class TorchDDP(nn.parallel.DistributedDataParallel):
     """torch's DistributedDataParallel with the interface of the wrappers here; gradients are views of its buckets.
 
     Args:
-        find_unused: search each forward pass's graph for parameters that it did not use; without it, one such is an error.
+        find_unused: search each pass's graph for parameters that it did not use; without it, one such is an error.
         bucket_size_mb: in units of 2^20 bytes, as torch counts.
         communication_dtype: torch.bfloat16 or torch.float16: gradients travel in it; None: their own.
     """

@@ -12,10 +12,10 @@ Sources: Rajbhandari et al., ZeRO, arXiv 1910.02054, section 5.3 (stage 3); Zhao
                  block's runs, added to the shards' gradients in their dtype.
     replicated   all that the predicate leaves (norms): whole on each rank, gradients averaged at the end of a step.
 
-torch's FSDP2 shards each parameter by rows and copies each out of every gathered buffer; groups all that is in no block,
-so that the head's gradient waits for the embedding's; and swaps the modules' parameters. Here a parameter stays the
-object that it is, and a view of one storage, whose memory comes and goes: what autograd saved of it is whole again in
-backward. In between a parameter reads as NaN.
+torch's FSDP2 shards each parameter by rows and copies each out of every gathered buffer; groups all that is in no
+block, so that the head's gradient waits for the embedding's; and swaps the modules' parameters. Here a parameter stays
+the object that it is, and a view of one storage, whose memory comes and goes: what autograd saved of it is whole again
+in backward. In between a parameter reads as NaN.
 
 Memory and streams. A buffer is allocated and freed on the compute stream. The collective starts on NCCL's stream after
 the compute stream's work so far and the compute stream waits for it before use, so every reuse of memory is ordered by
@@ -118,7 +118,7 @@ class FullyShardedModule(ShardedState):
     Args:
         module: on the device of this rank; its parameters and buffers become rank 0's.
         is_sharded: of a parameter's name and itself.
-        compute_dtype: of whole matrices, and of the biases beside them; floating-point inputs are cast to it. None: own.
+        compute_dtype: of whole matrices and the biases beside them; floating-point inputs are cast to it. None: own.
         communication_dtype: of gradients as they are averaged. None: compute_dtype.
         prefetch: blocks gathered ahead, 0 or more.
         group: the ranks; None: all.
@@ -320,8 +320,8 @@ class FullyShardedModule(ShardedState):
         flat = self._flat_of[id(parameter)]
         if flat in self._reduced:
             raise RuntimeError(
-                f"a gradient of {flat.name_of(parameter)} came after the others of its buffer had left: the blocks ran in "
-                "another order than before, or the module was called within its own backward pass"
+                f"a gradient of {flat.name_of(parameter)} came after the others of its buffer had left: the blocks ran "
+                "in another order than before, or the module was called within its own backward pass"
             )
         self._used.add(id(parameter))
         missing = self._missing[flat]
@@ -557,7 +557,7 @@ def _like(whole: Tensor, tensor: Tensor) -> Tensor:
 def _choose(
     named: Mapping[str, nn.Parameter], is_sharded: Callable[[str, nn.Parameter], bool], with_vectors: bool
 ) -> list[str]:
-    """The names of what is sharded: the predicate's, and with_vectors those beside them, in whose dtype they must be."""
+    """The names of what is sharded: the predicate's; with_vectors also those beside them, which need their dtype."""
     filled = {name: parameter for name, parameter in named.items() if parameter.numel()}
     names = {name for name, parameter in filled.items() if is_sharded(name, parameter)}
     owners = {name.rpartition(".")[0] for name in names} if with_vectors else set()

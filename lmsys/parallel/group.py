@@ -293,8 +293,8 @@ def spawn(
         payload = pickle.dumps((function, args))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise ValueError(
-            f"spawn cannot send {function!r} and its arguments to other processes ({error}); give a function defined at "
-            "the top of a module, and arguments that pickle"
+            f"spawn cannot send {function!r} and its arguments to other processes ({error}); give a function defined "
+            "at the top of a module, and arguments that pickle"
         ) from None
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     listener = socket.create_server(("127.0.0.1", 0))  # given none, the store listens on every interface
@@ -442,8 +442,8 @@ def launch(
         )
     if (nodes > 1) != (rendezvous is not None):
         raise ValueError(
-            f"{nodes} node(s) with rendezvous {rendezvous}: several nodes need the HOST:PORT where they meet, one needs "
-            "none"
+            f"{nodes} node(s) with rendezvous {rendezvous}: several nodes need the HOST:PORT where they meet, one "
+            "needs none"
         )
     where = ["--standalone"] if nodes == 1 else [f"--nnodes={nodes}", f"--node_rank={node_rank}"]
     if nodes > 1:
@@ -519,7 +519,7 @@ def broadcast_from_rank0(tensors: Iterable[Tensor], group: dist.ProcessGroup | N
 
 @torch.no_grad()
 def mean_over_ranks(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """The mean of a floating-point tensor over all processes, as a new tensor on its device. Does not wait for a GPU."""
+    """The mean of a floating-point tensor over the processes, a new tensor on its device. Does not wait for a GPU."""
     mean = tensor.detach().clone()
     if current()[1] > 1:
         mean /= dist.get_world_size(group)

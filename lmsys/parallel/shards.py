@@ -80,7 +80,7 @@ class FlatLayout:
         return flat
 
     def cut(self, low: int, high: int) -> list[tuple[int, int]]:
-        """For each parameter, which of its elements lie in [low, high) of the buffer: (start, stop), equal where none."""
+        """For each parameter, which of its elements lie in [low, high) of the buffer: (start, stop), equal if none."""
         cuts = []
         for offset, shape in zip(self.offsets, self.shapes, strict=True):
             start = min(max(low - offset, 0), shape.numel())
@@ -104,13 +104,13 @@ class FlatLayout:
 
 
 def flags_of(used: Sequence[bool], device: torch.device) -> Tensor:
-    """(parameters,) ones and zeros on the device. Where all are used nothing is copied to it, which the host waits for."""
+    """(parameters,) ones and zeros on the device. Where all are used the host does not wait for a copy to it."""
     flags = torch.ones(len(used), device=device)
     return flags if all(used) else flags.copy_(torch.tensor(used))
 
 
 def used_anywhere(used: list[bool], flags: Tensor) -> list[bool]:
-    """Which parameters some rank used, after flags_of was averaged. Only a rank that left one unused waits to read it."""
+    """Which parameters some rank used, of the mean of flags_of. Only a rank that left one unused waits to read it."""
     return used if all(used) else (flags > 0).tolist()
 
 
@@ -122,7 +122,7 @@ def copy_present(to: Sequence[Tensor], values: Sequence[Tensor | None]) -> None:
 
 
 def all_gather(whole: Tensor, share: Tensor, group: dist.ProcessGroup | None) -> dist.Work:
-    """Start to fill whole (n S,) with each rank's share (S,), which may be its part of whole: then nothing is copied."""
+    """Start to fill whole (n S,) with each rank's share (S,), which may be its part of whole."""
     return all_gather_tensor(whole, share, group=group, async_op=True)
 
 
@@ -181,7 +181,7 @@ def clip_gradients(
     device: torch.device,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
-    """Scale gradients, in place, so that their 2-norm over the whole model is at most max_norm; 0 or less: measure only.
+    """Scale gradients in place so that their 2-norm over the whole model is at most max_norm; 0 or less: only measure.
 
     Args:
         sharded: this rank's part of what is spread over the ranks; None: nothing is. replicated: what every rank has.
@@ -444,8 +444,8 @@ def _state_pieces(states: Iterable[tuple[Piece, State]]) -> tuple[list[Piece], d
                 pieces.append(Piece(name, of.shape, of.start, value))
             elif value.ndim and not of.is_whole:
                 raise ValueError(
-                    f"the optimizer keeps a '{key}' of shape {tuple(value.shape)} for {of.tensor.numel()} elements of a "
-                    f"parameter of shape {tuple(of.shape)}: it is not elementwise, and cannot be sharded by elements"
+                    f"the optimizer keeps a '{key}' of shape {tuple(value.shape)} for {of.tensor.numel()} elements of "
+                    f"a parameter of shape {tuple(of.shape)}: it is not elementwise, and cannot be sharded by elements"
                 )
             else:
                 pieces.append(Piece(name, tuple(value.shape), 0, value))

@@ -12,9 +12,9 @@ partition says what a part is:
                 Muon). A parameter larger than a rank's fair share cannot be balanced, and is warned of.
     None        elements for an optimizer that proves elementwise in a trial on 24 random numbers, else parameters.
 
-step() returns when the all-gathers are enqueued before all that follows on the GPU's stream: a module may read a parameter
-in another's forward, as a tied head does, so no hook knows when it is first needed. What stays exposed of communication
-is then about one all-gather of the model less the update, per step.
+step() returns when the all-gathers are enqueued before all that follows on the GPU's stream: a module may read a
+parameter in another's forward, as a tied head does, so no hook knows when it is first needed. What stays exposed of
+communication is then about one all-gather of the model less the update, per step.
 
 Limits: a parameter must keep its storage (cast and move the module before); an optimizer whose step needs a closure
 (LBFGS) is refused.
@@ -131,7 +131,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 bucket = _Bucket(run, owners, self._group)
                 broadcast_from_rank0([bucket.flat], self._group)
                 if bucket.leaves:
-                    bucket.start_inner(self._make, added)
+                    bucket.start_inner(self._make, added, len(self.param_groups) - 1)
                 self._buckets.append(bucket)
                 if self.reduce_scatter_gradients:
                     self._exchange.add(bucket)
@@ -173,8 +173,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
     # --- A step -----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update this rank's part and get the others'. Returns the closure's loss, if one is given."""
+    def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+        """Update this rank's part and get the others'. Returns the closure's loss, if one is given.
+
+        kwargs: passed on to the inner optimizer.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -184,7 +187,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._exchange.finish()
         works = []
         for bucket in self._buckets:
-            bucket.update(take_gradients=not self.reduce_scatter_gradients)
+            bucket.update(take_gradients=not self.reduce_scatter_gradients, **kwargs)
             works += bucket.send(self._group)
         for work in works:
             work.wait()
@@ -269,7 +272,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.load_full_state_dict(state_dict)
 
     def full_state_dict(self) -> dict[str, Any]:
-        """The state_dict of the plain optimizer, on rank 0 and its CPU; on others, one without states. All ranks call it."""
+        """The plain optimizer's state_dict, on rank 0 and its CPU; on others, one without states. All ranks call it."""
         device = self._buckets[0].flat.device if self._buckets else torch.device("cpu")
         return self._packed() | {"state": shards.gather_states(self._states(), self._group, device)}
 
@@ -296,8 +299,17 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._load(shared["param_groups"], states)
 
     def _packed(self) -> dict[str, Any]:
-        """The state_dict without states: options and the indices of parameters."""
-        return super().state_dict() | {"state": {}}
+        """The state_dict without states: indices of parameters, and options as the inner optimizers left them."""
+        options: list[dict[str, Any]] = [{} for _ in self.param_groups]
+        for bucket in self._buckets:
+            if bucket.inner is not None:
+                bucket.push_options()
+                options[bucket.group_index] = _options(bucket.inner.param_groups[0])
+        everyone = gather_objects(options, self._group)  # a rank may have no part of a group
+        packed = super().state_dict() | {"state": {}}
+        for index, group in enumerate(packed["param_groups"]):
+            group |= next((theirs[index] for theirs in everyone if theirs[index]), {})
+        return packed
 
     def _pieces(self) -> list[Piece]:
         """What this rank updates, named by the parameters' indices."""
@@ -404,9 +416,9 @@ class _Bucket:
         """No gradient of the step has come yet."""
         self.missing = {id(parameter) for parameter in self.layout.parameters}
 
-    def start_inner(self, make: Callable[[dict[str, Any]], torch.optim.Optimizer], group: dict[str, Any]) -> None:
-        """Make the optimizer of the leaves, with the options that the outer group has now and later."""
-        self.options, self.pushed = group, _options(group)
+    def start_inner(self, make: Callable[..., torch.optim.Optimizer], group: dict[str, Any], index: int) -> None:
+        """Make the optimizer of the leaves, with the options that the outer group, of that index, has now and later."""
+        self.options, self.group_index, self.pushed = group, index, _options(group)
         self.inner = make({"params": [leaf.tensor for leaf in self.leaves], **self.pushed})
 
     def push_options(self) -> None:
@@ -416,7 +428,7 @@ class _Bucket:
             if key not in self.pushed or self.pushed[key] is not value:
                 inner[key] = self.pushed[key] = value
 
-    def update(self, take_gradients: bool) -> None:
+    def update(self, take_gradients: bool, **kwargs: Any) -> None:
         """The inner optimizer's step. take_gradients: from the parameters; else the leaves have theirs."""
         if self.inner is None:
             return
@@ -425,7 +437,7 @@ class _Bucket:
             for leaf in self.leaves:
                 if not leaf.is_whole and leaf.whole.grad is not None:
                     leaf.tensor.grad = leaf.whole.grad.reshape(-1)[leaf.start : leaf.start + leaf.tensor.numel()]
-        self.inner.step()
+        self.inner.step(**kwargs)
         if take_gradients:
             for leaf in self.leaves:
                 if not leaf.is_whole:
@@ -469,8 +481,8 @@ class _GradientExchange:
         bucket = self.buckets[index]
         if self.order is not None and bucket in self.order[: len(self.flights)]:
             raise RuntimeError(
-                "a second backward pass before the step, and the first one's gradients are on their way; run all but the "
-                "last under the optimizer's no_sync()"
+                "a second backward pass before the step, and the first one's gradients are on their way; run all but "
+                "the last under the optimizer's no_sync()"
             )
         self.finished = False
         bucket.missing.discard(id(parameter))
@@ -537,7 +549,10 @@ def _unique(params: Iterable[Any]) -> list[dict[str, Any]]:
         entries = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         by_id: dict[int, Any] = {}
         for entry in entries:
-            by_id.setdefault(id(entry[1] if isinstance(entry, tuple) else entry), entry)
+            tensor = entry[1] if isinstance(entry, tuple) else entry
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"the optimizer takes tensors, and one of the params is {torch.typename(tensor)}")
+            by_id.setdefault(id(tensor), entry)
         unique.append({**group, "params": list(by_id.values())})
     return unique
 
