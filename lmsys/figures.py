@@ -181,7 +181,7 @@ class _Board:
             self.panels.append((axis, rows))
 
     def finish(self, xlabel: str, ylabel: str, entries: Mapping | None, *, lying: bool = False) -> Figure:
-        """Names of the axes (changed over where bars lie), reference lines, below all panels a legend unless it is None."""
+        """Names of the axes (changed over where bars lie), reference lines, a legend below unless it is None."""
         names = [xlabel if self.xlabel is None else self.xlabel, ylabel if self.ylabel is None else self.ylabel]
         for axis, _ in self.panels:
             axis.set_xlabel(names[lying], fontsize=TEXT, color=INK)
@@ -238,25 +238,13 @@ def _value_text(row: Mapping, value: str, annotate: bool | str) -> str:
 
 
 def lines(
-    frame,
-    x,
-    y,
-    by=None,
-    *,
-    low=None,
-    high=None,
-    spread="band",
-    log="",
-    zero=False,
-    nested=False,
-    direct_labels=True,
-    **more,
+    frame, x, y, by=None, *, low=None, high=None, log="", zero=False, nested=False, direct_labels=True, **more
 ) -> Figure:
     """A line a series; series of one point are labelled points.
 
     Args:
         x: numbers, or names in their order. by: of two columns the first gives the colour, the second the line style.
-        low, high: columns with the ends of the spread, drawn as "band" or "whiskers".
+        low, high: columns with the ends of the spread: a band, or whiskers at points and where by has two columns.
         log: "x", "y" or "xy"; followed by log2 ("xlog2", "xylog2") x counts in powers of two.
         nested: series lie on each other; each is thinner than the one before, so that all show.
         direct_labels: names at the ends of the lines of a single panel; else, and with several panels, a legend below.
@@ -264,9 +252,8 @@ def lines(
     """
     by, *dash_by = [by] if isinstance(by, str) or by is None else by
     letters, base = log.removesuffix("log2"), 2 if log.endswith("log2") else 10
-    if set(letters) - set("xy") or spread not in ("band", "whiskers"):
-        known = 'log "", "x", "y", "xy", "xlog2" or "xylog2" and spread "band" or "whiskers"'
-        raise ValueError(f'figure: got log="{log}", spread="{spread}"; it takes {known}')
+    if set(letters) - set("xy"):
+        raise ValueError(f'figure: log is "{log}"; it takes "", "x", "y", "xy", "xlog2" or "xylog2"')
     more = {"share_x": True, "share_y": True} | more
     board = _Board(frame, (y, x, low, high, *dash_by), by, None, **more)
     if not board.panels:
@@ -282,7 +269,7 @@ def lines(
             style["linewidth"] = 1.3 + (len(looks) - 1 - number) * min(2.5, 12 / len(looks)) if nested else 1.7
             marked = style["linestyle"] == "none" or (len(points) <= 40 and not nested)
             axis.plot(at, values, marker="o" if marked else None, markersize=4, **style)
-            if low and high and spread == "band":
+            if low and high and len(points) > 1 and look.line != "none" and not dash_by:
                 axis.fill_between(at, points[low], points[high], color=look.colour, alpha=0.18, linewidth=0)
             elif low and high:
                 whiskers = np.maximum([values - points[low], points[high] - values], 0)
@@ -335,9 +322,10 @@ def bars(
         low, high: columns with the ends of a whisker. predicted: a column of values, drawn as a line across the bar.
         annotate: what stands at each bar: True for the value in three digits, a format such as "{:.1f}", or a column of
             texts, which also stand where there is no value ("oom"). log: the axis of values.
-        more: as above; panels share the axis of values by default.
+        more: as above, and share: panels have one scale of values; True by default.
     """
-    frame, more = frame.reset_index(drop=True), {"share_x": horizontal, "share_y": not horizontal} | more
+    frame = frame.reset_index(drop=True)
+    more.setdefault("share_x" if horizontal else "share_y", more.pop("share", True))
     board = _Board(frame, (y, x, low, high, predicted), by, list({x, by or x}) if horizontal else None, **more)
     texts = pd.Series([_value_text(row, y, annotate) for row in frame.to_dict("records")], dtype=str)
     longest, tops = 0.08 * texts.str.len().max() + 0.1, [column for column in (y, high, predicted) if column]
@@ -380,11 +368,13 @@ def stacked(frame, x, y, by, *, areas=False, horizontal=False, annotate=False, p
     Args:
         annotate: the value in each part of a bar that is large enough: True, or a format.
         phases: with areas, a column that names stretches of x; dotted lines part them.
+        more: as above, and share: panels have one scale of values; False by default.
     """
+    more.setdefault("share_x" if horizontal else "share_y", more.pop("share", False))
     board = _Board(frame, (y, x, phases), by, [x] if horizontal else None, **more)
     for axis, rows in board.panels:
         table = rows.pivot_table(index=x, columns=by, values=y, aggfunc="sum", sort=False).fillna(0.0)
-        table, base = table[[name for name in board.looks if name in table]], np.zeros(len(table))
+        table, base = table.reindex(columns=[name for name in board.looks if name in table]), np.zeros(len(table))
         if areas:
             table = table.sort_index()
             colours = [board.looks[name].colour for name in table]

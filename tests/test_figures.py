@@ -148,6 +148,14 @@ def test_stacked_bars_end_at_the_sum():
     assert texts(figure) == ["60", "99", "40", "x", "y"]
 
 
+def test_panels_share_the_scale_of_values_unless_told_not_to():
+    for share, same in ((True, True), (False, False)):
+        axes = figures.bars(SPEEDS, "length", "rate", panel="kernel", share=share, horizontal=True).axes
+        assert (axes[0].get_xlim() == axes[1].get_xlim()) == same
+        axes = figures.stacked(SPEEDS, "length", "rate", "causal", panel="kernel", share=share).axes
+        assert (axes[0].get_ylim() == axes[1].get_ylim()) == same
+
+
 def test_stacked_areas_name_their_phases():
     frame = pd.DataFrame(
         {
@@ -229,7 +237,7 @@ def test_without_data_a_figure_says_so(frame):
 def test_what_cannot_be_drawn_is_refused():
     with pytest.raises(ValueError, match=r"no column \['speed'\]; the frame has length, rate"):
         figures.bars(SPEEDS, "length", "speed")
-    with pytest.raises(ValueError, match='log="z"'):
+    with pytest.raises(ValueError, match='log is "z"'):
         figures.lines(SPEEDS, "length", "rate", "kernel", log="z")
 
 
