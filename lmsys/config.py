@@ -19,13 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lmsys.options import DTYPES, STEP_PRESETS, check_rules, with_preset
+
 SCALES = ("auto", "smoke", "cpu", "full")
 DATASET_MODES = ("auto", "tinystories", "local_text", "local_npy", "stories")
-DTYPES = ("fp32", "bf16")
 TRAIN_DTYPES = (*DTYPES, "fp16")  # fp16: with a gradient scaler, for GPUs without bf16
 ON_BAD_STEP = ("stop", "skip")
-# Of blocks whose backward pass is autograd's: train.written_backward has none of them.
-PLAIN_BLOCK_OPTIONS = ("compile", "compile_rest", "autotune", "fused_rope", "merged_gate", "fused_norm")
 TRANSPORTS = ("auto", "nccl", "copy_engine")  # of gradients, see lmsys.parallel.ddp
 END_OF_TEXT = "<|endoftext|>"
 
@@ -142,7 +141,8 @@ class ModelConfig:
         )
         require(
             self.head_dim % 2 == 0,
-            f"model.d_model {self.d_model} over model.num_heads {self.num_heads} is {self.head_dim}; RoPE needs an even head_dim",
+            f"model.d_model {self.d_model} over model.num_heads {self.num_heads} is {self.head_dim}; "
+            "RoPE needs an even head_dim",
         )
         require(self.rope_theta > 0, f"model.rope_theta is {self.rope_theta}; it must be positive")
 
@@ -167,7 +167,8 @@ class OptimConfig:
     def __post_init__(self):
         require(
             0 <= self.min_learning_rate <= self.learning_rate,
-            f"optim.min_learning_rate {self.min_learning_rate} must lie between 0 and optim.learning_rate {self.learning_rate}",
+            f"optim.min_learning_rate {self.min_learning_rate} must lie between 0 and "
+            f"optim.learning_rate {self.learning_rate}",
         )
         require(self.learning_rate > 0, f"optim.learning_rate is {self.learning_rate}; it must be positive")
         require(self.warmup_steps >= 0, f"optim.warmup_steps is {self.warmup_steps}; it must be 0 or more")
@@ -188,24 +189,16 @@ class TrainConfig:
     dtype: str = (
         "fp32"  # bf16, fp16: autocast, parameters stay fp32; fp16 scales the loss, and skips a step that overflows
     )
-    compile: bool = False  # torch.compile, block by block
-    compile_rest: bool = False  # with compile: the embedding and the last norm, too
-    autotune: bool = False  # with compile: inductor times its own matrix products beside cuBLAS's, for minutes
-    fused_loss: bool = False  # head and loss in one, in chunks of tokens: no logits of all tokens (lmsys.step.loss)
-    fused_rope: bool = False  # rotation and splitting of Q, K and V as one kernel (lmsys.step.rope)
-    merged_gate: bool = False  # the two matrices that the feed-forward layer begins with as one (lmsys.step.gate)
-    fused_norm: bool = False  # a norm's backward pass as one kernel, with the addition beside it (lmsys.step.norm)
-    written_backward: bool = (
-        False  # in place of compile: blocks with a backward pass of our own, which keep little (lmsys.step.blocks)
-    )
-    fused_optimizer: bool = False  # AdamW in one pass over memory (optim.FusedAdamW)
-    bf16_parameters: bool = (
-        False  # with fused_optimizer and bf16: matrices and gradients in bf16, fp32 masters in the optimizer
-    )
+    step_preset: str = "plain"  # a name of STEP_PRESETS, which sets the switches that are null here
+    compile: bool | None = None  # torch.compile, block by block
+    autotune: bool = False  # with compile: inductor times its own matmuls beside cuBLAS's, for minutes
+    fused_loss: bool | None = None  # head and loss in one, by chunks: no logits of all tokens (lmsys.step.loss)
+    fused_rope: bool | None = None  # rotation and splitting of Q, K and V as one kernel (lmsys.step.rope)
+    merged_gate: bool | None = None  # the feed-forward layer's first two matrices as one (lmsys.step.gate)
+    written_backward: bool | None = None  # not compiled: blocks with a backward pass of our own (lmsys.step.blocks)
+    fused_optimizer: bool | None = None  # AdamW in one pass over memory (lmsys.step.adamw)
+    residual_dtype: str | None = None  # of the residual from block to block; null, set by no preset: the embedding's
     cuda_graph: bool = False  # forward and backward as one CUDA graph, for a GPU that waits for its host
-    residual_dtype: str | None = (
-        None  # of the stream from block to block; None: the embedding's, fp32 unless bf16_parameters
-    )
     device: str = "auto"
     attention_kernel: str = "vectorized_torch"
     ddp_wrapper: str = "none"
@@ -257,87 +250,23 @@ class TrainConfig:
             self.processes is None or self.processes >= 1,
             f"train.processes is {self.processes}; it must be at least 1, or null",
         )
-        self._check_step()
-        self._check_parallel()
-
-    def _check_step(self) -> None:
-        """ValueError where options of the step cannot go together."""
-        for name in ("compile_rest", "autotune"):
-            require(
-                self.compile or not getattr(self, name),
-                f"train.{name} is an option of train.compile; set that to true as well",
-            )
         if self.residual_dtype is not None and self.residual_dtype not in DTYPES:
             raise unknown_name("train.residual_dtype", self.residual_dtype, DTYPES)
-        if self.written_backward:
-            self._check_written_backward()
-        require(
-            not self.bf16_parameters or (self.fused_optimizer and self.dtype == "bf16"),
-            f"train.bf16_parameters needs train.dtype=bf16 (it is {self.dtype}) and train.fused_optimizer=true, which keeps them in "
-            "fp32 beside",
-        )
+        if self.step_preset not in STEP_PRESETS:
+            raise unknown_name("train.step_preset", self.step_preset, STEP_PRESETS)
+        self._check_together()
 
-    def _check_written_backward(self) -> None:
-        """ValueError where blocks with a written backward pass do not go with the other options."""
-        for name in PLAIN_BLOCK_OPTIONS:
-            require(
-                not getattr(self, name),
-                f"train.written_backward has blocks of its own, to which train.{name} does not apply; set one of them to false",
-            )
-        require(self.dtype != "fp16", "train.written_backward computes in fp32 or bf16; train.dtype is fp16")
-
-    def _check_parallel(self) -> None:
-        """ValueError where settings do not go with the wrapper, whose entry in lmsys.parallel says what it takes."""
+    def _check_together(self) -> None:
+        """Take the preset's switches; ValueError where settings do not go together, or with the wrapper."""
         from lmsys import parallel  # where importing the table imports this module
 
         wrapper, named = parallel.get_wrapper(self.ddp_wrapper), f"train.ddp_wrapper '{self.ddp_wrapper}'"
-        sharding = f"{named} with train.sharded_optimizer={str(self.sharded_optimizer).lower()}"
-        in_parts = wrapper.sharded or self.sharded_optimizer
-        if self.sharded_optimizer:
-            require(
-                not wrapper.sharded,
-                f"train.sharded_optimizer shards what {named} has sharded already; set train.sharded_optimizer=false",
-            )
-            require(
-                wrapper.replicated,
-                f"train.sharded_optimizer shares the optimizer's state among processes and {named} is for one; set "
-                "train.ddp_wrapper=flashddp, or train.sharded_optimizer=false",
-            )
-        require(
-            self.dtype != "fp16" or not in_parts,
-            "train.dtype 'fp16' skips steps whose gradients overflow, which each process must see whole; with "
-            f"{sharding} it sees its part: use train.dtype=bf16, or flashddp",
-        )
-        require(
-            not self.cuda_graph or (wrapper.capturable and not self.sharded_optimizer),
-            "train.cuda_graph captures passes that leave gradients where they were, not those of "
-            f"{sharding}; set one of them to false, or take flashddp",
-        )
-        require(
-            self.sharded_optimizer or not self.reduce_scatter_gradients,
-            "train.reduce_scatter_gradients is an option of train.sharded_optimizer; set that to true as well",
-        )
-        require(
-            not self.fused_optimizer or (wrapper.plain_tensors and not self.sharded_optimizer),
-            f"train.fused_optimizer does not go with {sharding}, whose parameters are not plain tensors; set "
-            "train.fused_optimizer=false, or use flashddp or fsdp",
-        )
-        require(
-            not self.bf16_parameters or not wrapper.sharded,
-            f"train.bf16_parameters keeps fp32 values in the optimizer, and {named} keeps them in its shards; set "
-            "train.bf16_parameters=false",
-        )
-        require(
-            not self.written_backward or wrapper.plain_tensors,
-            f"train.written_backward reads plain tensors, which {named} does not give; use fsdp",
-        )
-        in_bf16 = (self.bf16_parameters or wrapper.sharded) and self.residual_dtype in (None, "bf16")
-        require(
-            not (self.written_backward and self.dtype == "bf16") or in_bf16,
-            "train.written_backward computes in the dtype of the matrices, all of it: with train.dtype=bf16 set "
-            "train.bf16_parameters=true (or train.ddp_wrapper=fsdp, which gathers them in bf16), and leave "
-            "train.residual_dtype out",
-        )
+        about = ("sharded", "replicated", "capturable", "plain_tensors")
+        facts = vars(self) | {f"wrapper.{name}": getattr(wrapper, name) for name in about}
+        for name, value in with_preset(facts).items():
+            object.__setattr__(self, name, value)
+            facts[name] = value
+        check_rules(facts)
         for name in sorted({option for known in parallel.WRAPPERS.values() for option in known.options}):
             require(
                 getattr(self, name) is None or name in wrapper.options,
@@ -403,7 +332,8 @@ class PipelineConfig:
         parts = Path(self.run_dir).parts
         require(
             bool(parts) and ".." not in parts and "\0" not in self.run_dir,
-            f"run_dir is {self.run_dir!r}; give the name of a folder, such as runs/mine, or an absolute path, without '..'",
+            f"run_dir is {self.run_dir!r}; give the name of a folder, such as runs/mine, or an absolute path, "
+            "without '..'",
         )
         if self.train.steps is not None:
             require(
@@ -414,8 +344,8 @@ class PipelineConfig:
 
 # --- Presets --------------------------------------------------------------------------------------
 
-# The course's 2025 table (CS336 assignment 2, section 1.1.2): d_model, d_ff, layers, heads. Its 2026 table calls 2.7b xl, and adds 10b.
-# gpt2 and gpt2-medium are nanoGPT's 124M and 350M shapes; tiny and mini are for the CPU.
+# The course's 2025 table (CS336 assignment 2, section 1.1.2): d_model, d_ff, layers, heads. Its 2026 table calls 2.7b
+# xl, and adds 10b. gpt2 and gpt2-medium are nanoGPT's 124M and 350M shapes; tiny and mini are for the CPU.
 MODEL_SIZES = {
     "tiny": (64, 192, 2, 2),
     "mini": (128, 384, 4, 4),
@@ -503,9 +433,7 @@ def pipeline_preset(scale: str) -> dict[str, Any]:
             "train": {
                 "batch_size": 64,
                 "dtype": "bf16",
-                "compile": True,
-                "fused_loss": True,  # this and the next: no less precise, and measured faster (train_step_results.csv)
-                "fused_rope": True,
+                "step_preset": "fused",
                 "attention_kernel": "flash_attention_triton",
             },
         }

@@ -22,10 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lmsys.attention import check_support, get_kernel
 from lmsys.config import ModelConfig
-from lmsys.step.gate import gated_product
-from lmsys.step.loss import linear_cross_entropy
-from lmsys.step.norm import norm_beside, rms_norm
-from lmsys.step.rope import rotated_heads
+from lmsys.step.reference import rms_norm, rotate
 
 
 class Linear(nn.Module):
@@ -41,7 +38,7 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """A vector for each token id, in output_dtype if that is set. Weights: normal of standard deviation std, truncated at three of them."""
+    """A vector for each token id, in output_dtype if that is set. Weights: normal, truncated at three std."""
 
     def __init__(self, vocab_size: int, d_model: int, std: float = 1.0):
         super().__init__()
@@ -54,26 +51,16 @@ class Embedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * gain over the last dimension, computed in fp32, returned in the dtype of x.
-
-    fused: backward is one kernel (lmsys.step.norm), and under autocast the result is in its dtype.
-    """
+    """x / sqrt(mean(x^2) + eps) * gain over the last dimension, computed in fp32, returned in the dtype of x."""
 
     def __init__(self, d_model: int, eps: float = 1e-5):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(d_model))
-        self.eps, self.fused = eps, False
+        self.eps = eps
+        self.function: Callable[..., Tensor] = rms_norm  # lmsys.step.blocks has another
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fused:
-            return rms_norm(x, self.weight, self.eps)
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return (y * self.weight).to(x.dtype)
-
-    def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x, for what passes the norm by, and its norm."""
-        return norm_beside(x, self.weight, self.eps) if self.fused else (x, self(x))
+        return self.function(x, self.weight, self.eps)
 
 
 class RotaryEmbedding(nn.Module):
@@ -97,28 +84,13 @@ class RotaryEmbedding(nn.Module):
         return rotate(x, self.cos[positions], self.sin[positions])
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (2i, 2i+1) of x (..., T, D) by the angle whose cos and sin, (..., T, D/2), are given.
-
-    Eager, a complex product: one pass over x, 2.5 times as fast on a CPU as the real form, with its backward. Compiled,
-    the real form, which the compiler fuses and complex numbers it cannot.
-    """
-    pairs = x.float().unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():
-        a, b = pairs.unbind(-1)
-        rotated = torch.stack((a * cos - b * sin, a * sin + b * cos), -1)
-    else:
-        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
-    return rotated.flatten(-2).to(x.dtype)
-
-
 class CausalSelfAttention(nn.Module):
     """Multi-head causal self-attention with RoPE on queries and keys."""
 
     def __init__(self, config: ModelConfig, kernel: str):
         super().__init__()
         self.num_heads, self.head_dim = config.num_heads, config.head_dim
-        self.fused_rope = False
+        self.rotated_heads: Callable[..., tuple[Tensor, ...]] | None = None  # lmsys.step.rope's, where fuse() sets it
         self.set_kernel(kernel)
         self.qkv_proj = Linear(config.d_model, 3 * config.d_model)
         _truncated_normal(self.qkv_proj.weight, config.d_model**-0.5)  # three square matrices, each at its own scale
@@ -129,10 +101,10 @@ class CausalSelfAttention(nn.Module):
         self.kernel, self.attend = name, get_kernel(name).load()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable[..., Tensor] | None = None) -> Tensor:
-        """x: (B, T, d) -> (B, T, d). cos, sin: (T, D/2), or (B, 1, T, D/2). attend: (q, k, v, causal) -> y, for the kernel."""
+        """x: (B, T, d), likewise returned. cos, sin: (T, D/2) or (B, 1, T, D/2). attend: (q, k, v, causal) -> y."""
         qkv = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, self.head_dim))
-        if self.fused_rope and cos.ndim == 2:
-            q, k, v = rotated_heads(qkv, cos, sin)
+        if self.rotated_heads is not None and cos.ndim == 2:
+            q, k, v = self.rotated_heads(qkv, cos, sin)
         else:
             heads = qkv.permute(2, 0, 3, 1, 4)
             q, k, v = *rotate(heads[:2], cos, sin).unbind(0), heads[2]  # (B, H, T, D) each
@@ -141,18 +113,18 @@ class CausalSelfAttention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """W2 (silu(W1 x) * W3 x). merged: W1 and W3 are put together in forward, for one product in place of two (lmsys.step.gate)."""
+    """W2 (silu(W1 x) * W3 x). With lmsys.step.gate, W1 and W3 are one matmul, put together in forward."""
 
     def __init__(self, d_model: int, d_ff: int):
         super().__init__()
-        self.merged = False
+        self.gated_product: Callable[..., Tensor] | None = None  # lmsys.step.gate's, where fuse() sets it
         self.w1 = Linear(d_model, d_ff)
         self.w2 = Linear(d_ff, d_model)
         self.w3 = Linear(d_model, d_ff)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.merged:
-            return gated_product(F.linear(x, torch.cat((self.w1.weight, self.w3.weight))), self.w2.weight)
+        if self.gated_product is not None:
+            return self.gated_product(F.linear(x, torch.cat((self.w1.weight, self.w3.weight))), self.w2.weight)
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
@@ -165,11 +137,15 @@ class TransformerBlock(nn.Module):
         self.attn = CausalSelfAttention(config, kernel)
         self.ln2 = RMSNorm(config.d_model)
         self.ffn = SwiGLU(config.d_model, config.d_ff)
+        self.function: Callable[..., Tensor] | None = (
+            None  # with a backward pass of its own, where lmsys.step.blocks sets it
+        )
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable[..., Tensor] | None = None) -> Tensor:
-        x, y = self.ln1.beside(x)
-        x, y = self.ln2.beside(x + self.attn(y, cos, sin, attend))
-        return x + self.ffn(y)
+        if self.function is not None and attend is None:
+            return self.function(self, x, cos, sin)
+        x = x + self.attn(self.ln1(x), cos, sin, attend)
+        return x + self.ffn(self.ln2(x))
 
 
 class TransformerLM(nn.Module):
@@ -191,6 +167,7 @@ class TransformerLM(nn.Module):
             raise ValueError("model.vocab_size is not set: give it the tokenizer's vocabulary size")
         self.config = config
         self.compiled = False
+        self.rounded_loss = False  # gradients of the fused loss wait in their own dtypes
         self.checkpointing: tuple[int | None, bool] = (None, False)
         std = config.d_model**-0.5 if config.tie_embeddings else 1.0
         self.token_embeddings = Embedding(config.vocab_size, config.d_model, std)
@@ -202,14 +179,18 @@ class TransformerLM(nn.Module):
     def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
         """ids: (B, T) int64 -> logits (B, T, V), in the autocast dtype where autocast is on.
 
-        targets: (B, T) int64; given, the result is their mean cross-entropy in fp32, and no logits are kept (lmsys.step.loss).
+        targets: (B, T) int64; given, the result is their mean cross-entropy in fp32, and no logits are kept.
         Raises:
             ValueError: T beyond context_length; a device or dtype that the attention kernel does not take; on the CPU,
                 an id outside the vocabulary. On a GPU that last check would wait for the device at every step: check
                 the data once instead, as lmsys.train does.
         """
         hidden = self.hidden(ids)
-        return self.logits(hidden) if targets is None else linear_cross_entropy(hidden, self.head, targets)
+        if targets is None:
+            return self.logits(hidden)
+        from lmsys.step.loss import linear_cross_entropy
+
+        return linear_cross_entropy(hidden, self.head, targets, rounded=self.rounded_loss)
 
     def hidden(
         self, ids: Tensor, *, positions: Tensor | None = None, attend: Callable[..., Tensor] | None = None
@@ -223,7 +204,8 @@ class TransformerLM(nn.Module):
         length = ids.shape[-1]
         if length > self.config.context_length:
             raise ValueError(
-                f"{length} tokens are more than the model's context_length {self.config.context_length}; give fewer tokens"
+                f"{length} tokens are more than the model's context_length {self.config.context_length}; "
+                "give fewer tokens"
             )
         if not torch.compiler.is_compiling():
             self._check(ids)
@@ -245,7 +227,7 @@ class TransformerLM(nn.Module):
         return self.ln_final(x)
 
     def _check(self, ids: Tensor) -> None:
-        """Once a forward pass: ValueError unless the kernel takes the device and dtype and the ids are in the vocabulary."""
+        """Once a forward pass: ValueError unless the kernel takes device and dtype, and the ids are tokens."""
         device, config = ids.device, self.config
         autocast = torch.is_autocast_enabled(device.type)
         check_support(
@@ -279,53 +261,42 @@ class TransformerLM(nn.Module):
             layer.attn.set_kernel(name)
 
     def compile_blocks(self, **options: Any) -> None:
-        """torch.compile each block at its first call, with torch.compile's options. One compilation serves all blocks."""
+        """torch.compile each block at its first call, with torch.compile's options. One compilation serves them all."""
         for layer in self.layers:
             layer.compile(**options)
         self.compiled = True
 
-    def compile_rest(self, **options: Any) -> None:
-        """torch.compile what is in no block beside the head: the embedding and the last norm.
-
-        Compiled, the embedding's gradient adds up by atomic operations on a GPU: its last bits are others in every run.
-        """
-        self.token_embeddings.compile(**options)
-        self.ln_final.compile(**options)
-
     def fuse(
-        self,
-        *,
-        rope: bool = False,
-        gate: bool = False,
-        norm: bool = False,
-        residual_dtype: torch.dtype | None = None,
+        self, *, rope: bool = False, gate: bool = False, residual_dtype: torch.dtype | None = None
     ) -> TransformerLM:
         """Choose how the step computes the same model; returns the model.
 
         Args:
             rope: rotation and the splitting of Q, K and V as one kernel each way (lmsys.step.rope).
-            gate: the feed-forward layer's W1 and W3 as one product, and what follows it one kernel each way (lmsys.step.gate).
-            norm: a norm's backward pass as one kernel (lmsys.step.norm).
-            residual_dtype: of the stream from block to block; None: the embedding's, fp32 under autocast too.
+            gate: the feed-forward layer's W1 and W3 as one matmul, then one kernel each way (lmsys.step.gate).
+            residual_dtype: of the residual from block to block; None: the embedding's, fp32 under autocast too.
         """
+        rotated_heads = gated_product = None
+        if rope:
+            from lmsys.step.rope import rotated_heads
+        if gate:
+            from lmsys.step.gate import gated_product
         self.token_embeddings.output_dtype = residual_dtype
         for layer in self.layers:
-            layer.attn.fused_rope, layer.ffn.merged = rope, gate
-            layer.ln1.fused = layer.ln2.fused = norm
-        self.ln_final.fused = norm
+            layer.attn.rotated_heads, layer.ffn.gated_product = rotated_heads, gated_product
         return self
 
     def checkpoint_blocks(self, size: int | None, *, nested: bool = False) -> None:
-        """Activation checkpointing: keep for the backward pass the input of each group of `size` blocks, and compute the rest again in it.
+        """Activation checkpointing: keep the input of each group of `size` blocks, and recompute the rest in backward.
 
         Args:
             size: None keeps everything.
-            nested: halve the blocks, each half a checkpoint whose recomputation halves it again, down to `size` blocks: memory of
-                O(log L) inputs and `size` blocks for O(L log L) block forwards (Griewank and Walther's recursion, ACM TOMS 26:1,
-                without their schedule for a fixed number of inputs).
+            nested: halve the blocks, each half a checkpoint whose recomputation halves it again, down to `size` blocks:
+                memory of O(log L) inputs and `size` blocks for O(L log L) block forwards (Griewank and Walther's
+                recursion, ACM TOMS 26:1, without their schedule for a fixed number of inputs).
         Raises:
             ValueError: a size below 1.
-        Source of the flat form: Chen et al., arXiv 1604.06174. Outputs and gradients are the same numbers, as no block draws random ones.
+        Source of the flat form: Chen et al., arXiv 1604.06174. Outputs and gradients are the same numbers.
         """
         if size is not None and size < 1:
             raise ValueError(f"checkpointed groups of {size} blocks; give 1 or more, or None to keep everything")
@@ -358,7 +329,7 @@ def _run_halves(layers: Sequence[nn.Module], x: Tensor, cos: Tensor, sin: Tensor
 
 
 def _recomputed(function: Any, *args: Any) -> Tensor:
-    """function(*args), whose saved tensors the backward pass computes anew. No block draws random numbers: none are restored."""
+    """function(*args), whose saved tensors backward recomputes. No block draws random numbers: none are restored."""
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 

@@ -1,4 +1,7 @@
-"""What the tests of a block's parts share: a small block, and what a forward and a backward pass of it give, eager or as one graph."""
+"""What the tests of a block's parts share.
+
+A small block, and what a forward and a backward pass of it give, eager or as one graph.
+"""
 
 import torch
 

@@ -39,9 +39,9 @@ def test_the_peer_is_the_same_model(tied):
 def test_every_point_trains_alike(measured):
     chosen, frame, losses, _ = measured
     assert (frame.status == "ok").all(), frame.note.tolist()
-    names = ["written_backward", "fused_loss", "fused_rope", "merged_gate", "fused_norm", "fused_optimizer"]
+    names = ["written_backward", "fused_loss", "fused_rope", "merged_gate", "fused_optimizer"]
     assert list(frame.option) == ["all", "all", *names, "none"]
-    assert list(frame.implementation) == ["torch_native"] + 8 * ["lmsys"]
+    assert list(frame.implementation) == ["torch_native"] + 7 * ["lmsys"]
     assert (losses.groupby(["implementation", "option"]).step.max() == chosen.loss_steps).all()
     curves = losses.pivot(index="step", columns=["implementation", "option"], values="loss")
     assert np.abs(curves.sub(curves["torch_native", "all"], axis=0)).to_numpy().max() < 1e-4
@@ -90,21 +90,20 @@ def test_the_hosts_share_is_told(measured):
 
 def test_points_of_the_full_scale(monkeypatch):
     chosen = train_step.settings("full", kernel="vectorized_torch", compiled=False, device="cpu")
-    assert chosen.batch == (32, 16) and "compile_rest" not in chosen.options
+    assert chosen.batch == (32, 16) and "autotune" not in chosen.options
     found = train_step.points(chosen)
-    assert len(found) == 2 + 7 + 1 + 3
+    assert len(found) == 2 + 5 + 1 + 3
     trains = {(p.size, p.implementation, p.option): train_step.pipeline_config(chosen, p).train for p in found}
     monkeypatch.setattr("os.cpu_count", lambda: 16)
     shares = train_step._shares(chosen)
     assert sorted(str(point) for share in shares for point in share) == sorted(map(str, found))
-    assert list(map(len, shares)) == [1, 1, 3, 3, 3, 2]
+    assert list(map(len, shares)) == [1, 1, 3, 2, 2, 2]
     everything, nothing = trains["gpt2", "lmsys", "all"], trains["gpt2", "lmsys", "none"]
     assert "written_backward" not in chosen.options and everything.fused_rope
-    assert everything.bf16_parameters and everything.residual_dtype == "bf16" and everything.fused_loss
-    assert not (nothing.bf16_parameters or nothing.fused_optimizer or nothing.fused_rope)
-    assert not (nothing.merged_gate or nothing.fused_norm)
+    assert everything.residual_dtype == "bf16" and everything.fused_loss
+    assert not (nothing.fused_optimizer or nothing.fused_rope or nothing.merged_gate)
     without = trains["gpt2", "lmsys", "fused_optimizer"]
-    assert not (without.fused_optimizer or without.bf16_parameters) and without.fused_loss
+    assert not without.fused_optimizer and without.fused_loss
     assert trains["gpt2", "lmsys", "bf16_residual"].residual_dtype == "fp32"
 
 
@@ -117,11 +116,9 @@ def test_a_written_backward_pass_takes_the_place_of_compiled_blocks(monkeypatch)
     }
     for size in chosen.sizes:
         everything, compiled, nothing = (trains[size, option] for option in ("all", "written_backward", "none"))
-        assert everything.written_backward and not (
-            everything.compile or everything.fused_rope or everything.compile_rest
-        )
-        assert everything.fused_loss and everything.bf16_parameters and everything.residual_dtype == "bf16"
-        assert compiled.compile and compiled.fused_rope and compiled.compile_rest and not compiled.written_backward
+        assert everything.written_backward and not (everything.compile or everything.fused_rope)
+        assert everything.fused_loss and everything.residual_dtype == "bf16"
+        assert compiled.compile and compiled.fused_rope and not compiled.written_backward
         assert nothing.compile and not (nothing.written_backward or nothing.fused_loss)
     assert all(not train.written_backward for (_, option), train in trains.items() if option != "all")
     monkeypatch.setattr("os.cpu_count", lambda: 16)
@@ -147,8 +144,6 @@ def test_settings_that_cannot_be():
     cases = {
         "unknown option 'fused_los'": {"options": ["fused_los"]},
         "does not go with dtype fp32": {"options": ["bf16_residual"]},
-        "needs fused_optimizer": {"options": ["bf16_parameters"], "dtype": "bf16"},
-        "option compile_rest does not go with": {"options": ["compile_rest"]},
         "option autotune does not go with": {"options": ["autotune"]},
         "unknown model size": {"sizes": ["gpt-2"]},
         "timed_steps is 0": {"timed_steps": 0},

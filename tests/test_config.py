@@ -7,6 +7,7 @@ from lmsys.config import (
     MODEL_SIZES,
     ModelConfig,
     PipelineConfig,
+    TrainConfig,
     build,
     model_size,
     pipeline_config,
@@ -168,6 +169,25 @@ def test_model_sizes_of_the_courses_table():
     assert {"small", "medium", "large", "xl", "2.7b"} <= set(MODEL_SIZES)
     with pytest.raises(ValueError, match="unknown model size 'smal'. Did you mean 'small'"):
         model_size("smal")
+
+
+def test_a_step_preset_sets_the_switches_that_are_not_given():
+    full = pipeline_config("full", overrides=["train.merged_gate=false"])
+    train = full.train
+    assert train.compile and train.fused_loss and train.fused_rope and train.fused_optimizer and not train.merged_gate
+    assert train.residual_dtype == "bf16" and not train.written_backward
+    assert build(PipelineConfig, to_dict(full)) == full
+    plain = TrainConfig()
+    assert not (plain.compile or plain.fused_loss or plain.fused_optimizer) and plain.residual_dtype is None
+    written = TrainConfig(step_preset="written", attention_kernel="flash_attention_torch")
+    assert written.written_backward and written.fused_loss and not written.compile and written.residual_dtype is None
+
+
+def test_what_a_preset_sets_gives_way_to_the_wrapper_and_what_is_given_does_not():
+    given = {"step_preset": "fused", "ddp_wrapper": "flat", "sharded_optimizer": True}
+    assert not TrainConfig(**given).fused_optimizer
+    with pytest.raises(ValueError, match="train.fused_optimizer=false"):
+        TrainConfig(**given, fused_optimizer=True)
 
 
 def test_configs_are_frozen():

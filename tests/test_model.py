@@ -158,7 +158,10 @@ def test_parameters_are_those_of_cost(model):
 
 
 def test_flops_are_those_of_cost(model):
-    """torch counts every pair of queries and keys; cost.py's count for MFU counts half of them, and the gains as products."""
+    """torch counts every pair of queries and keys.
+
+    Cost.py's count for MFU counts half of them, and the gains as products.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     ids = torch.randint(61, (2, 24))

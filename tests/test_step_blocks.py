@@ -1,4 +1,7 @@
-"""Selective blocks against the plain ones: outputs, gradients, what is kept, and the Triton kernels beside plain PyTorch."""
+"""Blocks with a written backward pass against the plain ones.
+
+Outputs, gradients, what is kept, and the Triton kernels beside plain PyTorch.
+"""
 
 import itertools
 
@@ -9,6 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from lmsys.config import ModelConfig
 from lmsys.model import RotaryEmbedding, TransformerLM
 from lmsys.step import blocks, planner
+from lmsys.step.loss import linear_cross_entropy
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -26,7 +30,7 @@ SETS = [
 
 
 def models(keep, dtype=EXACT, kernel="flash_attention_torch"):
-    """A plain model, and its twin with selective blocks."""
+    """A plain model, and its twin with a written backward pass."""
     torch.manual_seed(0)
     plain = TransformerLM(CONFIG, attention_kernel=kernel).to(DEVICE, dtype)
     twin = TransformerLM(CONFIG, attention_kernel=kernel).to(DEVICE, dtype)
@@ -73,7 +77,7 @@ def test_what_is_kept_is_what_the_planner_counts(dtype):
 
         with saved_tensors_hooks(pack, lambda tensor: tensor):
             block(x, cos, sin)
-        assert sum(seen.values()) == shape.stream + sum(shape.kind_bytes(kind) for kind in keep), keep
+        assert sum(seen.values()) == shape.residual + sum(shape.kind_bytes(kind) for kind in keep), keep
 
 
 def test_kernels_of_the_path_for_gpus():
@@ -91,24 +95,23 @@ def test_kernels_of_the_path_for_gpus():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16] + ([torch.bfloat16] if ON_GPU else []), ids=str)
 def test_triton_kernels(rows, d, dtype):
     pytest.importorskip("triton")
-    from lmsys.step import block_kernels
-    from lmsys.step.kernels import norm_back_
+    from lmsys.step.gate import swiglu, swiglu_backward
+    from lmsys.step.norm import norm_backward, norm_forward
 
     torch.manual_seed(0)
     tight = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 4e-3, "atol": 4e-3}
     x, added, dy, residual = torch.randn(4, rows, d, device=DEVICE).to(dtype)
     gain = torch.randn(d, device=DEVICE)
-    total, y = block_kernels.rms_norm(x, gain, 1e-5, added)
+    total, y = norm_forward(x, gain, 1e-5, added, "triton")
     assert torch.equal(total, x + added)
     leaf, weight = (tensor.double().requires_grad_() for tensor in (total, gain))
     norm = leaf * torch.rsqrt(leaf.square().mean(-1, keepdim=True) + 1e-5) * weight
     torch.testing.assert_close(y.double(), norm, **tight)
-    torch.testing.assert_close(block_kernels.rms_norm(total, gain, 1e-5)[1], y)
+    torch.testing.assert_close(norm_forward(total, gain, 1e-5, path="triton")[1], y)
     norm.backward(dy.double())
-    alone = torch.empty_like(dy)
-    norm_back_(dy, total, None, gain, None, alone, 1e-5)
+    alone, _ = norm_backward(dy.clone(), total, gain, 1e-5, path="triton")
     torch.testing.assert_close(alone.double(), leaf.grad, **tight)
-    dgain = norm_back_(dy, total, None, gain, residual, dy, 1e-5)  # in place
+    _, dgain = norm_backward(dy, total, gain, 1e-5, residual, "triton")  # in place
     torch.testing.assert_close(dy.double(), leaf.grad + residual.double(), **tight)
     torch.testing.assert_close(dgain.double(), weight.grad, **tight)
 
@@ -116,8 +119,8 @@ def test_triton_kernels(rows, d, dtype):
     leaves = [tensor.double().requires_grad_() for tensor in (gate, up)]
     product = torch.nn.functional.silu(leaves[0]) * leaves[1]
     product.backward(grad.double())
-    torch.testing.assert_close(block_kernels.swiglu(gate, up).double(), product, **tight)
-    block_kernels.swiglu_backward_(gate, up, grad)
+    torch.testing.assert_close(swiglu(gate, up, "triton").double(), product, **tight)
+    swiglu_backward(gate, up, grad, gate, up, grad, "triton")
     for ours, theirs in ((grad, product), (gate, leaves[0].grad), (up, leaves[1].grad)):
         torch.testing.assert_close(ours.double(), theirs.detach(), **tight)
 
@@ -125,14 +128,14 @@ def test_triton_kernels(rows, d, dtype):
 @pytest.mark.filterwarnings("ignore:no CUDA GPU")
 def test_rotation_in_place_is_rotation():
     pytest.importorskip("triton")
-    from lmsys.step.kernels import rotate_
+    from lmsys.step.rope import rotate_
 
     rope = RotaryEmbedding(24, 70).to(DEVICE)
     qkv = torch.randn(2, 70, 3, 2, 24, device=DEVICE)
     q, k, v = (part.transpose(1, 2) for part in qkv.clone().unbind(2))
     mine = qkv.clone()
     here = tuple(mine[:, :, index].transpose(1, 2) for index in range(2))
-    rotate_((*here, None), (*here, None), rope.cos, rope.sin, 1.0)
+    rotate_(here, here, rope.cos, rope.sin, 1.0)
     for index, one in enumerate((rope(q), rope(k), v)):
         torch.testing.assert_close(mine[:, :, index].transpose(1, 2), one)
 
@@ -152,11 +155,14 @@ def test_tensors_in_any_layout():
 
 
 def test_the_losss_gradients_have_no_common_factor():
-    """One over the number of tokens and a loss scale, neither a number in bf16, are not rounded to it: no gradient is off as a whole."""
+    """One over the number of tokens and a loss scale, neither a number in bf16, are not rounded to it.
+
+    No gradient is off as a whole.
+    """
     torch.manual_seed(0)
     hidden, weight = (torch.randn(n, 32, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for n in (792, 50))
     targets, scale = torch.randint(50, (792,), device=DEVICE), 1.003
-    (scale * blocks._Loss.apply(hidden, weight, targets)).backward()
+    (scale * linear_cross_entropy(hidden, weight, targets, rounded=True)).backward()
     wide = [one.detach().double().requires_grad_() for one in (hidden, weight)]
     (scale * torch.nn.functional.cross_entropy(wide[0] @ wide[1].t(), targets)).backward()
     for one, exact in zip((hidden, weight), wide, strict=True):
@@ -180,7 +186,7 @@ def test_what_cannot_be_is_said():
     ):
         with pytest.raises(ValueError, match=message):
             blocks.select(twin, keep)
-    with pytest.raises(ValueError, match="unknown attention kernel of a selective block 'vectorized_torch'"):
+    with pytest.raises(ValueError, match="unknown attention kernel of a written backward pass 'vectorized_torch'"):
         models((), kernel="vectorized_torch")
     x = torch.randn(1, 4, 32, device=DEVICE, dtype=EXACT)
     with pytest.raises(ValueError, match=r"positions 0 to T - 1, .* got \(1, 1, 4, 8\)"):

@@ -1,4 +1,7 @@
-"""gated_product against fp64: plain PyTorch, and the Triton kernels in their interpreter or on a GPU; what it keeps; compiled."""
+"""gated_product against fp64.
+
+Plain PyTorch, and the Triton kernels in their interpreter or on a GPU; what it keeps; compiled.
+"""
 
 import pytest
 import torch
@@ -11,8 +14,6 @@ from lmsys.step.gate import gate_back_op, gate_op, gated_product
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 
-pytest.importorskip("triton")
-pytestmark = pytest.mark.filterwarnings("ignore:no CUDA GPU")
 PATHS = pytest.mark.parametrize("path", ["torch", "triton"])
 
 
@@ -107,7 +108,7 @@ def test_merged_computes_what_apart_does():
     torch.manual_seed(0)
     layer, made = SwiGLU(24, 64), []
     x, dy = torch.randn(2, 5, 24), torch.randn(2, 5, 24)
-    for layer.merged in (False, True):
+    for layer.gated_product in (None, gated_product):
         layer.zero_grad()
         y = layer(x)
         y.backward(dy)
@@ -147,7 +148,7 @@ def test_compiled_as_one_graph_is_as_eager(autocast):
     """A block with the layer in it, its products apart from its operators."""
     torch.manual_seed(0)
     block = small_block()
-    block.ffn.merged = True
+    block.ffn.gated_product = gated_product
     given = small_inputs()
     made = [outcome(block, *given, compiled=compiled, autocast=autocast) for compiled in (False, True)]
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if autocast else {}

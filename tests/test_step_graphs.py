@@ -1,4 +1,6 @@
-"""Captured passes: what is replayed, on the CPU with a capture that runs the function again in place, and on a GPU with CUDA's."""
+"""Captured passes: what is replayed, on the CPU with a capture that runs the function again in place, and on a GPU with
+CUDA's.
+"""
 
 import dataclasses
 import functools
@@ -221,7 +223,10 @@ def test_captured_gradients_take_the_copy_engines_where_there_are_some(monkeypat
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("micro_batches", [1, 3])
 def test_captured_training_is_the_same_training(tmp_path, micro_batches):
-    """Steps of the trainer's replica with and without captured passes: losses equal to rounding, the captured ones replayed."""
+    """Steps of the trainer's replica with and without captured passes.
+
+    Losses equal to rounding, the captured ones replayed.
+    """
     losses = {}
     before = torch.cuda.current_stream()
     try:

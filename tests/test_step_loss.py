@@ -1,4 +1,7 @@
-"""The fused head and loss against model.cross_entropy of whole logits: plain PyTorch, and the Triton kernel in its interpreter or on a GPU."""
+"""The fused head and loss against model.cross_entropy of whole logits.
+
+Plain PyTorch, and the Triton kernel in its interpreter or on a GPU.
+"""
 
 import copy
 
@@ -12,9 +15,6 @@ from lmsys.step.loss import CHUNK_BYTES, chunk_tokens, linear_cross_entropy
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-
-pytest.importorskip("triton")
-pytestmark = pytest.mark.filterwarnings("ignore:no CUDA GPU")
 
 
 def inputs(tokens, d_model, vocabulary, dtype=torch.float32, seed=0):
@@ -106,7 +106,10 @@ def test_scaled_losses_lose_nothing_in_fp16(path):
 
 @pytest.mark.parametrize("path", ["torch", "triton"])
 def test_every_element_is_written(path, monkeypatch):
-    """Memory that begins as NaN shows what is read before it is written, or not written; the gaps between rows stay NaN."""
+    """Memory that begins as NaN shows what is read before it is written, or not written.
+
+    The gaps between rows stay NaN.
+    """
     empty = torch.empty
 
     def poisoned(*shape, **options):
@@ -238,7 +241,7 @@ def test_a_target_outside_of_the_vocabulary():
 
 
 def test_the_kernel_reads_nothing_of_a_target_outside():
-    from lmsys.step.kernels import cross_entropy_
+    from lmsys.step.loss import cross_entropy_
 
     logits = torch.randn(3, 40, device=DEVICE)
     losses = torch.empty(3, device=DEVICE)

@@ -1,4 +1,6 @@
-"""The planner: its walk through memory against a profiler's, its choices against all there are, its formulas against lmsys.cost."""
+"""The planner: its walk through memory against a profiler's, its choices against all there are, its formulas against
+lmsys.cost.
+"""
 
 import dataclasses
 import itertools
@@ -14,7 +16,7 @@ from lmsys.config import ModelConfig
 from lmsys.model import TransformerLM
 from lmsys.step import blocks, planner
 from lmsys.step import loss as fused_loss
-from lmsys.step.optimizer import FusedAdamW
+from lmsys.step.adamw import FusedAdamW
 
 CONFIG = ModelConfig(d_model=64, d_ff=176, num_layers=3, num_heads=2, context_length=512, vocab_size=50)
 SHAPE = planner.Shape(CONFIG, batch=2, length=512, gpus=2, dtype="fp32")
@@ -44,7 +46,10 @@ def alone():
 
 @pytest.fixture
 def frugal(monkeypatch):
-    """A block's operations beside its products, which allocate what those on a GPU do and no more; what they compute is no matter."""
+    """A block's operations beside its products, which allocate what those on a GPU do and no more.
+
+    What they compute is no matter.
+    """
 
     def rms_norm(x, gain, eps, added=None):
         return (x if added is None else torch.empty_like(x)), torch.empty_like(x)
@@ -61,14 +66,14 @@ def frugal(monkeypatch):
     def rotate_back(dq, dk, dv, cos, sin, path):
         return dq.new_empty(dq.shape[0], dq.shape[2], 3, dq.shape[1], dq.shape[3])
 
-    monkeypatch.setattr(blocks, "_rms_norm", rms_norm)
-    monkeypatch.setattr(blocks, "_rms_norm_backward", lambda dy, x, gain, eps, residual=None: (dy, gain))
-    monkeypatch.setattr(blocks, "_swiglu", lambda gate, up: torch.empty_like(gate))
-    monkeypatch.setattr(blocks, "_swiglu_backward_", lambda gate, up, grad: None)
-    monkeypatch.setattr(blocks, "_rotate_", lambda qkv, cos, sin: None)
+    monkeypatch.setattr(blocks, "norm_forward", rms_norm)
+    monkeypatch.setattr(blocks, "norm_backward", lambda dy, x, gain, eps, residual=None: (dy, gain))
+    monkeypatch.setattr(blocks, "swiglu", lambda gate, up: torch.empty_like(gate))
+    monkeypatch.setattr(blocks, "swiglu_backward", lambda *_: None)
+    monkeypatch.setattr(blocks, "rotate_in_place", lambda qkv, cos, sin: None)
     monkeypatch.setattr(blocks, "attend", attend)
     monkeypatch.setattr(blocks, "attend_backward", attend_backward)
-    monkeypatch.setattr(blocks, "rotate_back_op", rotate_back)
+    monkeypatch.setattr(blocks, "rotate_back", rotate_back)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the profiler of the CPU's allocations")
@@ -81,7 +86,7 @@ def test_peaks_of_a_block_are_the_profilers(frugal, keep):
     dout = torch.randn(2, 512, 64)
     made = []
     forward = peak_bytes_cpu(lambda: made.append(block(x, model.rope.cos, model.rope.sin)), lambda: ())
-    kept = sum(map(SHAPE.kind_bytes, keep)) + SHAPE.stream  # and the output
+    kept = sum(map(SHAPE.kind_bytes, keep)) + SHAPE.residual  # and the output
     assert forward == kept + SHAPE.forward_peak(keep)
     assert peak_bytes_cpu(lambda: made[-1].backward(dout), lambda: ()) == SHAPE.backward_peak(keep)
 
@@ -89,12 +94,14 @@ def test_peaks_of_a_block_are_the_profilers(frugal, keep):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the profiler of the CPU's allocations")
 @pytest.mark.parametrize("vocabulary", [64, 4000])
 def test_the_peak_of_the_loss_is_the_profilers(monkeypatch, vocabulary):
-    monkeypatch.setattr(fused_loss, "_cross_entropy_", lambda *_: None)
+    monkeypatch.setattr(fused_loss, "_cross_entropy", lambda *_: None)
     config = dataclasses.replace(CONFIG, vocab_size=vocabulary)
     shape = planner.Shape(config, 2, 512, 2, "fp32")
     hidden, weight = torch.randn(1024, 64, requires_grad=True), torch.randn(vocabulary, 64, requires_grad=True)
     targets = torch.randint(vocabulary, (1024,))
-    peak = hidden.nbytes + peak_bytes_cpu(lambda: blocks._Loss.apply(hidden, weight, targets), lambda: ())
+    peak = hidden.nbytes + peak_bytes_cpu(
+        lambda: fused_loss.linear_cross_entropy(hidden, weight, targets, rounded=True), lambda: ()
+    )
     assert peak == pytest.approx(shape.loss_peak(), rel=0.03)
 
 
@@ -103,7 +110,7 @@ def test_the_peak_of_the_loss_is_the_profilers(monkeypatch, vocabulary):
 @pytest.mark.parametrize("keep", [SETS[0], SETS[3], SETS[-1]], ids=lambda keep: f"{len(keep)} kinds")
 def test_the_peak_of_a_step_is_the_profilers(frugal, alone, monkeypatch, keep, vocabulary, where):
     """Forward, loss and backward of the sharded model, in a first step and in a later one, which gathers ahead."""
-    monkeypatch.setattr(fused_loss, "_cross_entropy_", lambda *_: None)
+    monkeypatch.setattr(fused_loss, "_cross_entropy", lambda *_: None)
     config = dataclasses.replace(CONFIG, num_layers=4, context_length=1024, vocab_size=vocabulary)
     shape = planner.Shape(config, 1, 1024, 1, "fp32")
     torch.manual_seed(0)
@@ -192,4 +199,4 @@ def test_what_cannot_be_is_said():
     tied = ModelConfig(64, 176, 1, 2, 8, 50, tie_embeddings=True)
     with pytest.raises(ValueError, match="untied"):
         planner.Shape(tied, 1, 8, 2, "bf16")
-    assert planner.KINDS == blocks.KINDS and planner.CHUNK_BYTES == fused_loss.CHUNK_BYTES
+    assert planner.CHUNK_BYTES == fused_loss.CHUNK_BYTES

@@ -3,14 +3,13 @@
 import pytest
 import torch
 
-from lmsys.model import RotaryEmbedding, rotate
+from lmsys.model import RotaryEmbedding
+from lmsys.step.reference import rotate
 from lmsys.step.rope import rotate_back_op, rotate_op, rotated_heads
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 
-pytest.importorskip("triton")
-pytestmark = pytest.mark.filterwarnings("ignore:no CUDA GPU")
 PATHS = pytest.mark.parametrize("path", ["torch", "triton"])
 
 

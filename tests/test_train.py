@@ -540,8 +540,8 @@ def test_config_of_a_checkpoint_builds_again(tmp_path):
 
 # --- Options of the step --------------------------------------------------------------------------
 
-STEP_OPTIONS = ("fused_loss", "fused_rope", "merged_gate", "fused_norm", "fused_optimizer")
-BF16 = {"dtype": "bf16", "fused_optimizer": True, "bf16_parameters": True}
+STEP_OPTIONS = ("fused_loss", "fused_rope", "merged_gate", "fused_optimizer")
+BF16 = {"dtype": "bf16", "fused_optimizer": True, "residual_dtype": "bf16"}
 WRITTEN = {"written_backward": True, "attention_kernel": "flash_attention_torch"}
 
 
@@ -569,15 +569,12 @@ def test_less_precision_stays_near(options):
     assert 1e-7 < distance < 2e-3
 
 
-def test_a_run_with_masters_resumes_exactly_and_its_checkpoint_is_in_fp32(tmp_path):
-    whole = run(tmp_path / "whole", train=BF16)
+def test_a_run_in_bf16_resumes_exactly(tmp_path):
+    whole = run(tmp_path / "whole", train=BF16 | WRITTEN)
     with pytest.raises(Interrupted):
-        run(tmp_path / "cut", interrupt_at(7), train=BF16)
-    assert computed(run(tmp_path / "cut", train=BF16)) == computed(whole)
-    saved = checkpoint.load(whole.checkpoint)
-    assert {tensor.dtype for tensor in saved.weights.values()} == {torch.float32}
-    rounded = [tensor for tensor in saved.weights.values() if torch.equal(tensor, tensor.bfloat16().float())]
-    assert all(tensor.ndim < 2 for tensor in rounded)  # gains that are still 1, and no matrix
+        run(tmp_path / "cut", interrupt_at(7), train=BF16 | WRITTEN)
+    assert computed(run(tmp_path / "cut", train=BF16 | WRITTEN)) == computed(whole)
+    assert {tensor.dtype for tensor in checkpoint.load(whole.checkpoint).weights.values()} == {torch.float32}
 
 
 def test_a_run_goes_on_under_other_options_of_the_step(tmp_path):
@@ -592,11 +589,6 @@ def test_a_run_goes_on_under_other_options_of_the_step(tmp_path):
         np.testing.assert_allclose(losses(history), expected, rtol=2e-3)
 
 
-def test_a_written_backward_pass_needs_a_kernel_that_gives_the_log_sum_exp():
-    with pytest.raises(ValueError, match="flash_attention_triton"):
-        run(train={"written_backward": True})
-
-
 def test_fused_optimizer_clips_as_the_plain_one():
     strict = {"max_grad_norm": 0.05}
     ours, theirs = (run(train={"fused_optimizer": fused}, optim=strict) for fused in (True, False))
@@ -608,16 +600,16 @@ def test_fused_optimizer_clips_as_the_plain_one():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"compile_rest": True}, "train.compile"),
+        ({"autotune": True}, "train.compile"),
         ({"residual_dtype": "fp8"}, "train.residual_dtype"),
-        ({"bf16_parameters": True, "fused_optimizer": True}, "train.dtype=bf16"),
-        ({"bf16_parameters": True, "dtype": "bf16"}, "train.fused_optimizer=true"),
+        ({"residual_dtype": "bf16"}, "training in bf16"),
+        ({"step_preset": "fast"}, "unknown train.step_preset 'fast'.*plain, fused, written"),
+        ({"step_preset": "fused", "written_backward": True}, "train.compile=true"),
         ({"fused_optimizer": True, "ddp_wrapper": "torch_fsdp2"}, "train.fused_optimizer=false"),
-        ({**BF16, "ddp_wrapper": "fsdp"}, "train.bf16_parameters=false"),
         ({"fused_optimizer": True, "ddp_wrapper": "flat", "sharded_optimizer": True}, "train.fused_optimizer=false"),
         (WRITTEN | {"compile": True}, "train.compile"),
         (WRITTEN | {"dtype": "fp16"}, "fp32 or bf16"),
-        (WRITTEN | {"dtype": "bf16"}, "train.bf16_parameters=true"),
+        ({"written_backward": True}, "flash_attention_triton"),
         (WRITTEN | BF16 | {"residual_dtype": "fp32"}, "leave train.residual_dtype out"),
         (WRITTEN | {"ddp_wrapper": "torch_fsdp2"}, "use fsdp"),
     ],

@@ -117,7 +117,7 @@ def in_two_processes(process, folder, alone):
         results["compiled"] = run(folder / "compiled", **seldom, **COMPILED)
     for name in ("fsdp", "torch_fsdp2"):
         results[f"{name}, bf16"] = run(ddp_wrapper=name, dtype="bf16")
-    results["bf16 parameters"] = run(ddp_wrapper="flashddp", dtype="bf16", fused_optimizer=True, bf16_parameters=True)
+    results["written, bf16"] = run(ddp_wrapper="flashddp", dtype="bf16", fused_optimizer=True, **WRITTEN)
     results["bf16 gradients"] = run(ddp_wrapper="flashddp", communication_dtype="bf16")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.amp.GradScaler, "__init__", large_scale(torch.amp.GradScaler.__init__))
@@ -183,9 +183,9 @@ def test_a_compiled_model_trains_alike(alone, together):
 
 
 def test_bf16_reaches_the_wrapper(alone, together):
-    """Whole parameters, or gradients on their way, in bf16: close, and not the same."""
+    """Parameters as they are gathered, whole blocks, or gradients on their way, in bf16: close, and not the same."""
     rounded = run(dtype="bf16")
-    expected = dict.fromkeys(("fsdp, bf16", "torch_fsdp2, bf16", "bf16 parameters"), rounded)
+    expected = dict.fromkeys(("fsdp, bf16", "torch_fsdp2, bf16", "written, bf16"), rounded)
     expected |= {"bf16 gradients": alone[0]}
     for name, history in expected.items():
         ours, theirs = (np.array([row["train_loss"] for row in each.rows]) for each in (together[0][name][0], history))

@@ -4,7 +4,7 @@ A step is forward, loss, backward and AdamW, from tokens on the device to update
 (2026): vocabulary 151,936, d_model 4096, d_ff 11,008, 34 layers, 32 heads. A sequence a GPU.
 
 - lmsys: matrices and optimizer state sharded (lmsys.parallel.fsdp: fp32 shards, gathered in bf16), blocks that keep what a plan says
-  (lmsys.step.blocks, lmsys.step.planner), our attention, head and loss in one (lmsys.step.loss), AdamW in one kernel (lmsys.step.optimizer.FusedAdamW).
+  (lmsys.step.blocks and planner), our attention, head and loss in one (lmsys.step.loss), AdamW in one kernel (lmsys.step.adamw).
 - torch_native, the peer: what PyTorch itself has, put together as its own training recipes do: FSDP2, cuDNN attention, each block
   compiled and checkpointed, the loss in compiled chunks, fused AdamW; weights, gradients and moments in bf16, which is less to hold and to
   move than ours. Its model is that of lmsys.bench.peers.
@@ -53,7 +53,7 @@ from lmsys.parallel import group
 from lmsys.parallel.group import Process
 from lmsys.parallel.shards import all_gather
 from lmsys.step import blocks, planner
-from lmsys.step.optimizer import FusedAdamW
+from lmsys.step.adamw import FusedAdamW
 
 BOARD, OURS, PEER = "2026", "lmsys", "torch_native"
 IMPLEMENTATIONS = (OURS, PEER)
@@ -215,7 +215,7 @@ def initial_weights(config: ModelConfig, kernel: str, seed: int, device: torch.d
 def sharded(
     config: ModelConfig, keep: Sequence[Any], board: StepBoard, device: torch.device
 ) -> parallel.fsdp.FullyShardedModule:
-    """Our model: selective blocks, sharded."""
+    """Our model: blocks with a written backward pass, sharded."""
     model = blocks.select(initial_weights(config, board.kernel, board.seed, device), keep)
     low = {"compute_dtype": TORCH_DTYPES[board.dtype]} if board.dtype != "fp32" else {}
     return parallel.wrap(model, "fsdp", prefetch=planner.PREFETCH, **low)

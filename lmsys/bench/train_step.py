@@ -38,7 +38,6 @@ from lmsys.bench.processes import Clock
 from lmsys.bench.steps import live_bytes, pattern_tokens
 from lmsys.config import (
     DTYPES,
-    PLAIN_BLOCK_OPTIONS,
     PipelineConfig,
     build,
     model_size,
@@ -48,7 +47,7 @@ from lmsys.config import (
 )
 from lmsys.data import BatchSampler
 from lmsys.device import device_name, fp32_products, peak_flops, resolve_device
-from lmsys.step import blocks
+from lmsys.options import WRITTEN_BACKWARD_ATTENTION
 from lmsys.train.engine import Engine
 
 NAME, LOSSES = "train_step_results", "train_step_losses"
@@ -62,18 +61,18 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "fused_loss": ({"fused_loss": True}, {"fused_loss": False}),
     "fused_rope": ({"fused_rope": True}, {"fused_rope": False}),
     "merged_gate": ({"merged_gate": True}, {"merged_gate": False}),
-    "fused_norm": ({"fused_norm": True}, {"fused_norm": False}),
-    "fused_optimizer": ({"fused_optimizer": True}, {"fused_optimizer": False, "bf16_parameters": False}),
-    "bf16_parameters": ({"bf16_parameters": True}, {"bf16_parameters": False}),
+    "fused_optimizer": ({"fused_optimizer": True}, {"fused_optimizer": False}),
     "bf16_residual": ({"residual_dtype": "bf16"}, {"residual_dtype": "fp32"}),
-    "compile_rest": ({"compile_rest": True}, {"compile_rest": False}),
     "autotune": ({"autotune": True}, {"autotune": False}),
     "cuda_graph": ({"cuda_graph": True}, {"cuda_graph": False}),
 }
-_OF_BF16, _OF_COMPILE, _OF_GPUS = ("bf16_parameters", "bf16_residual"), ("compile_rest", "autotune"), ("cuda_graph",)
+_OF_BF16, _OF_COMPILE, _OF_GPUS = ("bf16_residual",), ("autotune",), ("cuda_graph",)
 # Blocks with a backward pass of their own, in place of the compiled ones and of what only those have. Last, as it takes that back.
 _WRITTEN = "written_backward"
-OPTIONS[_WRITTEN] = {_WRITTEN: True} | dict.fromkeys(PLAIN_BLOCK_OPTIONS, False), {_WRITTEN: False}
+OPTIONS[_WRITTEN] = (
+    {_WRITTEN: True} | dict.fromkeys(("compile", "autotune", "fused_rope", "merged_gate"), False),
+    {_WRITTEN: False},
+)
 WHERE_NAMED = ("autotune", "cuda_graph")  # takes minutes; is for a GPU that waits for its host, as these do not
 
 
@@ -141,7 +140,7 @@ def possible_options(dtype: str, compiled: bool, kernel: str, device: str = "aut
     """The options that a precision, compilation or the lack of it, an attention kernel and a device leave."""
     excluded = (_OF_BF16 if dtype != "bf16" else ()) + (_OF_COMPILE if not compiled else ())
     excluded += _OF_GPUS if resolve_device(device).type != "cuda" else ()
-    excluded += (_WRITTEN,) if kernel not in blocks.ATTENTION else ()
+    excluded += (_WRITTEN,) if kernel not in WRITTEN_BACKWARD_ATTENTION else ()
     return [name for name in OPTIONS if name not in excluded]
 
 
@@ -194,10 +193,6 @@ def settings(
             f"option {name} does not go with dtype {values['dtype']}, compiled {values['compiled']}, kernel {values['kernel']}; those "
             f"that do: {', '.join(possible)}",
         )
-    require(
-        "bf16_parameters" not in values["options"] or "fused_optimizer" in values["options"],
-        "option bf16_parameters needs fused_optimizer, which holds their fp32 values; give both",
-    )
     values["batch"] = tuple(values["batch"] or _BATCH.get(size, 8) for size in values["sizes"])
     made = StepSettings(**values)
     for point in points(made):

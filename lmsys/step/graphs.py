@@ -1,16 +1,18 @@
-"""A forward and backward pass as one CUDA graph: the host launches once what it would otherwise launch kernel by kernel.
+"""A forward and backward pass as one CUDA graph: one launch by the host in place of one a kernel.
 
-A model of many small layers at a small batch keeps the GPU waiting for the host: xl of the course's sizes at 4 x 512 tokens takes some 2,000
-launches a step. A captured pass replays them, communication of gradients included, from one call.
+A model of many small layers at a small batch keeps the GPU waiting for the host: xl of the course's sizes at 4 x 512
+tokens takes some 2,000 launches a step. A captured pass replays them, communication of gradients included, from one
+call.
 
-What is captured is what the function does on the GPU, with the addresses that it had: inputs are copied to where the captured ones lie, gradients
-are left where the captured ones were, and their tensors put back into .grad. Python inside the function does not run again; hooks do not.
-Everything must run on one stream that is not the default one (on_own_stream()), or autograd would wait for a stream that is not captured.
+What is captured is what the function does on the GPU, with the addresses that it had: inputs are copied to where the
+captured ones lie, gradients are left where the captured ones were, and their tensors put back into .grad. Python inside
+the function does not run again; hooks do not. Everything must run on one stream that is not the default one
+(on_own_stream()), or autograd would wait for a stream that is not captured.
 
 Source: PyTorch's notes on CUDA graphs, whole-network capture.
-Limits: no value that the host reads during the pass; inputs of one shape; memory of the pass stays reserved between its calls. A captured
-pass holds the communicators that it used, and NCCL waits for it when they are closed: let go of the pass first. A function bound to the
-object that keeps its pass is a circle, which only the collector would find.
+Limits: no value that the host reads during the pass; inputs of one shape; memory of the pass stays reserved between its
+calls. A captured pass holds the communicators that it used, and NCCL waits for it when they are closed: let go of the
+pass first. A function bound to the object that keeps its pass is a circle, which only the collector would find.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Steps to run before capturing: for compilation, the order of gradients, communicators. torch's DistributedDataParallel times the first
-# ten with events, for which the host waits; PyTorch's notes ask for eleven.
+# Steps to run before capturing: for compilation, the order of gradients, communicators. torch's DistributedDataParallel
+# times the first ten with events, for which the host waits; PyTorch's notes ask for eleven.
 WARMUP = 11
 
 Replay = Callable[[], None]
@@ -44,8 +46,9 @@ class GraphedPass:
     """Call it as the function that it is given: the first call captures it, each one replays it.
 
     Args:
-        function: of tensors on the GPU to one tensor, the loss; leaves gradients in .grad of the parameters, or adds to those that
-            are there, which a pass captured before has left. It has run a few times (WARMUP), on the same stream.
+        function: of tensors on the GPU to one tensor, the loss; leaves gradients in .grad of the parameters, or adds to
+            those that are there, which a pass captured before has left. It has run a few times (WARMUP), on the same
+            stream.
         parameters: that it may give gradients.
         pool: memory of passes that are replayed in the order in which they were captured; None: its own.
         capture: runs a function under capture and returns its result and the replay; None: CUDA's.
@@ -80,7 +83,8 @@ class GraphedPass:
         for mine, given in zip(self._inputs, inputs, strict=True):
             if mine.shape != given.shape:
                 raise ValueError(
-                    f"a captured pass takes inputs of shape {tuple(mine.shape)}, not {tuple(given.shape)}; give batches of one shape"
+                    f"a captured pass takes inputs of shape {tuple(mine.shape)}, not {tuple(given.shape)}; "
+                    "give batches of one shape"
                 )
             mine.copy_(given, non_blocking=True)
         self._replay()

@@ -1,13 +1,10 @@
-"""rms_norm: RMSNorm whose backward pass is one kernel, with the gradient of what passes the norm by.
+"""RMSNorm with the residual addition in one pass, and its backward pass in one: the norms of lmsys.step.blocks.
 
-The norm is that of lmsys.model (Zhang and Sennrich, arXiv 1910.07467, eq. 4). Forward is plain PyTorch, which a compiler fuses with
-the addition before and the cast after; it keeps its input and one number a row. The gradients of input and gain go along a row and
-along the columns: as two reductions each reads everything. Here programs walk over the rows, write the input's gradient and add the
-gain's up in registers; their sums are added up in the end, in an order that a GPU does not change.
-
-In a pre-norm block the norm's input also passes it by, x + f(norm(x)), and its two gradients add up. norm_beside gives x back with its
-norm, so that the same kernel adds them: as an operator, which no compiler looks into, it would otherwise cost a pass of its own. At N
-tokens backward moves 4 N d elements (3 N d without the addition).
+Forward adds and normalizes; backward writes the input's gradient, plus that of the residual that passes the norm by,
+over the incoming one. The gradients of input and gain go along a row and along the columns: as two reductions each
+would read everything. Here programs walk over the rows, write the input's gradient and add the gain's up in registers;
+their sums are added up in the end, in an order that a GPU does not change. 1 / rms is recomputed: nothing but the input
+is kept. At N tokens forward moves 4 N d elements, backward 4 N d.
 
 Limits: on a GPU d of at most 8,192; no second derivative.
 
@@ -22,120 +19,204 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lmsys.step.kernels import IS_HIP, SUM, resolve_path, tl, triton
+
 _MOST = 8192  # elements of a row that a program of the kernel holds
 
+# --- Forward kernel -------------------------------------------------------------------------------
 
-def rms_norm(x: Tensor, gain: Tensor, eps: float, path: str = "auto") -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * gain over the last dimension, computed in fp32, in the dtype of x. x: (..., d), gain: (d,).
+_FORWARD_TILE, _FORWARD_WARPS = (
+    2048,
+    4,
+)  # elements of a program, in whole rows, and its warps; of a longer row more of them
 
-    Under autocast the norm of an fp32 x is in its dtype: the product that takes it would cast it, and its gradient back.
 
-    Args:
-        path: of the backward pass: triton, torch, or auto, which is triton on a GPU.
-    Raises:
-        ValueError: shapes that do not fit, rows that are too long, or another path.
+@triton.jit
+def _rms_norm_kernel(
+    x, added, gain, total, y, N, d, eps, ADD: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """ROWS rows of y = norm(x) gain; where ADD, of total = x + added, rounded to its dtype, and y = norm(total) gain.
+
+    From the last row to the first: what the kernel before wrote last is still in the cache.
     """
-    return Norm.apply(x, gain, eps, _dtype(x), _checked(x, gain, path))
+    rows = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS + tl.arange(0, ROWS)[:, None]
+    columns = tl.arange(0, D_PAD)[None, :]
+    mask = (rows < N) & (columns < d)
+    at = rows.to(tl.int64) * d + columns
+    v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(gain + columns, mask=columns < d, other=0.0).to(tl.float32)
+    if ADD:
+        v += tl.load(added + at, mask=mask, other=0.0).to(tl.float32)
+        rounded = v.to(total.dtype.element_ty)
+        tl.store(total + at, rounded, mask=mask)
+        v = rounded.to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.reduce(v * v, 1, SUM)[:, None] / d + eps)
+    tl.store(y + at, (v * scale * g).to(y.dtype.element_ty), mask=mask)
 
 
-def norm_beside(x: Tensor, gain: Tensor, eps: float, path: str = "auto") -> tuple[Tensor, Tensor]:
-    """x, and rms_norm of it. What takes x beside the norm is to take this one: its gradient is added in the norm's kernel."""
-    return NormBeside.apply(x, gain, eps, _dtype(x), _checked(x, gain, path))
+def _launch_forward(x: Tensor, gain: Tensor, eps: float, added: Tensor | None) -> tuple[Tensor, Tensor]:
+    count, d = x.shape
+    y, padded = torch.empty_like(x), triton.next_power_of_2(d)
+    total = x if added is None else torch.empty_like(x)
+    rows, warps = max(1, _FORWARD_TILE // padded), _FORWARD_WARPS * min(4, max(1, padded // _FORWARD_TILE))
+    with torch.cuda.device_of(x):
+        _rms_norm_kernel[(-(-count // rows),)](
+            x, x if added is None else added, gain, total, y, count, d, eps,
+            ADD=added is not None, D_PAD=padded, ROWS=rows, num_warps=warps,
+        )  # fmt: skip
+    return total, y
 
 
-def _dtype(x: Tensor) -> torch.dtype:
-    """Of the norm of x."""
-    kind = x.device.type
-    is_cast = x.dtype == torch.float32 and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if is_cast else x.dtype
+# --- Backward kernel ------------------------------------------------------------------------------
+#
+# As many programs a multiprocessor as run at once, each of which takes tiles of rows from all over the tensor and adds
+# the gain's gradient up in registers: a row is read once for both gradients. The next tile is under way to shared
+# memory while one is computed.
+
+_TILE = 1024  # elements, or a row: a 16-bit vector for each of 128 threads, and few that wait for each other's sums
+_STAGES = 2
+OPTIONS = (
+    {} if IS_HIP else {"maxnreg": 64}
+)  # 1,024 threads at once; to d 4,096 nothing spills, above one program has all
 
 
-def _checked(x: Tensor, gain: Tensor, path: str) -> str:
-    """The path, triton or torch."""
-    if x.ndim < 1 or gain.shape != x.shape[-1:]:
-        raise ValueError(f"x is {tuple(x.shape)} and gain {tuple(gain.shape)}; they must be (..., d) and (d,)")
-    if path not in ("auto", "triton", "torch"):
-        raise ValueError(f"path is '{path}'; it must be auto, triton or torch")
-    if path == "auto":
-        path = "triton" if x.is_cuda else "torch"
-    if path == "triton" and len(gain) > _MOST:
-        raise ValueError(
-            f"rows of {len(gain)} elements; the kernel takes {_MOST} at most: use lmsys.model's norm, or path torch"
+@triton.jit
+def _norm_back_kernel(
+    dy, x, gain, residual, dx, partials, N, eps,
+    D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, RESIDUAL: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Gradients of y = norm(x) gain: dx (N, D), plus residual where RESIDUAL; partials[program] (D,), gain's.
+
+    dx may be dy: a tile is read before it is written, and by one program.
+    """
+    columns = tl.arange(0, D_PAD)[None, :]
+    exists = columns < D
+    g = tl.load(gain + columns, mask=exists, other=0.0).to(tl.float32)
+    dgain = tl.full([ROWS, D_PAD], 0.0, tl.float32)
+    tiles = (N + ROWS - 1) // ROWS
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
+        rows = ((tiles - 1 - tile) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)  # from the last, as forward
+        at, mask = rows * D + columns, (rows < N) & exists
+        v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+        grad = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
+        if RESIDUAL:  # under way with the others, not after the sums
+            aside = tl.load(residual + at, mask=mask, other=0.0)
+        scale = 1.0 / tl.sqrt(tl.reduce(v * v, 1, SUM)[:, None] / D + eps)
+        v = v * scale
+        dgain += grad * v
+        grad = grad * g
+        out = (grad - v * (tl.reduce(grad * v, 1, SUM)[:, None] / D)) * scale
+        if RESIDUAL:
+            out += aside.to(tl.float32)
+        tl.store(dx + at, out.to(dx.dtype.element_ty), mask=mask)
+    total = tl.reduce(dgain, 0, SUM)
+    local = tl.arange(0, D_PAD)
+    tl.store(partials + tl.program_id(0) * D + local, total, mask=local < D)
+
+
+_SUM_COLUMNS = 16  # of a program: two sectors of 32 bytes
+_SUM_ROWS = 1024  # that are under way at once
+_SUM_WARPS = 16
+
+
+@triton.jit
+def _column_sums_kernel(matrix, sums, N, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """sums (D,) of the columns of matrix (N, D), fp32. torch's takes several times as long, in few programs."""
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.full([ROWS, COLUMNS], 0.0, tl.float32)
+    for start in range(0, N, ROWS):
+        rows = start + tl.arange(0, ROWS)[:, None]
+        total += tl.load(matrix + rows * D + columns[None, :], mask=(rows < N) & (columns < D)[None, :], other=0.0)
+    tl.store(sums + columns, tl.reduce(total, 0, SUM), mask=columns < D)
+
+
+def _launch_backward(dy: Tensor, x: Tensor, gain: Tensor, eps: float, residual: Tensor | None) -> Tensor:
+    """dy becomes x's gradient, plus residual; returns gain's, (d,) in fp32. The sums' order depends on the GPU."""
+    count, d = x.shape
+    padded = max(16, triton.next_power_of_2(d))
+    rows, warps = max(1, _TILE // padded), min(16, max(_TILE, padded) // 256)
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+    at_once, options = (32 // warps, OPTIONS) if padded <= 4096 else (1, {})
+    programs = max(1, min(-(-count // rows), processors * at_once))
+    partials = torch.empty(programs, d, dtype=torch.float32, device=x.device)
+    sums = partials.new_empty(d)
+    with torch.cuda.device_of(x):
+        _norm_back_kernel[(programs,)](
+            dy, x, gain, x if residual is None else residual, dy, partials, count, eps,
+            D=d, D_PAD=padded, ROWS=rows, RESIDUAL=residual is not None, STAGES=_STAGES, num_warps=warps, **options,
+        )  # fmt: skip
+        _column_sums_kernel[(-(-d // _SUM_COLUMNS),)](
+            partials, sums, programs, D=d, ROWS=_SUM_ROWS, COLUMNS=_SUM_COLUMNS, num_warps=_SUM_WARPS
         )
-    return path
+    return sums
 
 
-# --- Operator -------------------------------------------------------------------------------------
+# --- On rows --------------------------------------------------------------------------------------
 
 
-def _norm_back(
-    dy: Tensor, x: Tensor, rstd: Tensor, gain: Tensor, beside: Tensor | None, path: str
+def norm_forward(
+    x: Tensor, gain: Tensor, eps: float, added: Tensor | None = None, path: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of x, plus beside, contiguous, and that of gain, in fp32. dy, x, beside: (..., d); rstd: (..., 1); gain: (d,)."""
-    if path == "triton":
-        from lmsys.step.kernels import norm_back_
+    """x, added: (N, d), contiguous; gain: (d,) -> x + added (without, x itself) and its norm times gain, in x's dtype.
 
-        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-        flat = [None if one is None else one.reshape(-1, len(gain)).contiguous() for one in (dy, x, beside)]
-        dgain = norm_back_(flat[0], flat[1], rstd.contiguous(), gain.contiguous(), flat[2], dx.view(-1, len(gain)))
-        return dx, dgain
-    v, grad = x.float() * rstd, dy.float()
-    dgain = (grad * v).reshape(-1, len(gain)).sum(0)
+    path: triton, torch, or auto, which is triton on a GPU.
+    Raises:
+        ValueError: rows that are too long for the kernel, or another path.
+    """
+    if _path(path, x) == "triton":
+        return _launch_forward(x, gain, eps, added)
+    total = x if added is None else x + added
+    v = _wide(total)
+    return total, (v * torch.rsqrt(v.square().mean(-1, keepdim=True) + eps) * gain).to(x.dtype)
+
+
+def norm_backward(
+    dy: Tensor, x: Tensor, gain: Tensor, eps: float, residual: Tensor | None = None, path: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x, plus residual, in place of dy, and of gain. dy, x, residual: (N, d), contiguous."""
+    if _path(path, x) == "triton":
+        return dy, _launch_backward(dy, x, gain, eps, residual).to(gain.dtype)
+    v, grad = _wide(x), _wide(dy)
+    scale = torch.rsqrt(v.square().mean(-1, keepdim=True) + eps)
+    v = v * scale
+    dgain = (grad * v).sum(0)
     grad = grad * gain
-    dx = (grad - v * (grad * v).mean(-1, keepdim=True)) * rstd
-    dx = dx if beside is None else dx + beside
-    return dx.to(x.dtype, memory_format=torch.contiguous_format), dgain
+    dx = (grad - v * (grad * v).mean(-1, keepdim=True)) * scale
+    return dy.copy_(dx if residual is None else dx + residual), dgain.to(gain.dtype)
 
 
-norm_back_op = torch.library.custom_op("lmsys::norm_back", _norm_back, mutates_args=())
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-@norm_back_op.register_fake
-def _(dy: Tensor, x: Tensor, rstd: Tensor, gain: Tensor, beside: Tensor | None, path: str) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x, memory_format=torch.contiguous_format), gain.new_empty(gain.shape, dtype=torch.float32)
+def _path(path: str, x: Tensor) -> str:
+    path = resolve_path(path, x)
+    if path == "triton" and x.shape[-1] > _MOST:
+        raise ValueError(f"rows of {x.shape[-1]} elements; the kernel takes {_MOST} at most: use path torch")
+    return path
 
 
 # --- Autograd -------------------------------------------------------------------------------------
 
 
-def _normed(ctx: Any, x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype, path: str) -> Tensor:
-    """The norm of x in dtype; saves x, gain and 1 / rms."""
-    v = x.float()
-    rstd = torch.rsqrt(v.square().mean(-1, keepdim=True) + eps)
-    ctx.save_for_backward(x, rstd, gain)
-    ctx.path = path
-    y = v * rstd * gain
-    return y if y.dtype == dtype else y.to(dtype)  # torch 2.11 compiles no gradient of a cast that is none
-
-
-def _gradients(ctx: Any, dy: Tensor, beside: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, rstd, gain = ctx.saved_tensors
-    launch = norm_back_op if torch.compiler.is_compiling() else _norm_back
-    dx, dgain = launch(dy, x, rstd, gain, beside, ctx.path)
-    return dx, dgain.to(gain.dtype), None, None, None
-
-
 class Norm(torch.autograd.Function):
-    """apply(x (..., d), gain (d,), eps, dtype, path) -> the norm."""
+    """apply(x (..., d), gain (d,), eps) -> the norm, in x's dtype; saves its input and nothing else."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype, path: str) -> Tensor:
-        return _normed(ctx, x, gain, eps, dtype, path)
+    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, gain)
+        ctx.eps = eps
+        return norm_forward(rows(x), gain, eps)[1].view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, dy, None)
+        x, gain = ctx.saved_tensors
+        own = rows(dy).clone(memory_format=torch.contiguous_format)
+        dx, dgain = norm_backward(own, rows(x), gain, ctx.eps)
+        return dx.view(x.shape), dgain, None
 
 
-class NormBeside(torch.autograd.Function):
-    """apply(x (..., d), gain (d,), eps, dtype, path) -> x and the norm."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype, path: str) -> tuple[Tensor, Tensor]:
-        return x.view_as(x), _normed(ctx, x, gain, eps, dtype, path)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, beside: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, dy, beside)
+def rows(x: Tensor) -> Tensor:
+    """(..., d) -> (N, d), contiguous, as the kernels read it: a sum's gradient is one number in many places."""
+    return x.reshape(-1, x.shape[-1]).contiguous()

@@ -1,39 +1,39 @@
-"""What a training step keeps for its backward pass and what it computes again, so that it fits a memory and loses the least time.
+"""What a training step keeps for its backward pass and what it recomputes, to fit a memory and lose the least time.
 
-A block of lmsys.step.blocks keeps its input and any of the kinds of activations KINDS. Each that it does not keep is computed again once,
-in its backward pass, at a cost that does not depend on the others: so a plan is a knapsack, bytes against seconds. Kinds are taken by
-seconds a byte, dearest first, from the last block to the first, as long as the peak stays within the budget. The peak is that of a
-walk through the backward pass: the last block's comes first, when all activations are there; those of the first blocks come when memory
-is free again, so that is where recomputing is cheapest in memory. Greedy is at most one tensor away from the best plan.
+A block of lmsys.step.blocks keeps its input and any of the kinds of activations KINDS. Each that it does not keep is
+recomputed once, in its backward pass, at a cost that does not depend on the others: so a plan is a knapsack, bytes
+against seconds. Kinds are taken by seconds a byte, dearest first, from the last block to the first, as long as the peak
+stays within the budget. The peak is that of a walk through the backward pass: the last block's comes first, when all
+activations are there; those of the first blocks come when memory is free again, so that is where recomputing is
+cheapest in memory. Greedy is at most one tensor away from the best plan.
 
-What each costs at d_model 4096, d_ff 11008 and 32,768 tokens in bf16 on an H200 (a product's FLOPs a byte of output are the width of
-its input, the same for all that a block keeps):
+What each costs at d_model 4096, d_ff 11008 and 32,768 tokens in bf16 on an H200 (a matmul's FLOPs a byte of output are
+the width of its input, the same for all that a block keeps):
 
-    kind                  MB     to make again                    ms a GB
+    kind                  MB     to recompute                     ms a GB
     attention (o, lse)   273     one forward pass, 13 ms            49
-    middle               268     one product, the second norm      6.2
-    qkv                  805     one product, a rotation           5.6
-    gate, up         721 each    one product each                  5.2
+    middle               268     one matmul, the second norm       6.2
+    qkv                  805     one matmul, a rotation            5.6
+    gate, up         721 each    one matmul each                   5.2
     norm1, norm2     268 each    a pass over memory                0.5
-    silu(gate) up        721     made with the gradients of gate and up: never kept
+    silu(gate) up        721     recomputed with the gradients of gate and up: never kept
 
-Where the state lies, 8.13e9 parameters on two GPUs, 32,768 tokens each; GB a GPU at the peak, when no gradient is there yet:
+Where the state lies, 8.13e9 parameters on two GPUs, 32,768 tokens each; GB a GPU at the peak, before any gradient:
 
                                        weights   masters, moments   together   sent a step   of it exposed
-    replicated, bf16 + fp32 masters     16.3           97.5            114        16.3         the last bucket
-    ZeRO-1, bf16 whole + fp32 sharded   16.3           48.8             65        16.3         the all-gather after the update
-    ZeRO-3, bf16 + fp32 sharded          8.1           48.8             57        24.4         the first gather, the last scatter
-    ZeRO-3, fp32 sharded, bf16 cast       0            48.8             49        24.4         as above
-      as it is gathered
+    replicated, bf16 + fp32 masters     16.3           97.5            114        16.3       the last bucket
+    ZeRO-1, bf16 whole + fp32 sharded   16.3           48.8             65        16.3       the all-gather at the end
+    ZeRO-3, bf16 + fp32 sharded          8.1           48.8             57        24.4       first gather, last scatter
+    ZeRO-3, fp32 shards, bf16 gathered    0            48.8             49        24.4       as above
 
-At 300 GB/s the 8.1 GB that ZeRO-3 sends more take 27 ms, beside 4 s of computation; the 16 GB that it has less than ZeRO-1 are worth
-some 90 ms of recomputation. So matrices are fp32 shards (the masters themselves), gathered in bf16: lmsys.parallel.fsdp with
-compute_dtype. Its gradients become fp32 in the shards, 16 GB, but only as the activations go.
+At 300 GB/s the 8.1 GB that ZeRO-3 sends more take 27 ms, of 4 s of computation; the 16 GB that it has less than ZeRO-1
+are worth some 90 ms of recomputation. So matrices are fp32 shards (the masters themselves), gathered in bf16:
+lmsys.parallel.fsdp with compute_dtype. Its gradients become fp32 in the shards, 16 GB, but only as the activations go.
 
-Limits: one sequence length, no accumulation over micro-batches; the time model adds what is computed at measured rates and overlaps
-communication with it perfectly but for its ends.
+Limits: one sequence length, no accumulation over micro-batches; the time model adds what is computed at measured rates
+and overlaps communication with it perfectly but for its ends.
 
-Legend: B sequences a GPU, T tokens, N = B T, H heads, d = d_model, f = d_ff, V vocabulary, L layers, e bytes of an element.
+Legend: B sequences a GPU, T tokens, N = B T, H heads, d = d_model, f = d_ff, V vocabulary, e bytes an element.
 """
 
 from __future__ import annotations
@@ -45,7 +45,10 @@ from dataclasses import dataclass
 from lmsys import cost
 from lmsys.config import ModelConfig, require, unknown_name
 
-KINDS = ("norm1", "qkv", "attention", "middle", "norm2", "gate", "up")  # as lmsys.step.blocks has them
+# What a block can keep beside its input: rows of d (norm1, middle, norm2), 3 d (qkv), f (gate, up); attention: its
+# output, (N, d), and the log-sum-exp, (B, H, T) in fp32. The product of silu(gate) and up falls off when their
+# gradients are made, and is never kept.
+KINDS = ("norm1", "qkv", "attention", "middle", "norm2", "gate", "up")
 PREFETCH = 1  # blocks gathered ahead: one takes 1 ms to gather and 30 to compute
 CHUNK_BYTES = 3 * 2**29  # of the logits that lmsys.step.loss makes at a time, at the most
 _ITEMSIZE = {"fp32": 4, "bf16": 2}
@@ -53,7 +56,7 @@ _ITEMSIZE = {"fp32": 4, "bf16": 2}
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device does in a second: products in the step's dtype (FLOP), attention (FLOP), memory traffic and collectives (bytes)."""
+    """A second of a device: FLOP of matmuls in the step's dtype and of attention, bytes of memory traffic and links."""
 
     product: float
     attention_forward: float
@@ -62,15 +65,15 @@ class Rates:
     link: float  # bus bandwidth between the GPUs
 
 
-# An H200, bf16, alone: a product of 8,192^3, a copy of 2 GiB (artifacts/h200/ceilings_results.csv); causal attention at 32,768 tokens of
-# head_dim 128 (attention_sweep_results.csv); an all-gather's bus bandwidth at 100 MiB between two.
+# An H200, bf16, alone: a matmul of 8,192^3, a copy of 2 GiB (artifacts/h200/ceilings_results.csv); causal attention at
+# 32,768 tokens of head_dim 128 (attention_sweep_results.csv); an all-gather's bus bandwidth at 100 MiB between two.
 H200 = Rates(product=782e12, attention_forward=659e12, attention_backward=523e12, memory=4.25e12, link=261e9)
 H200_BYTES = 139.8 * 2**30
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's step on one of `gpus` devices: batch sequences of `length` tokens each, in dtype fp32 or bf16. All sizes in bytes."""
+    """A model's step on one of `gpus` devices: batch sequences of `length` tokens, fp32 or bf16. All sizes in bytes."""
 
     config: ModelConfig
     batch: int
@@ -92,8 +95,8 @@ class Shape:
         return self.batch * self.length
 
     @property
-    def stream(self) -> int:
-        """Of the residual stream, (N, d), which every block's input is."""
+    def residual(self) -> int:
+        """Of the residual, (N, d), which every block's input is."""
         return self.itemsize * self.tokens * self.config.d_model
 
     @property
@@ -116,22 +119,20 @@ class Shape:
         if kind not in KINDS:
             raise unknown_name("kind of activation", kind, KINDS)
         lse = 4 * self.tokens * self.config.num_heads
-        special = {"qkv": 3 * self.stream, "attention": self.stream + lse, "gate": self.wide, "up": self.wide}
-        return special.get(kind, self.stream)
+        special = {"qkv": 3 * self.residual, "attention": self.residual + lse, "gate": self.wide, "up": self.wide}
+        return special.get(kind, self.residual)
 
     def kind_flops(self, kind: str) -> tuple[float, float]:
-        """(of products, of attention) FLOPs to make a kind again in one block."""
+        """(of matmuls, of attention) FLOPs to recompute a kind in one block."""
         n, d, f = self.tokens, self.config.d_model, self.config.d_ff
         products = {"qkv": 6.0 * n * d * d, "middle": 2.0 * n * d * d, "gate": 2.0 * n * d * f, "up": 2.0 * n * d * f}
         return products.get(kind, 0.0), self._attention("forward") if kind == "attention" else 0.0
 
     def kind_seconds(self, kind: str, rates: Rates) -> float:
-        """To make a kind again in one block."""
+        """To recompute a kind in one block."""
         products, attention = self.kind_flops(kind)
-        passes = {"norm1": 2, "qkv": 4, "middle": 4, "norm2": 2}.get(
-            kind, 0
-        )  # over the stream, by memory-bound kernels
-        return products / rates.product + attention / rates.attention_forward + passes * self.stream / rates.memory
+        passes = {"norm1": 2, "qkv": 4, "middle": 4, "norm2": 2}.get(kind, 0)  # over the residual, memory-bound
+        return products / rates.product + attention / rates.attention_forward + passes * self.residual / rates.memory
 
     def _attention(self, which: str) -> float:
         config = self.config
@@ -162,16 +163,13 @@ class Shape:
         return 2 * self.itemsize * self.head_parameters
 
     def forward_peak(self, keep: frozenset[str]) -> float:
-        """What a block's forward pass takes beyond its input, what it keeps and its output; lmsys.step.blocks, stage by stage."""
-        s, w = self.stream, self.wide
+        """What a block's forward pass, stage by stage, takes beyond its input, what it keeps and its output."""
+        s, w = self.residual, self.wide
         passing = {kind: self.kind_bytes(kind) * (kind not in keep) for kind in KINDS}
         stages = [  # before the output is there
             passing["norm1"] + passing["qkv"],
             passing["qkv"] + passing["attention"],
-            passing["attention"]
-            + s
-            + passing["middle"]
-            + passing["norm2"],  # the output projection, and its sum's norm
+            passing["attention"] + s + passing["middle"] + passing["norm2"],  # output projection, its sum's norm
             passing["middle"] + passing["norm2"] + passing["gate"] + passing["up"],
             passing["middle"] + passing["gate"] + passing["up"] + w,
         ]
@@ -179,16 +177,18 @@ class Shape:
 
     def backward_peak(self, keep: frozenset[str]) -> float:
         """What a block's backward pass takes beyond what it kept and the gradient of its output."""
-        s, w, d, f, e = self.stream, self.wide, self.config.d_model, self.config.d_ff, self.itemsize
-        again = {kind: self.kind_bytes(kind) * (kind not in keep) for kind in KINDS}
-        attention = again["attention"] + again["qkv"] + again["norm1"] * ("qkv" not in keep)  # what it is made from
-        early = again["attention"] and attention  # for the stream in the middle, and there until its own gradient
-        upper = early * ("middle" not in keep) + again["middle"] + again["norm2"] + again["gate"] + again["up"]
+        s, w, d, f, e = self.residual, self.wide, self.config.d_model, self.config.d_ff, self.itemsize
+        redone = {kind: self.kind_bytes(kind) * (kind not in keep) for kind in KINDS}
+        attention = (
+            redone["attention"] + redone["qkv"] + redone["norm1"] * ("qkv" not in keep)
+        )  # what it is recomputed from
+        early = redone["attention"] and attention  # for the residual in the middle, and there until its own gradient
+        upper = early * ("middle" not in keep) + redone["middle"] + redone["norm2"] + redone["gate"] + redone["up"]
         below = s + e * (3 * d * f + d * d)  # the middle's gradient, and those of w1, w2, w3 and the output projection
-        norm1, from_norm1 = again["norm1"], again["norm1"] * ("qkv" not in keep)
+        norm1, from_norm1 = redone["norm1"], redone["norm1"] * ("qkv" not in keep)
         return float(
             max(
-                upper + w + e * d * f,  # the product's gradient, w2's
+                upper + w + e * d * f,  # the gradient of silu(gate) up, w2's
                 upper + s + 3 * e * d * f,  # the norm's gradient, those of w1 and w3
                 below + attention + 4 * s + 4 * self.tokens * d,  # do; dq, dk, dv; the fp32 sum that dq is made of
                 below + from_norm1 + 6 * s,  # dq, dk, dv and the same together
@@ -198,32 +198,28 @@ class Shape:
         )
 
     def loss_peak(self) -> float:
-        """What the loss takes beyond the last norm's input: logits of a chunk, then the head's gradient rounded beside its fp32 sum."""
+        """What the loss takes beyond the last norm's input: a chunk's logits; the head's gradient, fp32 and rounded."""
         logits = min(CHUNK_BYTES, self.itemsize * self.tokens * self.config.vocab_size)
-        hidden_and_gradient = 2 * self.stream
+        hidden_and_gradient = 2 * self.residual
         return hidden_and_gradient + 4.0 * self.head_parameters + max(logits, self.itemsize * self.head_parameters)
 
     # --- Time -------------------------------------------------------------------------------------
 
     def step_seconds(self, rates: Rates) -> dict[str, float]:
         """What a step takes that keeps everything, by part."""
-        config, s, w = self.config, self.stream, self.wide
+        config, s, w = self.config, self.residual, self.wide
         layers, n = config.num_layers, self.tokens
         products = 6.0 * cost.matmul_parameters_in_products(config) * n
         memory = layers * ((13 + 14) * s + (3 + 6) * w)  # norms, rotation, additions, SwiGLU; forward and backward
-        memory += (
-            4 * self.itemsize * n * config.vocab_size + 20 * self.head_parameters
-        )  # logits; their weight's gradient
+        memory += 4 * self.itemsize * n * config.vocab_size + 20 * self.head_parameters  # logits; the head's gradient
         share = (layers * self.block_parameters + 2 * self.head_parameters) / self.gpus
         sharding = (2 * (4 + self.itemsize) + self.itemsize * self.gpus * 2 + self.itemsize + 4) * share
         ends = self.rest * 1.5 * cost.bus_factor("all_gather", self.gpus)
+        attention = self._attention("forward") / rates.attention_forward
+        attention += self._attention("backward") / rates.attention_backward
         return {
             "products": products / rates.product,
-            "attention": layers
-            * (
-                self._attention("forward") / rates.attention_forward
-                + self._attention("backward") / rates.attention_backward
-            ),
+            "attention": layers * attention,
             "memory-bound": memory / rates.memory,
             "sharding's copies": sharding / rates.memory,
             "optimizer": 28 * share / rates.memory,
@@ -242,9 +238,9 @@ class Plan:
 
     @property
     def kept_bytes(self) -> float:
-        """Of activations that lie between the forward and the backward pass: blocks' inputs and kinds, and the last norm's input."""
+        """Of activations that wait for the backward pass: blocks' inputs and kinds, and the last norm's input."""
         kinds = sum(self.shape.kind_bytes(kind) for kinds in self.keep for kind in kinds)
-        return float(kinds + (len(self.keep) + 1) * self.shape.stream)
+        return float(kinds + (len(self.keep) + 1) * self.shape.residual)
 
     @property
     def peak_bytes(self) -> float:
@@ -265,7 +261,7 @@ class Plan:
         )
 
     def seconds(self) -> dict[str, float]:
-        """Of the step by part, recomputation among them."""
+        """Of the step by part, recomputation included."""
         return self.shape.step_seconds(self.rates) | {"recomputation": self.recompute_seconds}
 
     def __str__(self) -> str:
@@ -273,25 +269,26 @@ class Plan:
         kept = ", ".join(f"{kind} {count[kind]}" for kind in KINDS if count[kind]) or "inputs only"
         fits = "fits" if self.fits else "DOES NOT FIT"
         return (
-            f"blocks of {len(self.keep)} that keep: {kept}; {self.kept_bytes / gib:.3g} GiB kept, peak {self.peak_bytes / gib:.4g} GiB, "
-            f"{fits} {self.budget / gib:.4g}; {self.recomputed_flops / 1e12:,.4g} TFLOP again, "
+            f"blocks of {len(self.keep)} that keep: {kept}; {self.kept_bytes / gib:.3g} GiB kept, "
+            f"peak {self.peak_bytes / gib:.4g} GiB, {fits} {self.budget / gib:.4g}; "
+            f"{self.recomputed_flops / 1e12:,.4g} TFLOP recomputed, "
             f"{1e3 * self.recompute_seconds:,.3g} ms of {1e3 * sum(self.seconds().values()):,.4g}"
         )
 
 
 def moments(shape: Shape, keep: Sequence[frozenset[str]]) -> list[tuple[str, float]]:
-    """Bytes on a device at the moments that may be the peak, of the first step, when embedding and head are whole to its end.
+    """Bytes on a device at the moments that may be the peak: each block forward, loss, each block backward, optimizer.
 
-    In the order of the step: each block forward, the loss, each block backward, the optimizer.
+    Of the first step, when embedding and head are whole to its end.
     """
-    layers, s, e = len(keep), shape.stream, shape.itemsize
+    layers, s, e = len(keep), shape.residual, shape.itemsize
     always = shape.state + shape.tables
     weights = shape.rest + (PREFETCH + 1) * shape.gathered_block
-    found, activations = [], float(s)
+    peaks, activations = [], float(s)
     for index, kinds in enumerate(keep):
         activations += sum(map(shape.kind_bytes, kinds)) + s  # its output, too, which the next one keeps
-        found.append((f"forward {index}", always + weights + activations + shape.forward_peak(kinds)))
-    found.append(("loss", always + weights + activations + shape.loss_peak()))
+        peaks.append((f"forward {index}", always + weights + activations + shape.forward_peak(kinds)))
+    peaks.append(("loss", always + weights + activations + shape.loss_peak()))
     share = shape.block_parameters / shape.gpus
     head_gradient = e * shape.head_parameters
     flight = shape.gathered_block * (1 + 1 / shape.gpus)
@@ -299,14 +296,10 @@ def moments(shape: Shape, keep: Sequence[frozenset[str]]) -> list[tuple[str, flo
         activations -= s if done == 0 else sum(map(shape.kind_bytes, keep[index + 1])) + s
         gradients = head_gradient + 4 * share * max(done - 1, 0) + (flight if done else 0.0)
         dout = s
-        found.append(
-            (
-                f"backward {index}",
-                always + weights + activations + dout + gradients + shape.backward_peak(keep[index]),
-            )
-        )
-    found.append(("optimizer", always + shape.state / 3 + 4 * share))
-    return found
+        there = always + weights + activations + dout + gradients
+        peaks.append((f"backward {index}", there + shape.backward_peak(keep[index])))
+    peaks.append(("optimizer", always + shape.state / 3 + 4 * share))
+    return peaks
 
 
 def plan(shape: Shape, budget: float, rates: Rates = H200) -> Plan:
@@ -317,19 +310,19 @@ def plan(shape: Shape, budget: float, rates: Rates = H200) -> Plan:
     """
     layers = shape.config.num_layers
     keep: list[frozenset[str]] = [frozenset()] * layers
-    made = Plan(shape, rates, budget, tuple(keep))
+    least = Plan(shape, rates, budget, tuple(keep))
     require(
-        made.fits,
-        f"the step takes {made.peak_bytes / 2**30:,.4g} GiB a GPU where blocks keep their inputs alone, more than the budget of "
-        f"{budget / 2**30:,.4g} GiB; give more memory, fewer tokens or more GPUs",
+        least.fits,
+        f"the step takes {least.peak_bytes / 2**30:,.4g} GiB a GPU where blocks keep their inputs alone, more than the "
+        f"budget of {budget / 2**30:,.4g} GiB; give more memory, fewer tokens or more GPUs",
     )
     value = {kind: shape.kind_seconds(kind, rates) / shape.kind_bytes(kind) for kind in KINDS}
     for kind in sorted(KINDS, key=lambda kind: -value[kind]):
         for index in reversed(range(layers)):
-            tried = [*keep]
-            tried[index] = keep[index] | {kind}
-            if Plan(shape, rates, budget, tuple(tried)).fits:
-                keep = tried
+            more = [*keep]
+            more[index] = keep[index] | {kind}
+            if Plan(shape, rates, budget, tuple(more)).fits:
+                keep = more
     return Plan(shape, rates, budget, tuple(keep))
 
 

@@ -18,10 +18,9 @@ import torch
 from lmsys import cost, parallel
 from lmsys import device as devices
 from lmsys.attention import check_support
-from lmsys.config import PipelineConfig, TrainConfig, to_dict, unknown_name
+from lmsys.config import PipelineConfig, TrainConfig, to_dict
 from lmsys.parallel import group
 from lmsys.records import writable_dir
-from lmsys.step import blocks
 from lmsys.train import checkpoint
 from lmsys.train.checkpoint import CHECKPOINTS
 from lmsys.train.engine import AUTOCAST
@@ -69,8 +68,6 @@ def check_setup(config: PipelineConfig, world_size: int | None = None) -> torch.
         kv_heads=model.num_heads,
         backward=True,
     )
-    if settings.written_backward and settings.attention_kernel not in blocks.ATTENTION:
-        raise unknown_name("attention kernel for train.written_backward", settings.attention_kernel, blocks.ATTENTION)
     if settings.cuda_graph and device.type != "cuda":
         raise ValueError(f"train.cuda_graph is for a GPU, and this run is on {device}; set train.cuda_graph=false")
     if settings.compile and device.type == "cpu" and "triton" in settings.attention_kernel:

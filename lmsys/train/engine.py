@@ -22,8 +22,8 @@ from lmsys.data import sequential_batches
 from lmsys.generate import generate_text
 from lmsys.model import TransformerLM, cross_entropy
 from lmsys.parallel import group
-from lmsys.step import blocks, graphs
-from lmsys.step.optimizer import parameter_groups, to_low_precision
+from lmsys.step import graphs
+from lmsys.step.optimizer import parameter_groups
 from lmsys.train import checkpoint
 from lmsys.train.checkpoint import damage_told
 from lmsys.train.strategies import strategy
@@ -90,28 +90,20 @@ class Engine:
         self.model.fuse(
             rope=settings.fused_rope,
             gate=settings.merged_gate,
-            norm=settings.fused_norm,
             residual_dtype={"bf16": torch.bfloat16, "fp32": torch.float32, None: None}[settings.residual_dtype],
         )
-        self.autocast_dtype = settings.dtype
-        if settings.written_backward:  # which computes in the matrices' own dtype
-            self.autocast_dtype = "fp32"
-            blocks.select(self.model, [blocks.NO_PRODUCTS_AGAIN] * config.model.num_layers)
+        if settings.written_backward:
+            from lmsys.step import blocks
+
+            blocks.select(self.model, [blocks.NO_MATMUL_RECOMPUTED] * config.model.num_layers)
         if prepare is not None:
             prepare(self.model)
         kind = strategy(settings)
-        masters: dict[nn.Parameter, Tensor] = {}  # fp32 values of what becomes bf16 here, for the optimizer
-        if settings.bf16_parameters:
-            if kind.several(settings):  # in fp32, which the wrapper will not see
-                group.broadcast_from_rank0(self.model.parameters())
-            masters = to_low_precision(self.model, torch.bfloat16)
         self.loss_function = cross_entropy
         if settings.compile:
             self.model.compile_blocks(mode="max-autotune-no-cudagraphs" if settings.autotune else None)
             self.loss_function = torch.compile(cross_entropy)
-        if settings.compile_rest:
-            self.model.compile_rest()
-        self.strategy = kind(config, self.model, masters, wrapper_options)
+        self.strategy = kind(config, self.model, wrapper_options)
         self.module, self.optimizer = self.strategy.module, self.strategy.optimizer
         self.rank, self.world_size = group.current() if kind.several(settings) else (0, 1)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.dtype == "fp16")
@@ -155,7 +147,7 @@ class Engine:
     def _pass(self, part: _Part, inputs: Tensor, targets: Tensor) -> Tensor:
         """Forward and backward over a batch, and the synchronization of gradients. Returns its share of the loss."""
         with self.strategy.sync() if part.communicates else self.strategy.no_sync():
-            with self.phase("forward"), autocast(self.device, self.autocast_dtype):
+            with self.phase("forward"), autocast(self.device, self.config.train.dtype):
                 loss = self._loss(inputs, targets) / part.share
             with self.phase("backward"):
                 self.scaler.scale(loss).backward()
@@ -203,7 +195,7 @@ class Engine:
             tokens,
             batch_size=settings.batch_size,
             max_batches=max_batches or settings.eval_batches * batches_a_step,
-            dtype=self.autocast_dtype,
+            dtype=settings.dtype,
             forward=self.strategy.forward,
             fused_loss=settings.fused_loss,
             rank=self.rank,
@@ -215,7 +207,7 @@ class Engine:
         settings, model = self.config.generate, self.strategy.whole_model()
         if model is None:
             return []
-        with autocast(self.device, self.autocast_dtype if model is self.model else self.config.train.dtype):
+        with autocast(self.device, self.config.train.dtype):
             return [
                 {"prompt": prompt, "text": generate_text(model, tokenizer, prompt, settings)}
                 for prompt in settings.prompts

@@ -17,7 +17,7 @@ from lmsys import parallel
 from lmsys.config import OptimConfig, PipelineConfig, TrainConfig
 from lmsys.model import TransformerLM
 from lmsys.parallel import group
-from lmsys.step.optimizer import AdamW, FusedAdamW, clip_factor, clip_grad_norm, parameter_groups
+from lmsys.step.optimizer import AdamW, clip_factor, clip_grad_norm, parameter_groups
 from lmsys.train import checkpoint
 
 
@@ -31,27 +31,23 @@ class Replicated:
 
     gathers = False
 
-    def __init__(
-        self,
-        config: PipelineConfig,
-        model: TransformerLM,
-        masters: dict[nn.Parameter, Tensor],
-        wrapper_options: dict[str, Any],
-    ):
+    def __init__(self, config: PipelineConfig, model: TransformerLM, wrapper_options: dict[str, Any]):
         settings = config.train
         self.model, self.config = model, config
         self.module = parallel.wrap(model, settings.ddp_wrapper, **_wrapper_options(settings) | wrapper_options)
         self.parameters = list(self.module.parameters())
-        self.optimizer = self._make_optimizer(settings, config.optim, masters)
-        self.fused = isinstance(self.optimizer, FusedAdamW)
+        self.optimizer = self._make_optimizer(settings, config.optim)
+        self.fused = settings.fused_optimizer
         self._gradient_scale: Tensor | None = None  # of clipping, where the fused optimizer applies it
         self.copies_state = self._copies_state()
 
-    def _make_optimizer(
-        self, settings: TrainConfig, optim: OptimConfig, masters: dict[nn.Parameter, Tensor]
-    ) -> torch.optim.Optimizer:
+    def _make_optimizer(self, settings: TrainConfig, optim: OptimConfig) -> torch.optim.Optimizer:
         groups, options = parameter_groups(self.module, optim.weight_decay), _adam_options(optim)
-        return FusedAdamW(groups, masters=masters, **options) if settings.fused_optimizer else AdamW(groups, **options)
+        if settings.fused_optimizer:
+            from lmsys.step.adamw import FusedAdamW
+
+            return FusedAdamW(groups, **options)
+        return AdamW(groups, **options)
 
     def _copies_state(self) -> bool:
         return False
@@ -97,14 +93,7 @@ class Replicated:
 
     def whole_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Weights and optimizer state; whole on rank 0."""
-        return self._whole_weights(), self.optimizer.state_dict()
-
-    def _whole_weights(self) -> dict[str, Tensor]:
-        weights = checkpoint.model_weights(self.model)
-        if self.fused:  # which has fp32 values of parameters in bf16
-            masters, named = self.optimizer.masters(), dict(self.model.named_parameters())
-            weights = {name: masters.get(named.get(name), weight) for name, weight in weights.items()}
-        return weights
+        return checkpoint.model_weights(self.model), self.optimizer.state_dict()
 
     def load_optimizer(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state)
@@ -130,9 +119,7 @@ class ShardedState(Replicated):
 
     gathers = True
 
-    def _make_optimizer(
-        self, settings: TrainConfig, optim: OptimConfig, masters: dict[nn.Parameter, Tensor]
-    ) -> torch.optim.Optimizer:
+    def _make_optimizer(self, settings: TrainConfig, optim: OptimConfig) -> torch.optim.Optimizer:
         from lmsys.parallel.zero1 import ShardedOptimizer
 
         self.scatters = settings.reduce_scatter_gradients
@@ -159,7 +146,7 @@ class ShardedState(Replicated):
         return self.optimizer.clip_grad_norm_(max_norm)
 
     def whole_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return self._whole_weights(), self.optimizer.full_state_dict()
+        return checkpoint.model_weights(self.model), self.optimizer.full_state_dict()
 
     def load_optimizer(self, state: dict[str, Any]) -> None:
         self.optimizer.load_full_state_dict(state)
