@@ -36,21 +36,8 @@ _METRICS_COLUMNS = (
 _TIMELINE_COLUMNS = ("wrapper", "lane", "name", "start_ms", "duration_ms")
 
 SCHEMAS: dict[str, tuple[str, ...]] = {
-    "attention_sweep_results": (
-        *("kernel", "batch", "heads", "q_len", "k_len", "head_dim", "dtype", "causal", "pass", "status"),
-        *("median_ms", "p20_ms", "p80_ms", "samples", "tflops", "peak_mib"),
-    ),
     "leaderboard_results": (*("board", "implementation", "gpus", "status", "median_ms", "samples", "mfu", "peak_mib"),),
     "pipeline_metrics": _METRICS_COLUMNS,
-    "speedrun_results": (
-        *("preset", "gpus", "minutes", "status", "steps", "tokens", "train_s", "tokens_per_s", "mfu"),
-        *("best_valid_loss", "best_step", "valid_loss", "bits_per_byte"),
-    ),
-    "speedrun_metrics": _METRICS_COLUMNS,
-    "tokenizer_benchmark_results": (
-        *("implementation", "task", "workers", "vocab_size", "text_mb", "status"),
-        *("seconds", "p20_s", "p80_s", "samples", "mb_per_s", "peak_mib"),
-    ),
     "flash_steps_results": (
         *("step", "batch", "heads", "seq_len", "head_dim", "dtype", "causal", "pass", "status"),
         *("median_ms", "p20_ms", "p80_ms", "samples", "tflops", "peak_mib"),
@@ -83,9 +70,6 @@ SCHEMAS: dict[str, tuple[str, ...]] = {
         *("arm", "gpus", "status", "step", "tokens", "seconds", "train_loss", "valid_loss", "learning_rate"),
         *("tokens_per_s", "mfu", "elapsed_s"),
     ),
-    "collectives_results": (
-        *("backend", "op", "gpus", "size_mib", "status", "median_ms", "p20_ms", "p80_ms", "samples", "busbw_gb_s"),
-    ),
     "lm_matrix_results": _STEP_COLUMNS,
     "lm_matrix_losses": ("kernel", "wrapper", "gpus", "size", "step", "loss"),
     "data_parallel_results": ("study", "options", *_STEP_COLUMNS),
@@ -93,59 +77,6 @@ SCHEMAS: dict[str, tuple[str, ...]] = {
     "sharding_results": ("sharding", *_STEP_COLUMNS),
     "sharding_memory": ("sharding", "wrapper", "gpus", "size", "point", "status", "measured_mib", "predicted_mib"),
     "sharding_timeline": _TIMELINE_COLUMNS,
-    "mixed_precision_sums": ("accumulator", "addend", "cast", "additions", "sum", "error", "spacing"),
-    "mixed_precision_dtypes": ("autocast", "tensor", "dtype", "device_type", "device"),
-    "mixed_precision_layer_norm": ("what", "value", "dtype", "statistics", "error", "lost", "square_overflows"),
-    "profiling_results": (
-        *(
-            "size",
-            "context_length",
-            "batch",
-            "dtype",
-            "mode",
-            "phase",
-            "status",
-            "timed_ms",
-            "p20_ms",
-            "p80_ms",
-            "samples",
-        ),
-        *("traced_ms", "busy_ms", "kernels", "kernel_ms", "matmul_ms"),
-    ),
-    "profiling_kernels": (
-        *("size", "context_length", "batch", "dtype", "mode", "phase", "part", "category", "operator", "name"),
-        *("count", "total_ms"),
-    ),
-    "profiling_timeline": ("size", "context_length", "dtype", "lane", "name", "start_ms", "duration_ms"),
-    "memory_timeline": (
-        *("size", "context_length", "batch", "dtype", "kernel", "device", "mode", "change", "phase"),
-        *("parameters_mib", "optimizer_mib", "other_mib", "gradients_mib", "activations_mib", "temporary_mib"),
-    ),
-    "memory_peaks": (
-        *("size", "context_length", "batch", "dtype", "kernel", "device", "mode", "status", "peak_mib", "note"),
-    ),
-    "memory_allocations": (
-        *("size", "context_length", "batch", "dtype", "kernel", "device", "mode", "kind", "status"),
-        *("size_mib", "count", "category", "phase", "operator", "stack", "note"),
-    ),
-    "memory_blocks": (
-        *("size", "context_length", "batch", "dtype", "kernel", "device", "mode", "block"),
-        *("forward_mib", "backward_mib", "gradients_mib", "expected_gradients_mib"),
-    ),
-    "memory_residuals": (
-        *("size", "context_length", "batch", "dtype", "kernel", "device", "what", "mode", "status"),
-        *("shape", "tensor_dtype", "mib", "where", "note"),
-    ),
-    "memory_checkpointing": (
-        *("size", "context_length", "batch", "dtype", "kernel", "device", "strategy", "status"),
-        *("step_ms", "p20_ms", "p80_ms", "samples", "peak_mib", "activations_mib", "block_forwards", "loss"),
-        *("predicted_peak_mib", "predicted_activations_mib", "predicted_ms", "note"),
-    ),
-    "faults_results": ("fault", "tried", "nothing_lost", "longest_s", "status", "note"),
-    "saving_results": (
-        *("mode", "size", "interval", "status", "step_ms", "p20_ms", "p80_ms", "samples"),
-        *("cost_pct", "hold_ms", "write_ms", "checkpoint_mib"),
-    ),
     "sharding_parallelism": ("strategy", "pass", "tokens", "devices", "compute_ms", "communication_ms", "bound"),
 }
 

@@ -3,34 +3,34 @@ import math
 import pytest
 import torch
 
-from lmsys import cost
-from lmsys.bench import memory
+from lmsys import cost, records
+from lmsys.bench import allocations, experiment, memory
 from lmsys.config import model_size
 from lmsys.model import TransformerLM, cross_entropy
 
 MIB = 2**20
 
 
+def parameters(**given):
+    return memory.NOTEBOOK.parameters({"scale": "smoke", "device": "cpu"} | given)
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """All studies at smoke scale with RMSNorm compiled by a partitioner alone: settings, results, folder."""
+    """All studies at smoke scale with RMSNorm compiled by a partitioner alone: parameters, rows by table."""
     folder = tmp_path_factory.mktemp("memory")
-    chosen = memory.settings(
-        "smoke",
-        device="cpu",
-        backend="aot_eager_decomp_partition",
-        dtypes=["fp32", "bf16"],
-        strategies=["none", 1, "nested"],
-    )
-    return chosen, memory.run(chosen, folder), folder
+    given = {"backend": "aot_eager_decomp_partition", "dtypes": ["fp32", "bf16"], "strategies": ["none", "1", "nested"]}
+    p = parameters(**given)
+    studies = (memory.PEAKS, memory.TIMELINES, memory.RESIDUALS, memory.CHECKPOINTING)
+    rows = {study.name: experiment.run(study, p, folder=folder) for study in studies}
+    rows |= {name: records.read_results(folder / f"{name}.csv") for name in memory.TIMELINES.tables}
+    return p, {name.removeprefix("memory_"): frame for name, frame in rows.items()}
 
 
 @pytest.fixture(scope="module")
-def bench():
-    """The smoke scale's model with its optimizer."""
-    made = memory.Bench(memory.settings("smoke", device="cpu"))
-    made.make_optimizer()
-    return made
+def subject():
+    """The smoke scale's engine."""
+    return memory.Subject(parameters())
 
 
 # --- The record -----------------------------------------------------------------------------------
@@ -42,7 +42,7 @@ def _entry(action, address, size, *names):
 
 
 def test_a_trace_of_the_allocator_becomes_changes_and_marks():
-    mark = memory._lmsys_memory_mark.__name__
+    mark = allocations._lmsys_memory_mark.__name__
     trace = [
         {"action": "segment_alloc", "addr": 1, "size": 1 << 20},
         _entry("alloc", 10, 100, "forward"),
@@ -55,42 +55,46 @@ def test_a_trace_of_the_allocator_becomes_changes_and_marks():
         {"action": "oom", "device_free": 1, "size": 7},
         _entry("alloc", 20, 512, mark),
     ]
-    found = memory.Recording()
-    memory.from_trace(trace, ["first", "second"], found)
+    found = allocations.Recording()
+    allocations.from_trace(trace, ["first", "second"], found)
     assert [(c.address, c.size) for c in found.changes] == [(10, 100), (10, -100), (10, 300)]
     assert found.marks == {"first": 1, "second": 3}
     assert found.changes[0].where == ("", "model.py:7 forward")
     with pytest.raises(AssertionError, match="lacks marks"):
-        memory.from_trace(trace, ["first", "second", "third"], memory.Recording())
+        allocations.from_trace(trace, ["first", "second", "third"], allocations.Recording())
 
 
 def test_categories_follow_from_lifetimes_and_addresses():
     changes = [
-        memory.Change(1, 10),  # saved for the backward pass
-        memory.Change(2, 20),  # temporary of the forward pass
-        memory.Change(2, -20),
-        memory.Change(3, 30),  # a gradient
-        memory.Change(2, 40),  # temporary of the backward pass, at an address used before
-        memory.Change(1, -10),
-        memory.Change(2, -40),
-        memory.Change(3, -30),
+        allocations.Change(1, 10),  # saved for the backward pass
+        allocations.Change(2, 20),  # temporary of the forward pass
+        allocations.Change(2, -20),
+        allocations.Change(3, 30),  # a gradient
+        allocations.Change(2, 40),  # temporary of the backward pass, at an address used before
+        allocations.Change(1, -10),
+        allocations.Change(2, -40),
+        allocations.Change(3, -30),
     ]
-    marks = {memory.FORWARD_END: 3, memory.BACKWARD_END: 7, memory.STEP_END: 7}
-    timeline = memory.Timeline(memory.Recording(changes, marks), {"parameters": 5}, frozenset({3}))
+    marks = {allocations.FORWARD_END: 3, allocations.BACKWARD_END: 7, allocations.STEP_END: 7}
+    timeline = allocations.Timeline(allocations.Recording(changes, marks), {"parameters": 5}, frozenset({3}))
     assert timeline.total.tolist() == [5, 15, 35, 15, 45, 85, 75, 35, 5]
     assert timeline.series["activations"].tolist() == [0, 10, 10, 10, 10, 10, 0, 0, 0]
     assert timeline.series["gradients"].max() == 30 and timeline.series["temporary"].max() == 40
     assert timeline.peak_activations == 50
     assert [timeline.phase(i) for i in (0, 3, 7)] == ["forward", "backward", "after"]
-    assert max(sum(v for k, v in row.items() if k.endswith("_mib")) for row in memory.sampled(timeline, 3)) == 85 / MIB
+    assert (
+        max(sum(v for k, v in row.items() if k.endswith("_mib")) for row in allocations.sampled(timeline, 3))
+        == 85 / MIB
+    )
 
 
-def test_a_recorded_step_has_what_the_model_has(bench):
-    timeline = bench.timeline("full_step", 32, "fp32")
-    parameters = sum(p.numel() for p in bench.model.parameters()) * 4
-    assert timeline.held["parameters"] == parameters
-    assert timeline.held["optimizer"] == pytest.approx(2 * parameters, rel=1e-3)
-    assert timeline.series["gradients"][timeline.recording.marks[memory.BACKWARD_END]] == parameters
+def test_a_recorded_step_has_what_the_model_has(subject):
+    with subject.set("fp32"):
+        timeline = subject.timeline("full_step", 32)
+    size = sum(p.numel() for p in subject.model.parameters()) * 4
+    assert timeline.held["parameters"] == size
+    assert timeline.held["optimizer"] == pytest.approx(2 * size, rel=1e-3)
+    assert timeline.series["gradients"][timeline.recording.marks[allocations.BACKWARD_END]] == size
     assert timeline.total[-1] - sum(timeline.held.values()) < 1024  # the loss, no gradients
 
 
@@ -100,9 +104,9 @@ def test_a_recorded_step_has_what_the_model_has(bench):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("context_length", [16, 32])
 def test_the_formula_counts_every_byte_that_a_block_keeps(dtype, context_length):
-    chosen = memory.settings("smoke", device="cpu", dtype=dtype, timeline_contexts=[context_length])
-    rows = memory.block_residuals(memory.Bench(chosen))
-    parts = cost.block_residuals(chosen.model, chosen.batch, context_length, dtype, scores=True)
+    p = parameters(dtype=dtype, timeline_contexts=[context_length])
+    rows = memory.measure_residuals(memory.residual_points(p)[0], p)
+    parts = cost.block_residuals(memory.model_of(p), p.batch, context_length, dtype, scores=True)
     assert sum(row["mib"] for row in rows) * MIB == sum(parts.values())
 
 
@@ -160,87 +164,69 @@ def test_nested_halves_keep_a_logarithm_and_flat_groups_a_root():
 
 
 def test_peaks_are_measured_for_every_mode_and_dtype(measured):
-    chosen, results, _ = measured
-    peaks = results.peaks
-    assert len(peaks) == len(chosen.dtypes) * 2 and (peaks.status == "ok").all()
+    p, results = measured
+    peaks = results["peaks"]
+    assert len(peaks) == len(p.dtypes) * 2 and (peaks.status == "ok").all()
     wide = peaks.pivot(index="dtype", columns="mode", values="peak_mib")
-    state = 16 * cost.model_parameters(chosen.model) / MIB
+    state = 16 * cost.model_parameters(memory.model_of(p)) / MIB
     assert (wide.full_step > state * 0.99).all() and (wide.forward < state / 2).all()
 
 
 def test_gradients_of_a_block_follow_from_the_record(measured):
-    _, results, _ = measured
-    assert len(results.blocks) == 2
-    assert results.blocks.gradients_mib.tolist() == pytest.approx(
-        results.blocks.expected_gradients_mib.tolist(), rel=1e-3
+    _, results = measured
+    assert len(results["blocks"]) == 2
+    assert results["blocks"].gradients_mib.tolist() == pytest.approx(
+        results["blocks"].expected_gradients_mib.tolist(), rel=1e-3
     )
 
 
 def test_the_stream_is_found_where_blocks_add(measured):
-    chosen, results, _ = measured
-    stream = results.allocations[results.allocations.kind == "stream"]
-    size = 4 * chosen.batch * 32 * chosen.model.d_model / MIB
+    p, results = measured
+    stream = results["allocations"][results["allocations"].kind == "stream"]
+    size = 4 * p.batch * 32 * memory.model_of(p).d_model / MIB
     assert stream.size_mib.tolist() == pytest.approx([size] * len(stream), rel=1e-5)
     added = stream[stream.operator == "aten::add"]
     assert added["stack"].str.contains(r"^model.py:\d+ TransformerBlock.forward < ").all()
-    assert (
-        f", {2 * chosen.model.num_layers} of them made where"
-        in memory.stream_conclusions(chosen, results.allocations)[0]
-    )
-    assert added["count"].sum() == 2 * chosen.model.num_layers
+    assert added["count"].sum() == 2 * memory.model_of(p).num_layers
 
 
 def test_a_compiled_norm_keeps_its_input_and_a_number_a_token(measured):
-    chosen, results, _ = measured
-    sums = results.residuals[results.residuals.what == "RMSNorm"].groupby("mode").mib.sum() * MIB
-    tokens, d = chosen.batch * 32, chosen.model.d_model
+    p, results = measured
+    sums = results["residuals"][results["residuals"].what == "RMSNorm"].groupby("mode").mib.sum() * MIB
+    tokens, d = p.batch * 32, memory.model_of(p).d_model
     assert sums["compiled"] == pytest.approx(4 * tokens * (d + 1), rel=1e-4)
     assert sums["eager"] == pytest.approx(4 * tokens * (2 * d + 1), rel=1e-4)
 
 
 def test_checkpointing_is_predicted_and_measured(measured):
-    _, results, _ = measured
-    frame = results.checkpointing.set_index("strategy")
+    _, results = measured
+    frame = results["checkpointing"].set_index("strategy")
     assert list(frame.index.astype(str)) == ["none", "1", "nested"] and (frame.status == "ok").all()
     assert frame.loss.nunique() == 1
     assert frame.activations_mib["none"] == pytest.approx(frame.predicted_activations_mib["none"], rel=0.05)
-    assert frame.peak_mib["1"] < frame.peak_mib["none"] and frame.block_forwards.tolist() == [2, 4, 4]
+    assert frame.activations_mib["1"] < frame.activations_mib["none"] and frame.block_forwards.tolist() == [2, 4, 4]
+    assert frame.peak_mib.tolist() == pytest.approx(frame.predicted_peak_mib.tolist(), rel=0.05)  # the optimizer's
 
 
-def test_the_cache_of_casts_outlives_checkpoints_and_is_predicted():
+def test_the_cache_of_casts_outlives_checkpoints_and_is_predicted(tmp_path):
     shape = {"size": "mini", "vocab_size": 64, "timeline_contexts": [16], "dtype": "bf16"}
-    chosen = memory.settings("smoke", device="cpu", strategies=["none", "1", "1 cached"], steps=1, **shape)
-    bench = memory.Bench(chosen)
-    bench.make_optimizer()
-    rows = {row["strategy"]: row for row in memory.checkpointing_rows(bench)}
-    casts = cost.block_residuals(chosen.model, 2, 16, "bf16", scores=True)["cast weights"] / MIB
-    predicted = {name: row["predicted_activations_mib"] for name, row in rows.items()}
-    measured = {name: row["activations_mib"] for name, row in rows.items()}
+    p = parameters(strategies=["none", "1", "1 cached"], steps=1, **shape)
+    rows = experiment.run(memory.CHECKPOINTING, p, folder=tmp_path).set_index("strategy")
+    casts = cost.block_residuals(memory.model_of(p), 2, 16, "bf16", scores=True)["cast weights"] / MIB
+    predicted, measured = rows.predicted_activations_mib, rows.activations_mib
     assert measured["none"] == pytest.approx(predicted["none"], rel=0.05)
     assert measured["1 cached"] - measured["1"] > casts > 0 and predicted["1 cached"] > predicted["1"]
+    assert rows.predicted_ms["1"] > rows.step_ms["none"]
     assert memory.strategy_name("1 cached") == "each block, casts cached"
 
 
-def test_everything_is_said_and_drawn(measured):
-    chosen, results, folder = measured
-    written = memory.write_report(chosen, results, folder)
-    assert sorted(written) == ["checkpointing", "report", "residuals", "timeline"]
-    assert all(path.name.startswith("memory_") and path.stat().st_size > 1000 for path in written.values())
-    text = written["report"].read_text()
-    assert text.count("\n## ") == 6 and "same loss" in text and "five largest contributors" in text
-
-
-def test_running_out_of_memory_is_a_row(bench, monkeypatch):
+def test_running_out_of_memory_is_a_row(tmp_path, monkeypatch):
     def fails(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
-    monkeypatch.setattr(bench, "peak", fails)
-    rows = list(memory.peak_rows(bench, "full_step"))
-    assert [row["status"] for row in rows] == ["oom"] and rows[0]["note"].endswith("2.00 GiB.")
-    monkeypatch.setattr(bench, "peak", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
-    with pytest.raises(RuntimeError, match="a bug"):
-        list(memory.peak_rows(bench, "full_step"))
-    assert "oom" in memory.row_line(memory.PEAKS, rows[0])
+    monkeypatch.setattr(memory.Subject, "peak", fails)
+    rows = experiment.run(memory.PEAKS, parameters(), folder=tmp_path)
+    assert set(rows.status) == {"oom"} and rows.note[0].endswith("2.00 GiB.")
 
 
 @pytest.mark.parametrize(
@@ -259,7 +245,7 @@ def test_running_out_of_memory_is_a_row(bench, monkeypatch):
 )
 def test_bad_settings_are_refused(bad):
     with pytest.raises(ValueError):
-        memory.settings("smoke", **bad)
+        parameters(**bad)
 
 
 def test_the_residual_stream_of_the_course():

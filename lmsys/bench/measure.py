@@ -436,3 +436,13 @@ def _parsed_state(fields: Sequence[str], line: str, processes: str) -> dict[str,
             {"pid": pid.strip(), "memory": memory.strip(), "this": pid.strip() == str(os.getpid())}
         )
     return state
+
+
+class Repeated:
+    """The same batch, as often as a step asks for one."""
+
+    def __init__(self, batch: tuple[torch.Tensor, torch.Tensor]):
+        self.batch = batch
+
+    def next(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.batch

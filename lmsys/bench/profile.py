@@ -39,7 +39,7 @@ from lmsys.bench.experiment import (
     require_names,
     require_numbers,
 )
-from lmsys.bench.measure import one_thread, quantiles, release
+from lmsys.bench.measure import Repeated, one_thread, quantiles, release
 from lmsys.bench.timeline import phase, union
 from lmsys.bench.traces import MATMUL, PHASES, Kernel, Trace, busy_ms, trace
 from lmsys.config import MODEL_SIZES, PipelineConfig, build, model_size, require
@@ -210,16 +210,6 @@ class Subject:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
-
-
-class Repeated:
-    """The same batch, as often as it is asked for."""
-
-    def __init__(self, batch: tuple[Tensor, Tensor]):
-        self.batch = batch
-
-    def next(self) -> tuple[Tensor, Tensor]:
-        return self.batch
 
 
 _subjects: dict[tuple[str, str], Subject] = {}  # the one at hand
