@@ -214,7 +214,8 @@ def test_the_cache_of_casts_outlives_checkpoints_and_is_predicted(tmp_path):
     rows = experiment.run(memory.CHECKPOINTING, p, folder=tmp_path).set_index("strategy")
     casts = cost.block_residuals(memory.model_of(p), 2, 16, "bf16", scores=True)["cast weights"] / MIB
     predicted, measured = rows.predicted_activations_mib, rows.activations_mib
-    assert measured["none"] == pytest.approx(predicted["none"], rel=0.05)
+    # The formula leaves out what one block's backward pass works with, which differs between CPUs.
+    assert 1 <= measured["none"] / predicted["none"] < 1.08
     assert measured["1 cached"] - measured["1"] > casts > 0 and predicted["1 cached"] > predicted["1"]
     assert rows.predicted_ms["1"] > rows.step_ms["none"]
     assert memory.strategy_name("1 cached") == "each block, casts cached"
