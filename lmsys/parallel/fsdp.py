@@ -69,10 +69,6 @@ class _Unit:
     def __init__(self, name: str, flats: Sequence[Flat]):
         self.name, self.flats = name, flats
 
-    @property
-    def gathered(self) -> bool:
-        return any(flat.gathered for flat in self.flats)
-
     def gather(self) -> None:
         for flat in self.flats:
             flat.gather()
@@ -107,9 +103,6 @@ def _gathering(cls: type[nn.Module]) -> type[nn.Module]:
 
     Gathering.__name__, Gathering.__qualname__, Gathering.__module__ = cls.__name__, cls.__qualname__, cls.__module__
     return Gathering
-
-
-# --- The wrapper ----------------------------------------------------------------------------------
 
 
 class FullyShardedModule(ShardedState):
@@ -406,7 +399,7 @@ class FullyShardedModule(ShardedState):
     @property
     def gathered(self) -> list[str]:
         """The names of the blocks that are whole or on their way."""
-        return [unit.name for unit in self._units if unit.gathered]
+        return [unit.name for unit in self._units if any(flat.gathered for flat in unit.flats)]
 
 
 fully_shard = FullyShardedModule  # torch's name for it
@@ -549,9 +542,6 @@ def _like(whole: Tensor, tensor: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(whole.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
-
-
-# --- Helpers --------------------------------------------------------------------------------------
 
 
 def _choose(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lmsys.parallel import shards
 from lmsys.parallel.group import broadcast_from_rank0, current
-from lmsys.parallel.shards import FlatLayout, Piece, align
+from lmsys.parallel.shards import FlatLayout, Piece
 
 
 class Flat(FlatLayout):
@@ -39,9 +39,9 @@ class Flat(FlatLayout):
         super().__init__(list(named.values()))
         self.group = group
         rank, self.world_size = current(group)
-        size = align(self.size, self.world_size * shards.ALIGNMENT)
-        self.shares = shards.even_shares(size, self.world_size)
+        self.shares = shards.even_shares(self.size, self.world_size)
         self.own = slice(*self.shares[rank])
+        size = self.shares[-1][1]
         masters = self.flatten(size)
         broadcast_from_rank0([masters], group)
         self.shard = masters[self.own].clone()

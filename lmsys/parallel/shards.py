@@ -44,16 +44,16 @@ reduce_scatter_tensor = getattr(dist, "reduce_scatter_single", None) or dist.red
 # --- Flat buffers and collectives on them ---------------------------------------------------------
 
 
-def align(elements: int, to: int = ALIGNMENT) -> int:
-    """The next multiple of `to`."""
-    return -(-elements // to) * to
+def align(elements: int) -> int:
+    """The next multiple of ALIGNMENT."""
+    return -(-elements // ALIGNMENT) * ALIGNMENT
 
 
 class FlatLayout:
     """Where parameters lie in a flat buffer: one after another, each at a multiple of ALIGNMENT.
 
     Attributes:
-        offsets: where each starts. size: elements of the buffer, a multiple of ALIGNMENT.
+        offsets: where each starts. size: of the buffer, in elements.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]):
@@ -73,7 +73,7 @@ class FlatLayout:
         ]
 
     def flatten(self, size: int) -> Tensor:
-        """The parameters' values in a new buffer of at least self.size elements, zeros between them."""
+        """The parameters' values in a new buffer of at least self.size elements, zeros elsewhere."""
         first = self.parameters[0]
         flat = torch.zeros(size, dtype=first.dtype, device=first.device)
         torch._foreach_copy_(self.views(flat), [parameter.detach() for parameter in self.parameters])
@@ -137,11 +137,8 @@ def mean_operation(tensor: Tensor, group: dist.ProcessGroup | None) -> dist.Redu
 class MeanInFlight:
     """Gradients (elements,) on their way to be this rank's share of the ranks' mean.
 
-    They are kept here until wait(), for which the stream waits: then their memory may be reused.
-
-    Args:
-        gradients: may be overwritten. shares: [start, stop) of each rank; all of one length: a reduce-scatter; else a
-            reduce to each rank.
+    They are kept here, and may be overwritten, until wait(): then the stream orders the reuse of their memory.
+    shares: [start, stop) of each rank; all of one length: a reduce-scatter; else a reduce to each rank.
     """
 
     def __init__(self, gradients: Tensor, shares: Sequence[tuple[int, int]], group: dist.ProcessGroup | None):
@@ -169,8 +166,8 @@ class MeanInFlight:
 
 
 def even_shares(size: int, world_size: int) -> list[tuple[int, int]]:
-    """[start, stop) of each rank in a buffer of a size that the ranks divide."""
-    share = size // world_size
+    """[start, stop) of each rank in a buffer of at least that size; all as long, multiples of ALIGNMENT."""
+    share = align(-(-size // world_size))
     return [(rank * share, (rank + 1) * share) for rank in range(world_size)]
 
 

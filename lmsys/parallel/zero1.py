@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from lmsys.parallel import shards
 from lmsys.parallel.group import broadcast_from_rank0, check_same_everywhere, current, gather_objects
 from lmsys.parallel.hooks import on_gradient
-from lmsys.parallel.shards import FlatLayout, MeanInFlight, Piece, align
+from lmsys.parallel.shards import FlatLayout, MeanInFlight, Piece
 
 PARTITIONS = ("elements", "parameters")
 
@@ -378,8 +378,8 @@ class _Bucket:
         self.pushed: dict[str, Any] = {}  # options that inner was given
         size = self.layout.size
         if owners is None:
-            size = align(size, world_size * shards.ALIGNMENT)
             self.shares = shards.even_shares(size, world_size)
+            size = self.shares[-1][1]
         else:  # from a rank's first parameter to the next rank's
             first = {owners[id(p)]: at for p, at in reversed(list(zip(parameters, self.layout.offsets, strict=True)))}
             bounds = [size]
