@@ -6,19 +6,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from parallel_cases import (
-    STEPS,
-    TIME_LIMIT_S,
-    VOCABULARY,
-    Toy,
-    batch,
-    difference,
-    loss,
-    sgd,
-    share,
-    toy,
-    twin,
-)
+from parallel_cases import STEPS, TIME_LIMIT_S, VOCABULARY, Toy, batch, difference, loss, sgd, share, toy, twin
 from torch import nn
 
 from lmsys.parallel import wrap
@@ -313,30 +301,18 @@ def compiled(process):
     }
 
 
-CASES = (
-    equality,
-    clipping,
-    accumulation,
-    delays,
-    low_precision,
-    dtypes,
-    arrival,
-    early,
-    mismatches,
-    mistakes,
-    compiled,
-)
+ALL = (equality, clipping, accumulation, delays, low_precision, dtypes, arrival, early, mismatches, mistakes, compiled)
 
 
 def run_cases(process: Process) -> dict:
-    return {case.__name__: case(process) for case in CASES}
+    return {case.__name__: case(process) for case in ALL}
 
 
 @pytest.fixture(scope="module")
 def results():
     """What each case returned, by case and then by rank."""
     by_rank = spawn(run_cases, RANKS, device="cpu", timeout_s=TIME_LIMIT_S)
-    return {case.__name__: [found[case.__name__] for found in by_rank] for case in CASES}
+    return {case.__name__: [found[case.__name__] for found in by_rank] for case in ALL}
 
 
 # --- The tests ------------------------------------------------------------------------------------
