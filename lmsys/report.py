@@ -253,7 +253,7 @@ def build_site() -> Path:
 
 
 def setup(app) -> dict[str, Any]:
-    """Sphinx's entry: formulas as MathML, which browsers draw by themselves; its own renderer loads a foreign script."""
+    """Sphinx's entry: formulas as MathML, which browsers draw by themselves; its own way loads a foreign script."""
     app.add_html_math_renderer("mathml", (_inline_formula, None), (_displayed_formula, None))
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 

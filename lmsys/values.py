@@ -45,15 +45,14 @@ class Values:
 
     def text(self, name: str, page: str) -> str:
         """A value as its format has it, or a table as Markdown; ValueError as fill() raises it."""
+        entry = (self.values | self.tables).get(name.partition(".")[0], {})
         try:
             if name in self.tables:
-                return self._table(self.tables[name])
-            value = self.value(name)
+                return self._table(entry)
             counted = name.endswith((".count", ".nunique"))
-            return formatted(value, "," if counted else self.values[name.partition(".")[0]].get("format", ""))
+            return formatted(self.value(name), "," if counted else entry.get("format", ""))
         except Exception as error:
-            file = (self.tables | self.values).get(name.partition(".")[0], {}).get("file", self.source.name)
-            raise ValueError(f"{page}: {{{{ {name} }}}} ({file}): {error}") from error
+            raise ValueError(f"{page}: {{{{ {name} }}}} ({entry.get('file', self.source.name)}): {error}") from error
 
     def value(self, name: str) -> Any:
         """A named value before it is formatted: a number, or a text of the result file or its stamp.
@@ -67,12 +66,11 @@ class Values:
         if "expr" in entry:
             return eval(re.sub(r"\b[a-zA-Z_][\w.]*", lambda match: repr(float(self.value(match[0]))), entry["expr"]))
         if "stamp" in entry:
-            found = json.loads(self._path(f"{entry['file']}.json").read_text(encoding="utf-8"))
+            found = json.loads((self.artifacts / f"{entry['file']}.json").read_text(encoding="utf-8"))
             return functools.reduce(lambda part, key: part[key], entry["stamp"].split("."), found)
-        rows = self.rows(entry)
-        column = rows.eval(entry["value"], engine="python")
-        if not reduction and len(rows) > 1:
-            raise ValueError(f"{len(rows)} rows, not one, match: {entry.get('where')}")
+        column = self.rows(entry).eval(entry["value"], engine="python")
+        if not reduction and len(column) > 1:
+            raise ValueError(f"{len(column)} rows, not one, match: {entry.get('where')}")
         if reduction == "geomean":
             result = column.prod() ** (1 / column.count())
         else:
@@ -102,19 +100,14 @@ class Values:
         return frame.head(entry.get("head", len(frame)))
 
     def _table(self, entry: dict[str, Any]) -> str:
-        rows, columns = self.rows(entry).to_dict("records"), entry["columns"]
-        lines = [{heading: _cell(cell, row) for heading, cell in columns.items()} for row in rows]
+        rows = self.rows(entry).to_dict("records")
+        lines = [{heading: _cell(cell, row) for heading, cell in entry["columns"].items()} for row in rows]
         return records.markdown_table(lines).rstrip()
-
-    def _path(self, name: str) -> Path:
-        if not (self.artifacts / name).exists():
-            raise ValueError(f"there is no artifacts/{name}")
-        return self.artifacts / name
 
     def _read(self, file: str):
         import pandas as pd
 
-        frame = pd.read_csv(self._path(f"{file}.csv"))
+        frame = pd.read_csv(self.artifacts / f"{file}.csv")
         return frame.assign(**{name: frame[name].fillna("") for name in frame.select_dtypes(["object", "str"])})
 
 
@@ -157,7 +150,8 @@ def setup(app) -> dict[str, Any]:
 
     def source_read(app, docname: str, source: list[str]) -> None:
         page = str(app.env.doc2path(docname, base=False))
-        source[0] = values.fill(source[0], page) if page.endswith(".md") else source[0]
+        if page.endswith(".md"):
+            source[0] = values.fill(source[0], page)
 
     app.connect("env-get-outdated", outdated)
     app.connect("source-read", source_read)

@@ -1,7 +1,7 @@
 """The sentences of the pages that rank or judge, checked against the committed rows, spread included.
 
-A page marks such a sentence with `<!-- claim: NAME -->`; the function NAME here says what the rows must show. When a new measurement breaks
-one, the sentence has to be rewritten.
+A page marks such a sentence with `<!-- claim: NAME -->`; the function NAME here says what the rows must show. When a
+new measurement breaks one, the sentence has to be rewritten.
 """
 
 import functools
@@ -255,7 +255,7 @@ def tiled_slower():
 
 
 def no_gain(option):
-    """Whether the step without an option, and without the backward pass written by hand, is as fast as with the option."""
+    """Whether a step without an option is as fast as with it, both without the backward pass written by hand."""
     step = steps("gpt2")
     return not ahead(step["written_backward"], step[option]) and not ahead(step[option], step["written_backward"])
 
