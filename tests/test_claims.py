@@ -361,7 +361,7 @@ def bench_repeat():
 def warmup():
     times = rows("h200/model_benchmark_warmup").time_ms
     means = {skipped: times[skipped : skipped + 10].mean() for skipped in (0, 1, 2, 5)}
-    assert means[0] > 2 * means[5]
+    assert means[0] > 2 * means[5] and times[:10].std() > means[0]
     assert all(means[skipped] - means[5] < times[skipped : skipped + 10].std() for skipped in (1, 2))
 
 
@@ -414,6 +414,8 @@ def allreduce():
 def allreduce_line():
     link = allreduce()
     half = link.latency_s * link.bandwidth / 2**20
+    times = rows("h200-x2/collectives_results").query("op == 'all_reduce'").set_index("size_mib").median_ms
+    assert f"{1e3 * times[1]:.0f} {times[1024]:.1f}" == "23 3.3"
     assert f"{1e6 * link.latency_s:.1f} {link.bandwidth / 1e9:.0f} {half:.1f}" == "20.4 305 5.9"
 
 
@@ -431,13 +433,26 @@ def bucket_model():
     assert f"{size / 1e6:,.0f} {best / 1e6:.0f} {size / best:.0f} {1e3 * overhead:.1f}" == "7,993 223 36 1.5"
 
 
-@claim
-def ddp_order():
+def captured_xl():
     captured = rows("h200-x2/data_parallel_results").query(
         "study == 'captured' and gpus == 2 and options == 'captured=True'"
     )
-    step = captured[captured["size"] == "xl"].set_index("wrapper")
-    assert ahead(step.loc["flat"], step.loc["naive"])
+    return captured[captured["size"] == "xl"].set_index("wrapper")
+
+
+@claim
+def ddp_order():
+    assert ahead(captured_xl().loc["flat"], captured_xl().loc["naive"])
+
+
+@claim
+def ddp_overlap_faster():
+    assert ahead(captured_xl().loc["overlap"], captured_xl().loc["flat"])
+
+
+@claim
+def flashddp_faster():
+    assert all(ahead(captured_xl().loc["flashddp"], captured_xl().loc[other]) for other in ("naive", "torch_ddp"))
 
 
 @claim
@@ -450,7 +465,9 @@ def buckets():
 
 @claim
 def scaling_alike():
-    assert alike(rows("h200-x2/data_parallel_results").query("study == 'scaling' and gpus == 2"))
+    scaling = rows("h200-x2/data_parallel_results").query("study == 'scaling' and gpus == 2")
+    assert alike(scaling)
+    assert [round(100 * value, 1) for value in sorted(scaling.scaling_efficiency)][::2] == [92.5, 94.3]
 
 
 @claim

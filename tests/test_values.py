@@ -105,6 +105,12 @@ def test_every_page_can_be_filled_and_every_name_is_used():
     assert [name for name in (*values.values, *values.tables) if name not in names] == []
 
 
+def test_files_that_pages_name_exist():
+    for page in PAGES:
+        for path in re.findall(r"`((?:lmsys|tests|notebooks)/[\w./]+\.\w+)`", page.read_text(encoding="utf-8")):
+            assert (REPOSITORY / path).exists(), (page.name, path)
+
+
 def test_the_readme_holds_the_values_of_the_artifacts():
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     assert Values().fill_readme(readme) == readme, "run: python -m lmsys report --site_only"
