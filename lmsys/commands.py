@@ -88,8 +88,8 @@ def pipeline(
     result = pipelines.run(config, skip_data=skip_data)
     for story in result.stories:
         print(f"{story['text']}\n")
-    metrics, figure = pipelines.write_report(result, folder)
-    _print_written([metrics, figure.path])
+    metrics, _ = pipelines.write_report(result, folder)
+    _print_written([metrics, metrics.with_name("pipeline_loss.png")])
 
 
 def train(
