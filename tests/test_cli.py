@@ -108,7 +108,7 @@ def test_context_beyond_the_models(tmp_path, capsys):
         ),
         (["--ddp_wrapper", "flashddp", "--processes", "0"], "train.processes is 0"),
         (["--processes", "2", "--override", "train.device=cpu"], "'none' is for one process and this run has 2"),
-        (["--sharded_optimizer"], "train.sharded_optimizer shares the optimizer's state among processes"),
+        (["--sharded_optimizer"], "train.sharded_optimizer=true does not go with train.ddp_wrapper=none"),
         (["--ddp_wrapper", "dpp"], "unknown ddp_wrapper 'dpp'"),
         (["--override", "train.device=cuda:64"], "cuda:64"),
         (["--config", "none.json"], "no config file"),

@@ -143,7 +143,8 @@ class _Lines:
     """Progress as lines, at most one a second, and one at the end. What train() uses of tqdm's interface."""
 
     def __init__(self, total: int, initial: int):
-        self.total, self.step, self.printed = total, initial, -math.inf
+        self.total, self.initial, self.step, self.printed = total, initial, initial, -math.inf
+        self.start = time.monotonic()
 
     def __enter__(self) -> _Lines:
         return self
@@ -154,6 +155,9 @@ class _Lines:
         self.step += 1
 
     def set_postfix_str(self, text: str, refresh: bool) -> None:
-        if time.monotonic() - self.printed >= 1 or self.step == self.total:
-            print(f"step {self.step} of {self.total}: {text}", flush=True)
-            self.printed = time.monotonic()
+        now = time.monotonic()
+        if now - self.printed >= 1 or self.step == self.total:
+            seconds = (now - self.start) / (self.step - self.initial) * (self.total - self.step)
+            left = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+            print(f"step {self.step} of {self.total}, {left} left: {text}", flush=True)
+            self.printed = now
