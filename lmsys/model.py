@@ -137,9 +137,7 @@ class TransformerBlock(nn.Module):
         self.attn = CausalSelfAttention(config, kernel)
         self.ln2 = RMSNorm(config.d_model)
         self.ffn = SwiGLU(config.d_model, config.d_ff)
-        self.function: Callable[..., Tensor] | None = (
-            None  # with a backward pass of its own, where lmsys.step.blocks sets it
-        )
+        self.function: Callable[..., Tensor] | None = None  # in place of forward, where lmsys.step.blocks sets it
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable[..., Tensor] | None = None) -> Tensor:
         if self.function is not None and attend is None:
@@ -154,11 +152,7 @@ class TransformerLM(nn.Module):
     A tied head is the embedding itself, no second parameter; the embedding then starts at standard deviation
     1 / sqrt(d) instead of 1, so that the first logits have unit variance and the first loss is near ln V.
 
-    Args:
-        config: the shape; vocab_size must be set.
-        attention_kernel: a name of lmsys.attention.
-    Raises:
-        ValueError: vocab_size not set, or unknown kernel.
+    ValueError: vocab_size not set in the config, or an unknown kernel of lmsys.attention.
     """
 
     def __init__(self, config: ModelConfig, *, attention_kernel: str = "vectorized_torch"):

@@ -9,7 +9,7 @@ from block_cases import outcome, small_block, small_inputs
 from torch.nn import functional as F
 
 from lmsys.model import SwiGLU
-from lmsys.step.gate import gate_back_op, gate_op, gated_product
+from lmsys.step.gate import gate_backward, gate_forward, gated_product
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -75,8 +75,8 @@ def test_the_kernels_round_once():
     gate, up = exact.chunk(2, -1)
     product = F.silu(gate) * up
     product.backward(dproduct.double())
-    dmerged, again = gate_back_op(merged, dproduct, "triton")
-    assert torch.equal(again, gate_op(merged, "triton"))
+    dmerged, again = gate_backward(merged, dproduct, "triton")
+    assert torch.equal(again, gate_forward(merged, "triton"))
     for ours, theirs in ((again, product.detach()), (dmerged, exact.grad)):
         assert ((ours.double() - theirs).abs() <= (2**-8 if ON_GPU else 2**-7) * theirs.abs() + 1e-6).all()
 
@@ -85,7 +85,7 @@ def test_the_kernels_round_once():
 def test_far_from_zero_nothing_overflows():
     gate = torch.tensor([-1e4, -200.0, -90.0, 0.0, 90.0, 1e4], device=DEVICE)
     merged = torch.cat((gate, torch.full_like(gate, 3.0)))[None]
-    dmerged, product = gate_back_op(merged, torch.ones(1, 6, device=DEVICE), "triton")
+    dmerged, product = gate_backward(merged, torch.ones(1, 6, device=DEVICE), "triton")
     expected = torch.tensor([0, 0, 0, 0, 270, 3e4], device=DEVICE)[None]
     torch.testing.assert_close(product, expected)
     silu_slope = torch.tensor([0, 0, 0, 0.5, 1, 1], device=DEVICE)
@@ -184,9 +184,9 @@ def test_the_compiler_sees_the_products_and_keeps_no_product_of_gate_and_up():
 @PATHS
 def test_operators_are_as_torch_library_has_them(path):
     merged, _ = inputs((2, 3), 20)
-    torch.library.opcheck(gate_op, (merged, path), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(gate_forward.op, (merged, path), test_utils=("test_schema", "test_faketensor"))
     arguments = (merged, torch.randn(2, 3, 20, device=DEVICE), path)
-    torch.library.opcheck(gate_back_op, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(gate_backward.op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_what_does_not_fit_is_refused():

@@ -143,8 +143,8 @@ def test_without_gradients_none_are_made(monkeypatch):
     seen = []
     from lmsys.step import loss as fused_loss
 
-    original = fused_loss._losses
-    monkeypatch.setattr(fused_loss, "_losses", lambda *args: seen.append(args[-2:]) or original(*args))
+    original = fused_loss.losses_and_gradients
+    monkeypatch.setattr(fused_loss, "losses_and_gradients", lambda *args: seen.append(args[-2:]) or original(*args))
     with torch.no_grad():
         loss = linear_cross_entropy(hidden, weight, targets)
     assert not loss.requires_grad
@@ -222,11 +222,11 @@ def test_compiled_as_one_graph():
 
 def test_operator_is_as_torch_library_has_it():
     hidden, weight, targets = inputs(12, 8, 40)
-    from lmsys.step.loss import losses_op
+    from lmsys.step.loss import losses_and_gradients
 
     for wants in ((True, True), (False, True), (False, False)):
         arguments = (hidden.detach(), weight.detach(), targets, torch.float32, 5, -100, "torch", *wants)
-        torch.library.opcheck(losses_op, arguments, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(losses_and_gradients.op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_a_target_outside_of_the_vocabulary():

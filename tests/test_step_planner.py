@@ -73,7 +73,7 @@ def frugal(monkeypatch):
     monkeypatch.setattr(blocks, "rotate_in_place", lambda qkv, cos, sin: None)
     monkeypatch.setattr(blocks, "attend", attend)
     monkeypatch.setattr(blocks, "attend_backward", attend_backward)
-    monkeypatch.setattr(blocks, "rotate_back", rotate_back)
+    monkeypatch.setattr(blocks, "rotate_backward", rotate_back)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the profiler of the CPU's allocations")

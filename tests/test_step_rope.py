@@ -5,7 +5,7 @@ import torch
 
 from lmsys.model import RotaryEmbedding
 from lmsys.step.reference import rotate
-from lmsys.step.rope import rotate_back_op, rotate_op, rotated_heads
+from lmsys.step.rope import rotate_backward, rotate_forward, rotated_heads
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -76,9 +76,9 @@ def test_compiled_as_one_graph():
 def test_operators_are_as_torch_library_has_them():
     qkv, cos, sin = inputs(1, 6, 2, 16)
     dq, dk, dv = (torch.randn(1, 2, 6, 16, device=DEVICE) for _ in range(3))
-    torch.library.opcheck(rotate_op, (qkv, cos, sin, "torch"), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(rotate_forward.op, (qkv, cos, sin, "torch"), test_utils=("test_schema", "test_faketensor"))
     arguments = (dq, dk, dv, cos, sin, "torch")
-    torch.library.opcheck(rotate_back_op, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(rotate_backward.op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_other_shapes_are_refused():

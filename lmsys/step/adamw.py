@@ -100,25 +100,16 @@ class FusedAdamW(AdamW):
     """AdamW as one Triton kernel a parameter group. Its state_dict() is AdamW's, and either loads the other's.
 
     Args:
-        path: triton, torch, or auto, which is triton on a GPU.
+        settings, named: AdamW's. path: triton, torch, or auto, which is triton on a GPU.
     Raises:
         ValueError: parameters that are not contiguous, in fp32, and, in a group, on one device.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
-        weight_decay: float = 0.1,
-        *,
-        path: str = "auto",
-    ):
+    def __init__(self, params: Iterable[Any], *settings: Any, path: str = "auto", **named: Any):
         self._path = path
         self._buffers: list[_Buffers] = []  # of each group
         self._places: dict[nn.Parameter, tuple[_Buffers, int]] = {}  # in the order of the groups
-        super().__init__(params, lr, betas, eps, weight_decay)
+        super().__init__(params, *settings, **named)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's, and buffers for the group."""

@@ -37,7 +37,7 @@ from lmsys.options import WRITTEN_BACKWARD_ATTENTION as ATTENTION
 from lmsys.step.gate import swiglu, swiglu_backward
 from lmsys.step.norm import Norm, norm_backward, norm_forward, rows
 from lmsys.step.planner import KINDS
-from lmsys.step.rope import rotate_back, rotate_in_place
+from lmsys.step.rope import rotate_backward, rotate_in_place
 
 if TYPE_CHECKING:
     from lmsys.model import TransformerBlock, TransformerLM
@@ -146,9 +146,7 @@ class _Values:
         _, self.there["norm1"] = norm_forward(self.x, self.gain1, self.spec.eps)
 
     def _qkv(self) -> None:
-        batch, length, d_model = self.shape
-        qkv = self.get("norm1") @ self.qkv_weight.t()
-        qkv = qkv.view(batch, length, 3, self.spec.heads, d_model // self.spec.heads)
+        qkv = (self.get("norm1") @ self.qkv_weight.t()).view(*self.shape[:2], 3, self.spec.heads, -1)
         rotate_in_place(qkv, self.cos, self.sin)
         self.there["qkv"] = qkv
 
@@ -250,7 +248,7 @@ class _Block(torch.autograd.Function):
         del o, lse, qkv, do
         v.drop("attention", "qkv")
         path = "triton" if x.is_cuda else "torch"
-        dqkv = rotate_back(*gradients, v.cos, v.sin, path).view(x.shape[0] * x.shape[1], -1)
+        dqkv = rotate_backward(*gradients, v.cos, v.sin, path).view(x.shape[0] * x.shape[1], -1)
         del gradients
         dqkv_weight = dqkv.t() @ v.get("norm1")
         v.drop("norm1")

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lmsys.step.kernels import IS_HIP, LOG2_E, resolve_path, tl, triton
+from lmsys.step.kernels import IS_HIP, LOG2_E, operator, resolve_path, tl, triton
 
 # --- Kernels --------------------------------------------------------------------------------------
 #
@@ -143,35 +143,27 @@ def swiglu_backward(
 # --- Operators ------------------------------------------------------------------------------------
 
 
-def _gate(merged: Tensor, path: str) -> Tensor:
-    """silu(gate) * up, (..., F), contiguous."""
-    return swiglu(*merged.contiguous().chunk(2, -1), path)
-
-
-def _gate_back(merged: Tensor, dproduct: Tensor, path: str) -> tuple[Tensor, Tensor]:
-    """From the gradient of silu(gate) * up, (..., F), that of merged, and silu(gate) * up itself, both contiguous."""
-    merged, dmerged = merged.contiguous(), torch.empty_like(merged, memory_format=torch.contiguous_format)
-    product = _empty_product(merged)
-    swiglu_backward(*merged.chunk(2, -1), dproduct.contiguous(), *dmerged.chunk(2, -1), product, path)
-    return dmerged, product
-
-
 def _empty_product(merged: Tensor) -> Tensor:
     return merged.new_empty(*merged.shape[:-1], merged.shape[-1] // 2)
 
 
-gate_op = torch.library.custom_op("lmsys::gate", _gate, mutates_args=())
-gate_back_op = torch.library.custom_op("lmsys::gate_back", _gate_back, mutates_args=())
-
-
-@gate_op.register_fake
-def _(merged: Tensor, path: str) -> Tensor:
-    return _empty_product(merged)
-
-
-@gate_back_op.register_fake
-def _(merged: Tensor, dproduct: Tensor, path: str) -> tuple[Tensor, Tensor]:
+def _empty_gradients(merged: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(merged, memory_format=torch.contiguous_format), _empty_product(merged)
+
+
+@operator("gate", fake=lambda merged, path: _empty_product(merged))
+def gate_forward(merged: Tensor, path: str) -> Tensor:
+    """silu(gate) * up, (..., F), contiguous."""
+    return swiglu(*merged.contiguous().chunk(2, -1), path)
+
+
+@operator("gate_back", fake=_empty_gradients)
+def gate_backward(merged: Tensor, dproduct: Tensor, path: str) -> tuple[Tensor, Tensor]:
+    """From the gradient of silu(gate) * up, (..., F), that of merged, and silu(gate) * up itself, both contiguous."""
+    dmerged, product = _empty_gradients(merged)
+    gate_and_up, gradients = merged.contiguous().chunk(2, -1), dmerged.chunk(2, -1)
+    swiglu_backward(*gate_and_up, dproduct.contiguous(), *gradients, product, path)
+    return dmerged, product
 
 
 # --- Autograd -------------------------------------------------------------------------------------
@@ -182,7 +174,7 @@ class GatedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, merged: Tensor, weight: Tensor, path: str) -> Tensor:
-        product = (gate_op if torch.compiler.is_compiling() else _gate)(merged, path)
+        product = gate_forward(merged, path)
         ctx.save_for_backward(merged, weight)
         ctx.path = path
         return F.linear(product, weight.to(merged.dtype))
@@ -191,10 +183,9 @@ class GatedProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         merged, weight = ctx.saved_tensors
-        launch = gate_back_op if torch.compiler.is_compiling() else _gate_back
         rows = dy.reshape(-1, dy.shape[-1])
         dproduct = torch.mm(rows, weight.to(dy.dtype))
-        dmerged, product = launch(merged, dproduct.view(*merged.shape[:-1], -1), ctx.path)
+        dmerged, product = gate_backward(merged, dproduct.view(*merged.shape[:-1], -1), ctx.path)
         dweight = torch.mm(rows.t(), product.view(-1, product.shape[-1])).to(weight.dtype)
         return dmerged, dweight, None
 

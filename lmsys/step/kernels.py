@@ -8,6 +8,8 @@ is plain PyTorch there.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -32,3 +34,22 @@ def resolve_path(path: str, tensor: Tensor) -> str:
     if path != "auto":
         return path
     return "triton" if tensor.is_cuda else "torch"
+
+
+def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: under torch.compile the function is an operator, called as it is otherwise, without the dispatcher's cost.
+
+    fake: its result's shapes and dtypes, from its arguments. The operator itself is the function's `op`.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        op = torch.library.custom_op(f"lmsys::{name}", function, mutates_args=())
+        op.register_fake(fake)
+
+        def call(*arguments: Any) -> Any:
+            return (op if torch.compiler.is_compiling() else function)(*arguments)
+
+        call.op = op
+        return call
+
+    return decorate

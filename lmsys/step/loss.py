@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lmsys.step.kernels import IS_HIP, LN_2, LOG2_E, MAX, SUM, resolve_path, tl, triton
+from lmsys.step.kernels import IS_HIP, LN_2, LOG2_E, MAX, SUM, operator, resolve_path, tl, triton
 
 # --- Kernel ---------------------------------------------------------------------------------------
 #
@@ -161,7 +161,16 @@ def _multiprocessors(device: torch.device) -> int:
 # --- Loss and gradients, chunk by chunk -----------------------------------------------------------
 
 
-def _losses(
+def _empty(hidden, weight, targets, dtype, chunk, ignore_index, path, wants_hidden, wants_weight):
+    """What losses_and_gradients gives, without values."""
+    wide = torch.promote_types(dtype, torch.float32)
+    grad_hidden = hidden.new_empty(hidden.shape if wants_hidden else 0, dtype=dtype)
+    grad_weight = hidden.new_empty(weight.shape if wants_weight else 0, dtype=wide)
+    return hidden.new_empty((), dtype=wide), hidden.new_empty((), dtype=wide), grad_hidden, grad_weight
+
+
+@operator("linear_cross_entropy", fake=_empty)
+def losses_and_gradients(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -184,7 +193,9 @@ def _losses(
             _check_targets(targets, vocabulary, ignore_index)
         gradient, scale = wants_hidden or wants_weight, _GRADIENT_SCALE.get(dtype, 1.0)
         losses = torch.empty(rows, dtype=wide, device=device)
-        grad_hidden, grad_weight = _empty_gradients(hidden, weight, dtype, wants_hidden, wants_weight)
+        *_, grad_hidden, grad_weight = _empty(
+            hidden, weight, targets, dtype, chunk, ignore_index, path, wants_hidden, wants_weight
+        )
         stride = -(-vocabulary // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
         buffer = torch.empty(min(chunk, rows), stride, dtype=dtype, device=device)
         buffer[:, vocabulary:] = 0  # oneDNN's bf16 matmul on a CPU multiplies what lies there by zero: no NaN may
@@ -200,16 +211,6 @@ def _losses(
                 _add_matmul(grad_weight, logits.t(), hidden[part], is_first=start == 0)
         count = (targets != ignore_index).sum()
         return losses.sum() / count, 1 / (scale * count.to(wide)), grad_hidden, grad_weight
-
-
-def _empty_gradients(
-    hidden: Tensor, weight: Tensor, dtype: torch.dtype, wants_hidden: bool, wants_weight: bool
-) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(dtype, torch.float32)
-    return (
-        hidden.new_empty(hidden.shape if wants_hidden else 0, dtype=dtype),
-        hidden.new_empty(weight.shape if wants_weight else 0, dtype=wide),
-    )
 
 
 def _add_matmul(total: Tensor, a: Tensor, b: Tensor, is_first: bool) -> None:
@@ -250,15 +251,6 @@ def _check_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
         )
 
 
-losses_op = torch.library.custom_op("lmsys::linear_cross_entropy", _losses, mutates_args=())
-
-
-@losses_op.register_fake
-def _(hidden, weight, targets, dtype, chunk, ignore_index, path, wants_hidden, wants_weight):
-    loss, factor = (hidden.new_empty((), dtype=torch.promote_types(dtype, torch.float32)) for _ in range(2))
-    return loss, factor, *_empty_gradients(hidden, weight, dtype, wants_hidden, wants_weight)
-
-
 # --- Autograd -------------------------------------------------------------------------------------
 
 
@@ -271,8 +263,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, *settings: Any) -> Tensor:
         *given, rounded = settings
-        launch = losses_op if torch.compiler.is_compiling() else _losses
-        loss, factor, *gradients = launch(hidden, weight, targets, *given, *ctx.needs_input_grad[:2])
+        loss, factor, *gradients = losses_and_gradients(hidden, weight, targets, *given, *ctx.needs_input_grad[:2])
         factor = factor.view(1)  # of one dimension, so that products with it are in its dtype, not in a gradient's bf16
         if rounded:
             gradients = [

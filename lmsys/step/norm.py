@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lmsys.step.kernels import IS_HIP, SUM, resolve_path, tl, triton
+from lmsys.step.reference import rms_norm
 
 _MOST = 8192  # elements of a row that a program of the kernel holds
 
@@ -166,8 +167,7 @@ def norm_forward(
     if _path(path, x) == "triton":
         return _launch_forward(x, gain, eps, added)
     total = x if added is None else x + added
-    v = _wide(total)
-    return total, (v * torch.rsqrt(v.square().mean(-1, keepdim=True) + eps) * gain).to(x.dtype)
+    return total, rms_norm(total, gain, eps)
 
 
 def norm_backward(
@@ -176,17 +176,13 @@ def norm_backward(
     """The gradients of x, plus residual, in place of dy, and of gain. dy, x, residual: (N, d), contiguous."""
     if _path(path, x) == "triton":
         return dy, _launch_backward(dy, x, gain, eps, residual).to(gain.dtype)
-    v, grad = _wide(x), _wide(dy)
+    v, grad = (one.to(torch.promote_types(one.dtype, torch.float32)) for one in (x, dy))
     scale = torch.rsqrt(v.square().mean(-1, keepdim=True) + eps)
     v = v * scale
     dgain = (grad * v).sum(0)
     grad = grad * gain
     dx = (grad - v * (grad * v).mean(-1, keepdim=True)) * scale
     return dy.copy_(dx if residual is None else dx + residual), dgain.to(gain.dtype)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _path(path: str, x: Tensor) -> str:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * gain over x's last dimension, computed in fp32, in the dtype of x. gain: (d,)."""
-    y = x.float()
+    """x / sqrt(mean(x^2) + eps) * gain over x's last dimension, computed in fp32 at least, in x's dtype. gain: (d,)."""
+    y = x.to(torch.promote_types(x.dtype, torch.float32))
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
     return (y * gain).to(x.dtype)
 

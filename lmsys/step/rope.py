@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lmsys.step.kernels import resolve_path, tl, triton
+from lmsys.step.kernels import operator, resolve_path, tl, triton
 from lmsys.step.reference import rotate
 
 # --- Kernel ---------------------------------------------------------------------------------------
@@ -99,17 +99,29 @@ def rotate_in_place(qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
             one.copy_(rotate(one, cos, sin))
 
 
-def _rotate(qkv: Tensor, cos: Tensor, sin: Tensor, path: str) -> tuple[Tensor, Tensor]:
-    """q and k, (B, H, T, D), contiguous."""
+def _empty_heads(qkv: Tensor) -> tuple[Tensor, Tensor]:
+    batch, length, _, heads, head_dim = qkv.shape
+    return tuple(qkv.new_empty(batch, heads, length, head_dim) for _ in range(2))
+
+
+def _empty_qkv(dq: Tensor) -> Tensor:
+    batch, heads, length, head_dim = dq.shape
+    return dq.new_empty(batch, length, 3, heads, head_dim)
+
+
+@operator("rotate_heads", fake=lambda qkv, cos, sin, path: _empty_heads(qkv))
+def rotate_forward(qkv: Tensor, cos: Tensor, sin: Tensor, path: str) -> tuple[Tensor, Tensor]:
+    """q and k, (B, H, T, D), contiguous. path: triton or torch."""
     sources = tuple(qkv[:, :, index].transpose(1, 2) for index in (0, 1))
-    if path == "triton":
-        heads = _empty_heads(qkv)
-        rotate_(sources, heads, cos, sin, 1.0)
-        return heads
-    return tuple(rotate(one.contiguous(), cos, sin) for one in sources)
+    if path == "torch":
+        return tuple(rotate(one.contiguous(), cos, sin) for one in sources)
+    heads = _empty_heads(qkv)
+    rotate_(sources, heads, cos, sin, 1.0)
+    return heads
 
 
-def rotate_back(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, path: str) -> Tensor:
+@operator("rotate_heads_back", fake=lambda dq, dk, dv, cos, sin, path: _empty_qkv(dq))
+def rotate_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, path: str) -> Tensor:
     """The gradient of qkv, (B, T, 3, H, D), contiguous. path: triton or torch."""
     dqkv = _empty_qkv(dq)
     targets = tuple(dqkv[:, :, index].transpose(1, 2) for index in range(3))
@@ -124,30 +136,6 @@ def rotate_back(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, pa
     return dqkv
 
 
-def _empty_heads(qkv: Tensor) -> tuple[Tensor, Tensor]:
-    batch, length, _, heads, head_dim = qkv.shape
-    return tuple(qkv.new_empty(batch, heads, length, head_dim) for _ in range(2))
-
-
-def _empty_qkv(dq: Tensor) -> Tensor:
-    batch, heads, length, head_dim = dq.shape
-    return dq.new_empty(batch, length, 3, heads, head_dim)
-
-
-rotate_op = torch.library.custom_op("lmsys::rotate_heads", _rotate, mutates_args=())
-rotate_back_op = torch.library.custom_op("lmsys::rotate_heads_back", rotate_back, mutates_args=())
-
-
-@rotate_op.register_fake
-def _(qkv: Tensor, cos: Tensor, sin: Tensor, path: str) -> tuple[Tensor, Tensor]:
-    return _empty_heads(qkv)
-
-
-@rotate_back_op.register_fake
-def _(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, path: str) -> Tensor:
-    return _empty_qkv(dq)
-
-
 # --- Autograd -------------------------------------------------------------------------------------
 
 
@@ -156,7 +144,7 @@ class RotatedHeads(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, path: str) -> tuple[Tensor, Tensor, Tensor]:
-        q, k = (rotate_op if torch.compiler.is_compiling() else _rotate)(qkv, cos, sin, path)
+        q, k = rotate_forward(qkv, cos, sin, path)
         ctx.save_for_backward(cos, sin)
         ctx.path = path
         return q, k, qkv[:, :, 2].transpose(1, 2)
@@ -164,8 +152,7 @@ class RotatedHeads(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
-        launch = rotate_back_op if torch.compiler.is_compiling() else rotate_back
-        return launch(dq, dk, dv, *ctx.saved_tensors, ctx.path), None, None, None
+        return rotate_backward(dq, dk, dv, *ctx.saved_tensors, ctx.path), None, None, None
 
 
 def rotated_heads(qkv: Tensor, cos: Tensor, sin: Tensor, path: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
