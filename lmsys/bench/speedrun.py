@@ -46,10 +46,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "train": {
             "batch_size": 128,
             "dtype": "bf16",
-            "compile": True,
-            "fused_loss": True,
-            "fused_rope": True,
-            "fused_optimizer": True,
+            "step_preset": "fused",
             "attention_kernel": "flash_attention_triton",
             "eval_interval": 500,
             "eval_batches": 10,
