@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -155,7 +156,7 @@ keep: bool = False  # rows that are there
 heads: int = 2  # of queries
 fault: str = None  # how to fail"""
 BODY = """import os, time
-print("row", masks, keep, heads, machine)
+print("row", masks, keep, heads, machine, os.getpid())
 time.sleep(1)
 if fault == "killed":
     os.kill(os.getpid(), 9)
@@ -181,6 +182,24 @@ def test_a_notebooks_parameters_are_its_commands_flags(tiny, capsys):
     assert main(["tiny_study", "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "--heads INT of queries (default: 2)" in shown and "--keep --no-keep rows that are there" in shown
+
+
+def test_sigterm_ends_a_notebooks_kernel(tiny, monkeypatch):
+    kernels = []
+
+    def write(text):
+        if text.startswith("row"):
+            kernels.append(int(text.split()[-1]))
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stream = io.StringIO()
+    stream.write = write
+    monkeypatch.setattr(sys, "stdout", stream)
+    with pytest.raises(SystemExit) as ended:
+        main(["tiny-study"])
+    assert ended.value.code == 143 and [path.name for path in tiny.iterdir()] == ["tiny_study.failed.ipynb"]
+    with pytest.raises(ProcessLookupError):
+        os.kill(kernels[0], 0)
 
 
 def test_a_notebook_runs_and_its_rows_come_as_they_are_printed(tiny, monkeypatch):

@@ -146,7 +146,7 @@ def test_training_goes_on_in_several_processes(again, monkeypatch):
     assert result.history.rows[-1]["tokens"] == 6 * 4 * 64
     assert list(Run.logged) == [5, 6] and Run.logged[6]["train_loss"] == result.history.rows[-1]["train_loss"]
     assert Run.summary == result.evaluation
-    assert any(line.startswith("step 6 of 6: loss ") for line in lines)
+    assert any(line.startswith("step 6 of 6, 0 s left: loss ") for line in lines)
     assert {sample["step"] for sample in result.history.samples} == {2, 4, 6}
     assert len(result.stories) == 2 and result.history.checkpoint == again / "checkpoints" / "step-00000006"
 
