@@ -172,15 +172,12 @@ def import_llama(source: str | Path, folder: str | Path) -> Path:
     )
     with _new_folder(folder) as temporary:
         tokenizer.save(temporary / TOKENIZER_FILE)
-        checkpoint.save(
-            temporary / "checkpoints",
-            0,
-            weights=weights,
-            optimizer={"state": {}, "param_groups": []},
-            sampler_state={},
-            rng=checkpoint.rng_state(),
-            config=settings,
+        untrained = {"state": {}, "param_groups": []}
+        rng = checkpoint.rng_state()
+        content = checkpoint.snapshot(
+            0, weights=weights, optimizer=untrained, sampler_state={}, rng=rng, config=settings
         )
+        checkpoint.write(temporary / "checkpoints", content)
     return Path(folder)
 
 

@@ -120,8 +120,7 @@ class Lab:
         counted: list[str] = []
         with operations(lambda _number, name: counted.append(name)):
             saved = run.saved()
-            checkpoint.save(
-                self.new_folder(),
+            content = checkpoint.snapshot(
                 saved.step,
                 weights=saved.weights,
                 optimizer=saved.optimizer,
@@ -129,6 +128,7 @@ class Lab:
                 rng=saved.rng,
                 config=run_config(p),
             )
+            checkpoint.write(self.new_folder(), content)
         self.operations = counted  # of one save
 
     def new_folder(self) -> Path:

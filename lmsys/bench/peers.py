@@ -1,8 +1,9 @@
 """The peer of the training step: the same model and step, written plainly with what PyTorch itself has.
 
-nn.Linear, nn.RMSNorm, F.scaled_dot_product_attention as PyTorch chooses it, F.cross_entropy of whole logits, the whole model with its
-loss under torch.compile as one graph, bf16 autocast over fp32 parameters, torch.optim.AdamW(fused=True), gradients clipped: the
-shape of nanoGPT's training script. Parameters have the names of lmsys.model.TransformerLM's, so that either loads the other's weights.
+nn.Linear, nn.RMSNorm, F.scaled_dot_product_attention as PyTorch chooses it, F.cross_entropy of whole logits, the whole
+model with its loss under torch.compile as one graph, bf16 autocast over fp32 parameters, torch.optim.AdamW(fused=True),
+gradients clipped: the shape of nanoGPT's training script. Parameters have the names of lmsys.model.TransformerLM's, so
+that either loads the other's weights.
 """
 
 from __future__ import annotations

@@ -233,7 +233,7 @@ class Subject:
         }
 
     def _timed(self, steps: int, **options: Any) -> dict[str, list[float]]:
-        """times_ms of each of so many steps; backward_ms and finish_ms where they can be told. Largest over the ranks."""
+        """times_ms of so many steps, and backward_ms and finish_ms where they can be told. Largest over the ranks."""
         clock, marks = Clock(self.device), Clock(self.device)
         train = self.config.train
         in_parts = not train.cuda_graph and train.gradient_accumulation_steps == 1 and not options
@@ -359,7 +359,7 @@ def step_method(plan: Plan, device: torch.device, dtype: str) -> dict[str, str]:
         else f"against {peak / 1e12:g} TFLOP/s a GPU",
         "exposed_comm_ms": f"{quiet}of sharded wrappers, step less the step of one GPU",
         "memory": "peak allocated of the timed steps" if gpu else "live tensors and the profiler's events of a step",
-        "final_loss": f"of step {plan.loss_steps} from the same weights on the same data, as many sequences on one GPU as on all",
+        "final_loss": f"of step {plan.loss_steps} from the same weights, of the same sequences on one GPU and on all",
     }
 
 

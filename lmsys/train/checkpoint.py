@@ -3,19 +3,18 @@
     step-00000500/
         model.safetensors       weights; the model's config in the file's metadata, so that this file alone is a model
         optimizer.safetensors   the optimizer's tensors
-        state.json              step, the rest of the optimizer (with its schedule's learning rate), sampler, RNG, config, extra
+        state.json              step, the rest of the optimizer (with its learning rate), sampler, RNG, config, extra
         checksums.json          SHA-256 of the three
 
 A folder is written under a temporary name beside its place, flushed to the disk, and renamed. Loading reads safetensors
-and JSON, never pickle, and verifies the checksums first, then that what it read is a checkpoint: a file that was changed with its
-checksum ends in a ValueError. Weights and optimizer state are whole, in the format of one process, however many processes
-trained: what is sharded is gathered before it is saved, so that any number of processes can go on.
+and JSON, never pickle, and verifies the checksums first, then that it read a checkpoint: a file that was changed with
+its checksum ends in a ValueError. Weights and optimizer state are whole, in the format of one process, however many
+trained: what is sharded is gathered before, so that any number of processes can go on.
 
-Saver writes while training goes on: the tensors are copied to host memory, on a GPU by a stream of its own into pinned memory
-that is kept, and a thread writes the copy. Its work (reading tensors' bytes, SHA-256, writing, flushing) is done without Python's
-lock, for which safetensors' own save_file, that turns each tensor into a Python object first, would hold up the training. At
-most one checkpoint is on its way. Limits: the copy takes as much host memory as the checkpoint has bytes; of sharded state, the
-gathering itself is not in the background.
+Saver writes while training goes on: the tensors are copied to host memory, on a GPU by a stream of its own into pinned
+memory that is kept, and a thread writes the copy, without Python's lock, for which safetensors' own save_file, that
+turns each tensor into a Python object first, would hold up training. At most one checkpoint is on its way. Limits: the
+copy takes as much host memory as the checkpoint; of sharded state, the gathering is not in the background.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ import random
 import re
 import shutil
 import tempfile
-import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,12 +45,8 @@ from lmsys.cost import model_parameters
 from lmsys.model import TransformerLM
 from lmsys.records import atomic_path, flush, naming
 
-MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, CHECKSUMS_FILE = (
-    "model.safetensors",
-    "optimizer.safetensors",
-    "state.json",
-    "checksums.json",
-)
+MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+CHECKSUMS_FILE = "checksums.json"
 CHECKPOINTS = "checkpoints"  # the folder of a run that holds them
 _NAME = re.compile(r"step-(\d{8,})")
 _PART_BYTES = 1 << 24  # hashed while in the cache, then written
@@ -132,34 +127,25 @@ def snapshot(
     return Snapshot(step, dict(weights), tensors, json.dumps(state), json.dumps(config["model"]))
 
 
-def save(folder: str | Path, step: int, *, keep_last: int | None = None, keep_best: int = 0, **content: Any) -> Path:
+def write(folder: str | Path, content: Snapshot, *, keep_last: int | None = None, keep_best: int = 0) -> Path:
     """Write folder/step-<8 digits> and return its path. One of the same step is replaced.
 
     Args:
         keep_last: then remove all but the newest keep_last checkpoints up to this step, and
         keep_best: those of lowest validation loss.
-        **content: see snapshot().
     Raises:
         OSError: full disk, unwritable folder. Earlier checkpoints stay as they were and nothing half-written is left.
     """
-    return write(folder, snapshot(step, **content), keep_last=keep_last, keep_best=keep_best)
-
-
-def write(folder: str | Path, content: Snapshot, *, keep_last: int | None = None, keep_best: int = 0) -> Path:
-    """As save(), of a snapshot."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     recover(folder)
     target = folder / f"step-{content.step:08d}"
     temporary = Path(tempfile.mkdtemp(dir=folder, prefix=f".{target.name}-"))
-    files = {
-        MODEL_FILE: _safetensors(content.weights, {"model_config": content.model_config}),
-        OPTIMIZER_FILE: _safetensors(content.optimizer, {}),
-        STATE_FILE: [content.state.encode()],
-    }
+    weights = _safetensors(content.weights, {"model_config": content.model_config})
+    contents = (weights, _safetensors(content.optimizer, {}), [content.state.encode()])
     try:
         sums = {}
-        for name, parts in files.items():
+        for name, parts in zip(FILES, contents, strict=True):
             with naming(target / name):
                 sums[name] = _write(temporary / name, parts)
         with naming(target):
@@ -220,7 +206,7 @@ class Saver:
         saver.before_update()     # before the tensors change
         saver.failed              # whether a write has failed; finish() raises its error
 
-    Leaving the block waits for what is on its way and raises its error, or, when it is left by another error, warns of it.
+    Leaving the block waits for what is on its way and raises its error, or, when another error leaves it, warns of it.
 
     Args:
         device: where the tensors lie. background: False writes within save().
@@ -238,8 +224,8 @@ class Saver:
     ):
         self.folder, self.keep_last, self.keep_best, self.background = Path(folder), keep_last, keep_best, background
         self.last = last  # the newest checkpoint that is whole
-        self._error: BaseException | None = None
-        self._thread: threading.Thread | None = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[Path] | None = None
         self._device = device if device is not None and device.type == "cuda" else None
         self._stream: torch.cuda.Stream | None = None
         self._copied: torch.cuda.Event | None = None  # recorded after the copying that before_update waits for
@@ -249,12 +235,11 @@ class Saver:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        self._pool.shutdown(wait=False)
         if kind is None:
             self.finish()
-            return
-        self._join()
-        if self._error is not None:
-            warnings.warn(f"the last checkpoint was not saved: {self._error}", stacklevel=2)
+        elif self._writing is not None and (failure := self._writing.exception()) is not None:
+            warnings.warn(f"the last checkpoint was not saved: {failure}", stacklevel=2)
 
     def save(self, content: Snapshot, *, owned: bool = False) -> None:
         """Save a snapshot, once the one before it is written.
@@ -264,12 +249,10 @@ class Saver:
             OSError: the one before it could not be written; without background, this one.
         """
         self.finish()
-        if not self.background:
-            self.last = self._write(content)
-            return
-        copied = self._copy(content, owned)
-        self._thread = threading.Thread(target=self._write_in_thread, args=(copied, self._copied), name="checkpoint")
-        self._thread.start()
+        if self.background:
+            self._writing = self._pool.submit(self._write, self._copy(content, owned), self._copied)
+        else:
+            self.last = self._write(content, None)
 
     def before_update(self) -> None:
         """Let the GPU change the tensors after they have been copied. Nothing waits on the CPU."""
@@ -280,31 +263,19 @@ class Saver:
     @property
     def failed(self) -> bool:
         """Whether what was on its way has failed; waits for nothing."""
-        return self._error is not None
+        return self._writing is not None and self._writing.done() and self._writing.exception() is not None
 
     def finish(self) -> Path | None:
         """Wait for what is on its way. Returns the last checkpoint, or raises the error of one that was not written."""
-        self._join()
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            self.last = writing.result()
         return self.last
 
-    def _join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-
-    def _write(self, content: Snapshot) -> Path:
+    def _write(self, content: Snapshot, copied: torch.cuda.Event | None) -> Path:
+        if copied is not None:
+            copied.synchronize()
         return write(self.folder, content, keep_last=self.keep_last, keep_best=self.keep_best)
-
-    def _write_in_thread(self, content: Snapshot, copied: torch.cuda.Event | None) -> None:
-        try:
-            if copied is not None:
-                copied.synchronize()
-            self.last = self._write(content)
-        except BaseException as error:  # for the thread that trains to raise
-            self._error = error
 
     def _copy(self, content: Snapshot, owned: bool) -> Snapshot:
         """The snapshot with copies of its tensors; those of a GPU are whole when self._copied has happened."""
@@ -350,7 +321,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Put the generators back. GPU states are skipped where the number of GPUs is another one. ValueError: not such a state."""
+    """Put the generators back; not a GPU's, where there are more or fewer GPUs. ValueError: not such a state."""
     try:
         version, internal, gauss = state["python"]
         random.setstate((version, tuple(internal), gauss))
@@ -494,18 +465,10 @@ def load(path: str | Path, *, verify: bool = True) -> Checkpoint:
         ValueError: there is none, or it is damaged: names the file and the newest good checkpoint beside it.
     """
     path = _verified(path) if verify else Path(path)
-    state = _read_state(path)
-    return Checkpoint(
-        path=path,
-        step=state["step"],
-        weights=_load_tensors(path / MODEL_FILE),
-        optimizer=_join_optimizer(_load_tensors(path / OPTIMIZER_FILE), state["optimizer"], path),
-        sampler=state["sampler"],
-        rng=state["rng"],
-        config=state["config"],
-        extra=state["extra"],
-        valid_loss=state["valid_loss"],
-    )
+    state, weights = _read_state(path), _load_tensors(path / MODEL_FILE)
+    optimizer = _join_optimizer(_load_tensors(path / OPTIMIZER_FILE), state["optimizer"], path)
+    rest = {name: state[name] for name in ("step", "sampler", "rng", "config", "extra", "valid_loss")}
+    return Checkpoint(path=path, weights=weights, optimizer=optimizer, **rest)
 
 
 def _read_state(path: Path) -> dict[str, Any]:
@@ -541,11 +504,9 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     wanted = {name: _described(tensor) for name, tensor in model_weights(model).items()}
     given = {name: _described(tensor) for name, tensor in weights.items()}
     for name in sorted(wanted.keys() | given.keys()):
-        if wanted.get(name) != given.get(name):
-            raise ValueError(
-                f"the weights do not fit the model: {name} is {given.get(name, 'absent')} in the file "
-                f"and {wanted.get(name, 'absent')} in the model"
-            )
+        theirs, ours = given.get(name, "absent"), wanted.get(name, "absent")
+        message = f"the weights do not fit the model: {name} is {theirs} in the file and {ours} in the model"
+        require(theirs == ours, message)
     model.load_state_dict(weights, strict=False)  # a tied tensor is in the file under one of its names
 
 
@@ -561,13 +522,12 @@ def load_model(path: str | Path, *, attention_kernel: str = "vectorized_torch") 
     """
     path = Path(path)
     file = _verified(path) / MODEL_FILE if path.is_dir() else path
-    if not file.exists():
-        raise ValueError(f"no model at {path}; give a checkpoint folder (step-…) or an exported .safetensors file")
+    require(file.exists(), f"no model at {path}; give a checkpoint folder (step-…) or an exported .safetensors file")
     weights = _load_tensors(file)
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata() or {}
-    if "model_config" not in metadata:
-        raise ValueError(f"{file} has no model_config in its metadata: it was not written by lmsys")
+    described = "model_config" in metadata
+    require(described, f"{file} has no model_config in its metadata: it was not written by lmsys")
     try:
         given = json.loads(metadata["model_config"])
     except (ValueError, RecursionError) as error:
@@ -577,8 +537,8 @@ def load_model(path: str | Path, *, attention_kernel: str = "vectorized_torch") 
     require(config.vocab_size is not None, f"{file} is damaged: its model_config has no vocab_size")
     require(
         config.num_layers <= len(weights) and model_parameters(config) <= 2 * sum(map(Tensor.numel, weights.values())),
-        f"the weights do not fit the model: {file} holds {len(weights)} tensors, too few for {config.num_layers} layers of "
-        f"d_model {config.d_model}",
+        f"the weights do not fit the model: {file} holds {len(weights)} tensors, too few for {config.num_layers} layers "
+        f"of d_model {config.d_model}",
     )  # before a model of any size is made
     model = TransformerLM(config, attention_kernel=attention_kernel)
     load_weights(model, weights)
@@ -586,7 +546,7 @@ def load_model(path: str | Path, *, attention_kernel: str = "vectorized_torch") 
 
 
 def export_weights(checkpoint: str | Path, target: str | Path) -> Path:
-    """Copy a checkpoint's weights, with the model's config in their metadata, to one .safetensors file for load_model."""
+    """Copy a checkpoint's weights, with the model's config in their metadata, to one file for load_model."""
     source, target = _verified(checkpoint) / MODEL_FILE, Path(target)
     with atomic_path(target) as temporary:
         shutil.copyfile(source, temporary)
@@ -624,7 +584,7 @@ def _damage(path: Path) -> str | None:
     file = path / CHECKSUMS_FILE
     try:
         sums = json.loads(file.read_text(encoding="utf-8"))
-        for name in (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE):
+        for name in FILES:
             file = path / name
             if _sha256(file) != sums[name]:
                 return f"{file} is damaged: its SHA-256 is not the one in {CHECKSUMS_FILE}"

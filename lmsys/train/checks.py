@@ -18,7 +18,7 @@ import torch
 from lmsys import cost, parallel
 from lmsys import device as devices
 from lmsys.attention import check_support
-from lmsys.config import PipelineConfig, TrainConfig, to_dict
+from lmsys.config import PipelineConfig, TrainConfig, require, to_dict
 from lmsys.parallel import group
 from lmsys.records import writable_dir
 from lmsys.train import checkpoint
@@ -43,7 +43,7 @@ def tokens_per_step(config: PipelineConfig, world_size: int) -> int:
 
 
 def check_setup(config: PipelineConfig, world_size: int | None = None) -> torch.device:
-    """The device of a run, after checking that this process can train on it with the kernel and the wrapper of the config.
+    """The device of a run, once it is known that this process can train on it with the config's kernel and wrapper.
 
     Args:
         world_size: processes that will train; None: those of this process's group.
@@ -54,11 +54,11 @@ def check_setup(config: PipelineConfig, world_size: int | None = None) -> torch.
     device = devices.resolve_device(settings.device)
     world_size = group.current()[1] if world_size is None else world_size
     parallel.check_wrapper(settings.ddp_wrapper, world_size)
-    if world_size > 1 and device.type == "cuda" and ":" in settings.device:
-        raise ValueError(
-            f"train.device is '{settings.device}', one GPU for {world_size} processes, each of which needs its own; give auto "
-            "or cuda"
-        )
+    require(
+        world_size == 1 or device.type != "cuda" or ":" not in settings.device,
+        f"train.device is '{settings.device}', one GPU for {world_size} processes, each of which needs its own; give "
+        "auto or cuda",
+    )
     check_support(
         settings.attention_kernel,
         device=device,
@@ -68,13 +68,15 @@ def check_setup(config: PipelineConfig, world_size: int | None = None) -> torch.
         kv_heads=model.num_heads,
         backward=True,
     )
-    if settings.cuda_graph and device.type != "cuda":
-        raise ValueError(f"train.cuda_graph is for a GPU, and this run is on {device}; set train.cuda_graph=false")
-    if settings.compile and device.type == "cpu" and "triton" in settings.attention_kernel:
-        raise ValueError(
-            f"train.compile cannot compile '{settings.attention_kernel}' on the CPU, where Triton's interpreter runs it; "
-            "set train.compile=false or choose another kernel"
-        )
+    require(
+        not settings.cuda_graph or device.type == "cuda",
+        f"train.cuda_graph is for a GPU, and this run is on {device}; set train.cuda_graph=false",
+    )
+    require(
+        not settings.compile or device.type != "cpu" or "triton" not in settings.attention_kernel,
+        f"train.compile cannot compile '{settings.attention_kernel}' on the CPU, where Triton's interpreter runs it; "
+        "set train.compile=false or choose another kernel",
+    )
     return device
 
 
@@ -87,7 +89,7 @@ def check(
 ) -> tuple[torch.device, int]:
     """Everything that can be known to fail before a run starts. Returns the device and the number of steps.
 
-    In several processes, what they were given is compared; then each checks its device, and rank 0 the data and the folder.
+    Several processes compare what they were given; then each checks its device, and rank 0 the data and the folder.
 
     Raises:
         ValueError, OSError: as train(); the same in every process.
@@ -98,48 +100,45 @@ def check(
         given |= {"training tokens": fingerprint(train_tokens), "validation tokens": fingerprint(valid_tokens)}
         group.check_same_everywhere(json.dumps(given, indent=1), "what train() was given")
 
+    steps = total_steps(config, len(train_tokens), world_size)
+
     def check_here() -> torch.device:
         device = check_setup(config)
         if rank == 0:
+            require(
+                config.optim.warmup_steps <= steps,
+                f"optim.warmup_steps {config.optim.warmup_steps} is more than the run's {steps} steps; lower it, or "
+                "train longer",
+            )
             _check_data(config, train_tokens, valid_tokens, tokenizer)
-            _check_length(config, len(train_tokens), world_size)
             if run_dir is not None:
                 _check_folder(config, run_dir)
         return device
 
-    device = group.by_rank(check_here)[rank]
-    return device, total_steps(config, len(train_tokens), world_size)
+    return group.by_rank(check_here)[rank], steps
 
 
 def _check_data(
     config: PipelineConfig, train_tokens: np.ndarray, valid_tokens: np.ndarray, tokenizer: Tokenizer | None
 ) -> None:
     model = config.model
-    if model.vocab_size is None:
-        raise ValueError("model.vocab_size is not set: give it the tokenizer's vocabulary size")
-    if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
-        raise ValueError(
-            f"the tokenizer's vocabulary of {tokenizer.vocab_size} is larger than model.vocab_size {model.vocab_size}; raise it"
-        )
+    require(model.vocab_size is not None, "model.vocab_size is not set: give it the tokenizer's vocabulary size")
+    require(
+        tokenizer is None or tokenizer.vocab_size <= model.vocab_size,
+        f"the tokenizer's vocabulary of {tokenizer and tokenizer.vocab_size} is larger than model.vocab_size "
+        f"{model.vocab_size}; raise it",
+    )
     for name, tokens in (("training", train_tokens), ("validation", valid_tokens)):
-        if len(tokens) <= model.context_length:
-            raise ValueError(
-                f"the {name} data have {len(tokens)} tokens, fewer than one context of {model.context_length} and its next "
-                "token; give more text or lower model.context_length"
-            )
+        require(
+            len(tokens) > model.context_length,
+            f"the {name} data have {len(tokens)} tokens, fewer than one context of {model.context_length} and its next "
+            "token; give more text or lower model.context_length",
+        )
         low, high = _extremes(tokens)
-        if low < 0 or high >= model.vocab_size:
-            raise ValueError(
-                f"the {name} data hold token id {low if low < 0 else high}, outside the model's vocabulary of "
-                f"{model.vocab_size}; raise model.vocab_size or use the tokenizer of these tokens"
-            )
-
-
-def _check_length(config: PipelineConfig, train_length: int, world_size: int) -> None:
-    steps = total_steps(config, train_length, world_size)
-    if config.optim.warmup_steps > steps:
-        raise ValueError(
-            f"optim.warmup_steps {config.optim.warmup_steps} is more than the run's {steps} steps; lower it, or train longer"
+        require(
+            low >= 0 and high < model.vocab_size,
+            f"the {name} data hold token id {low if low < 0 else high}, outside the model's vocabulary of "
+            f"{model.vocab_size}; raise model.vocab_size or use the tokenizer of these tokens",
         )
 
 
@@ -147,11 +146,8 @@ def _check_folder(config: PipelineConfig, run_dir: Path) -> None:
     free = shutil.disk_usage(writable_dir(run_dir)).free
     needed = 12 * cost.model_parameters(config.model)  # weights and two moments in fp32
     if free < needed:
-        raise OSError(
-            errno.ENOSPC,
-            f"a checkpoint needs {needed / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free",
-            str(run_dir),
-        )
+        message = f"a checkpoint needs {needed / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free"
+        raise OSError(errno.ENOSPC, message, str(run_dir))
 
 
 def fingerprint(tokens: np.ndarray) -> dict[str, int]:
@@ -168,7 +164,7 @@ def _extremes(tokens: np.ndarray, block: int = 1 << 24) -> tuple[int, int]:
     return min(int(part.min()) for part in blocks), max(int(part.max()) for part in blocks)
 
 
-# --- Resuming ---
+# --- Resuming -------------------------------------------------------------------------------------
 
 
 def resume_point(
@@ -176,50 +172,49 @@ def resume_point(
 ) -> checkpoint.Checkpoint | None:
     """The newest good checkpoint of the run folder, checked to fit; None to start anew.
 
-    Rank 0 finds and verifies it; the others read the same one. Starting anew (train.resume false) moves the earlier run's
-    files to previous/, in place of what was put there before.
+    Rank 0 finds and verifies it; the others read the same one. Starting anew (train.resume false) moves the earlier
+    run's files to previous/, in place of what was put there before.
     """
     if run_dir is None:
         return None
     if not config.train.resume:
-        group.from_rank0(lambda: put_aside(run_dir, say))
+        group.from_rank0(lambda: _put_aside(run_dir, say))
         return None
     rank, world_size = group.current()
 
-    def newest() -> Path | None:
-        checkpoint.recover(run_dir / CHECKPOINTS)
-        return checkpoint.latest(run_dir / CHECKPOINTS)
-
-    path = group.from_rank0(newest)
+    folder = run_dir / CHECKPOINTS
+    path = group.from_rank0(lambda: (checkpoint.recover(folder), checkpoint.latest(folder))[1])
     if path is None:
         return None
+    saved: checkpoint.Checkpoint | None = None
 
     def read() -> None:
         nonlocal saved
-        if rank != 0 and not path.is_dir():
-            raise ValueError(f"rank {rank} sees no {path}: give a run_dir on a file system that all processes share")
+        seen = rank == 0 or path.is_dir()
+        require(seen, f"rank {rank} sees no {path}: give a run_dir on a file system that all processes share")
         saved = checkpoint.load(path, verify=rank == 0)
         differing = _differences(saved, config, world_size)
         if saved.extra.get("train_tokens") != fingerprint(train_tokens):
             differing.append("the training tokens are other ones")
-        if differing:
-            raise ValueError(
-                f"cannot resume from {path}: {'; '.join(differing)}. Restore that, choose another run_dir, or set "
-                "train.resume=false to start anew"
-            )
+        require(
+            not differing,
+            f"cannot resume from {path}: {'; '.join(differing)}. Restore that, choose another run_dir, or set "
+            "train.resume=false to start anew",
+        )
 
-    saved: checkpoint.Checkpoint | None = None
     group.by_rank(read)
     return saved
 
 
 def _differences(saved: checkpoint.Checkpoint, config: PipelineConfig, world_size: int) -> list[str]:
-    """What a checkpoint's run and this one give differently of what decides the computation. The length may change, and how
-    a step's sequences are shared among processes and micro-batches."""
+    """What of the settings that decide the computation a checkpoint's run and this one give differently.
+
+    The length may change, and how a step's sequences are shared among processes and micro-batches.
+    """
     old, new = saved.config, to_dict(config)
     for section in ("model", "optim", "train"):
-        if not isinstance(old.get(section), dict):
-            raise ValueError(f"{saved.path} is damaged: its config has no section '{section}'")
+        is_there = isinstance(old.get(section), dict)
+        require(is_there, f"{saved.path} is damaged: its config has no section '{section}'")
     keys = [(section, key) for section in ("model", "optim") for key in new[section]] + [("train", "seed")]
     differing = [
         f"{section}.{key} is {new[section][key]} and was {old[section].get(key)}"
@@ -231,18 +226,16 @@ def _differences(saved: checkpoint.Checkpoint, config: PipelineConfig, world_siz
         {"the number of processes": processes} | {f"train.{name}": train.get(name) for name in names}
         for processes, train in ((saved.extra.get("world_size", 1), old["train"]), (world_size, new["train"]))
     )
-    if not all(type(value) is int for value in was.values()):
-        raise ValueError(f"{saved.path} is damaged: of {', '.join(was)}, one is not a number")
-    if math.prod(was.values()) != math.prod(now.values()):
+    are_numbers = all(type(value) is int for value in was.values())
+    require(are_numbers, f"{saved.path} is damaged: of {', '.join(was)}, one is not a number")
+    had, has = math.prod(was.values()), math.prod(now.values())
+    if had != has:
         changed = ", ".join(f"{name} is {now[name]} and was {was[name]}" for name in was if was[name] != now[name])
-        differing.append(
-            f"a step has {math.prod(now.values())} sequences and had {math.prod(was.values())} ({changed}; their product must "
-            "stay)"
-        )
+        differing.append(f"a step has {has} sequences and had {had} ({changed}; their product must stay)")
     return differing
 
 
-def put_aside(run_dir: Path, say: Callable[[str], None]) -> None:
+def _put_aside(run_dir: Path, say: Callable[[str], None]) -> None:
     old = [path for name in (METRICS_FILE, SAMPLES_FILE, CHECKPOINTS) if (path := run_dir / name).exists()]
     if not old:
         return

@@ -187,7 +187,7 @@ class Engine:
     # --- Between steps ---
 
     def evaluate(self, tokens: np.ndarray, max_batches: int | None = None) -> float:
-        """The validation loss over max_batches, else eval_batches times the sequences of a step, which processes share."""
+        """The validation loss over max_batches, else eval_batches times a step's sequences; processes share them."""
         settings = self.config.train
         batches_a_step = settings.gradient_accumulation_steps * self.world_size
         return evaluate(

@@ -26,7 +26,7 @@ SKIPS_IN_A_ROW = 10  # a run that skips more is beyond help
 class Guard:
     """Tells bad steps: a loss or gradient norm that is not finite, a loss far above the median of those before it.
 
-    It is given means over the ranks, so that each process tells the same. The state is what a resumed run needs to do so too.
+    It is given means over the ranks, so that each process tells the same. A resumed run needs the state to do so too.
     """
 
     def __init__(self, settings: TrainConfig, sampler: BatchSampler, state: dict[str, Any] | None):
@@ -51,7 +51,8 @@ class Guard:
         usual = statistics.median(self.losses)
         if loss <= self.factor * usual:
             return None
-        return f"the loss is {loss:.4g}, {loss / usual:.3g} times the median {usual:.4g} of the {len(self.losses)} before it,"
+        times = f"{loss / usual:.3g} times the median {usual:.4g} of the {len(self.losses)} before it"
+        return f"the loss is {loss:.4g}, {times},"
 
     def accept(self, step: int, loss: float) -> None:
         """A good step."""
@@ -81,10 +82,10 @@ class Requests:
         ...; requests.something_to_save()   # a step is done
         request = requests.agreed(failed)   # once a step, by all processes: the same NOTHING, STOP or FAILED in each
 
-    Within the block, a signal is noted; until there is something to save, it raises stop(number) at once. A second SIGINT
-    raises KeyboardInterrupt, unless it follows within a moment: torchrun passes on what its processes may have got as well.
-    Between processes the request travels as one number a step. On a GPU it is that of the step before, whose end the host
-    then waits for: it stays one step ahead of the GPU, which is never idle for it.
+    Within the block, a signal is noted; until there is something to save, it raises stop(number) at once. A second
+    SIGINT raises KeyboardInterrupt, unless it follows within a moment: torchrun passes on what its processes may have
+    got as well. Between processes the request travels as one number a step. On a GPU it is that of the step before,
+    whose end the host then waits for: it stays one step ahead of the GPU, which is never idle for it.
     """
 
     NOTHING, STOP, FAILED = range(3)
@@ -96,9 +97,7 @@ class Requests:
         self._at = -math.inf
         self._savable = False
         self._handlers: dict[int, Any] = {}
-        self._flying: tuple[Tensor, torch.cuda.Event] | None = (
-            None  # the request of the step before, on its way to the host
-        )
+        self._flying: tuple[Tensor, torch.cuda.Event] | None = None  # the last step's, on its way to the host
         self._slots: list[Tensor] = []
 
     def __enter__(self) -> Requests:

@@ -1,30 +1,28 @@
 """Training a TransformerLM: one function for one device, for a notebook, and for each process of a group.
 
-A run folder holds metrics.csv (records.SCHEMAS["pipeline_metrics"]), samples.jsonl (step, prompt, text), checkpoints/, and
+A run folder holds metrics.csv (its columns: lmsys.train.log), samples.jsonl (step, prompt, text), checkpoints/, and
 wandb's files. A step reads gradient_accumulation_steps batches a process, clips the global gradient norm, and takes one
 AdamW step at the learning rate of the cosine schedule. The device is waited for only where a row of metrics is written;
-with fp16 at each step, as torch's gradient scaler reads there whether a gradient overflowed and the step is to be skipped, and
-with train.on_bad_step=skip, as the loss decides there whether the weights are updated.
+with fp16 at each step, as torch's gradient scaler reads there whether a gradient overflowed and the step is to be
+skipped, and with train.on_bad_step=skip, as the loss decides there whether the weights are updated.
 
-Resuming is exact: on the CPU, with as many threads, an interrupted run gives the losses of an uninterrupted one bit for bit.
-A checkpoint is written while training goes on (checkpoint.Saver); a write that fails ends the run at the next step. SIGTERM and
-SIGINT end a run after the step at hand, with a checkpoint of it and the exit code 128 + signal; before the first step is done
-there is nothing to save, and they end it at once. In several processes a signal to one of them ends all after the same step.
-fp32 on a CUDA GPU uses TF32 in matrix products (torch's precision "high"), as is the practice; MFU is then against the TF32
-peak.
+Resuming is exact: on the CPU, with as many threads, an interrupted run gives the losses of an uninterrupted one bit for
+bit. A checkpoint is written while training goes on; a write that fails ends the run at the next step. SIGTERM and
+SIGINT end a run after the step at hand, with a checkpoint of it and the exit code 128 + signal; before the first step
+is done there is nothing to save, and they end it at once. In several processes a signal to one ends all after the same
+step. fp32 on a CUDA GPU uses TF32 in matrix products, as is the practice; MFU is then against the TF32 peak.
 
-In several processes, each trains on its rows of the batches that one process with the whole batch would read, and evaluates
-its part of the validation batches; rank 0 samples, logs and saves. Losses are means over the ranks, taken where a row is written. A checkpoint is that of one
-process: a run can go on with another number of processes or another wrapper, to the same losses to rounding, if processes x
-batch_size x gradient_accumulation_steps stays what it was. Nothing that is computed draws from torch's random generators once
-the weights are there (no dropout; batches and samples have generators of their own), so that rank 0's state stands for all.
-The run folder must be one that all processes see.
+In several processes, each trains on its rows of the batches that one process with the whole batch would read, and
+evaluates its part of the validation batches; rank 0 samples, logs and saves. Losses are means over the ranks, taken
+where a row is written. A checkpoint is that of one process: a run can go on with another number of processes or another
+wrapper, to the same losses to rounding, if processes x batch_size x gradient_accumulation_steps stays what it was.
+Nothing that is computed draws from torch's random generators once the weights are there (no dropout; batches and
+samples have generators of their own), so that rank 0's state stands for all. All processes must see the run folder.
 """
 
 from __future__ import annotations
 
 import errno
-import functools
 import math
 import signal
 import time
@@ -59,7 +57,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class History:
-    """What a run did: the rows of metrics.csv and samples.jsonl, those before a resume included. Samples are rank 0's."""
+    """What a run did: the rows of metrics.csv and, on rank 0, of samples.jsonl, those before a resume included."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -70,12 +68,15 @@ class History:
     @property
     def valid_loss(self) -> float | None:
         """The last validation loss."""
-        return next((row["valid_loss"] for row in reversed(self.rows) if row["valid_loss"] is not None), None)
+        return self._last("valid_loss")
 
     @property
     def train_loss(self) -> float | None:
         """The last training loss; None where every step was skipped."""
-        return next((row["train_loss"] for row in reversed(self.rows) if row["train_loss"] is not None), None)
+        return self._last("train_loss")
+
+    def _last(self, name: str) -> float | None:
+        return next((row[name] for row in reversed(self.rows) if row[name] is not None), None)
 
     def frame(self) -> pd.DataFrame:
         """The rows as a DataFrame."""
@@ -120,8 +121,8 @@ def train(
     Raises:
         ValueError: settings, data or device that cannot work, found before any work; a checkpoint that does not fit.
         OSError: a folder that cannot be written, a full disk, a device out of memory.
-        FloatingPointError: the loss or the gradient norm is not finite, or a spike; names the step and the batch. The last
-            checkpoint is good.
+        FloatingPointError: the loss or the gradient norm is not finite, or a spike; names the step and the batch. The
+            last checkpoint is good.
         Stopped: SIGTERM or SIGINT, after a checkpoint.
     In several processes, ValueError, FloatingPointError and an OSError of rank 0's files are raised in all of them.
     """
@@ -141,13 +142,7 @@ def train(
 
     with _memory_errors_told(lambda: "before the first step"):
         engine = Engine(config, device, saved)
-    rate_at = functools.partial(
-        cosine_schedule,
-        learning_rate=config.optim.learning_rate,
-        min_learning_rate=config.optim.min_learning_rate,
-        warmup_steps=config.optim.warmup_steps,
-        total_steps=steps,
-    )
+    schedule = {name: getattr(config.optim, name) for name in ("learning_rate", "min_learning_rate", "warmup_steps")}
     sampler = BatchSampler(
         train_tokens,
         settings.batch_size,
@@ -168,18 +163,20 @@ def train(
     last_checkpoint, resumed_from = (saved.path, saved.step) if saved else (None, None)
     with damage_told(last_checkpoint):
         guard = Guard(settings, sampler, saved.extra.get("guard") if saved else None)
-        # Of the steps since the last row, on the device. A run that a signal ended goes on with those that had no row yet.
-        losses, norms = _on_device(saved.extra.get("since_row") if saved else None, device)
+        # (loss, gradient norm) of the steps since the last row, on the device. A run that a signal ended goes on with
+        # those that had no row yet.
+        numbers = saved.extra.get("since_row", ()) if saved else ()
+        since_row = [tuple(torch.tensor(float(n), device=device) for n in (loss, norm)) for loss, norm in numbers]
     del saved  # its tensors are in the model and the optimizer now
     first_step = 1 if resumed_from is None else resumed_from + 1
     step = first_step
     started = time.perf_counter() - (rows[-1]["elapsed_s"] if rows else 0.0)
 
-    def save(step: int, valid_loss: float | None, since_row: list[tuple[float, float]]) -> None:
+    def save(valid_loss: float | None, window: list[tuple[float, float]]) -> None:
         """Save on rank 0, in the background if so set; all processes give their part."""
         weights, optimizer = engine.strategy.whole_state()
         content = {"steps": steps, "train_tokens": fingerprint(train_tokens), "world_size": world_size}
-        content |= {"scaler": engine.scaler.state_dict(), "guard": guard.state_dict(), "since_row": since_row}
+        content |= {"scaler": engine.scaler.state_dict(), "guard": guard.state_dict(), "since_row": window}
 
         def save_here() -> None:
             saver.save(
@@ -198,25 +195,27 @@ def train(
 
         group.from_rank0(save_here)
 
+    def fault_of(loss: float, norm: float) -> str | None:
+        return guard.fault(loss, None if engine.scaler.is_enabled() else norm)  # whose steps may overflow
+
     def read_window() -> list[tuple[float, float]]:
         """Loss and gradient norm of the steps since the last row, means over the ranks. Waits for the device.
 
         Raises:
             FloatingPointError: one is bad, in every process, as each has the same means.
         """
-        pairs = [tuple(pair) for pair in _means(losses, norms)]
+        pairs = _means(since_row)
         for at, (loss, norm) in enumerate(pairs, start=step - len(pairs) + 1):
             if at <= guard.step:  # looked at before: where steps are skipped, each is before its update
                 continue
-            if fault := guard.fault(loss, None if engine.scaler.is_enabled() else norm):
+            if fault := fault_of(loss, norm):
                 kept = _kept(group.from_rank0(saver.finish))
                 raise FloatingPointError(
                     f"{fault} at step {at}; lower optim.learning_rate or warm up longer, or set train.on_bad_step=skip "
                     f"({guard.batch(step - at)}; {kept})"
                 )
             guard.accept(at, loss)
-        losses.clear()
-        norms.clear()
+        since_row.clear()
         return pairs
 
     skips = settings.on_bad_step == "skip"
@@ -240,22 +239,20 @@ def train(
         for step in range(first_step, steps + 1):
             step_loss = engine.accumulate(sampler)
             saver.before_update()
-            learning_rate = rate_at(step)
-            if skips:
-                norm = engine.clip()
-                ((loss, seen_norm),) = _means([step_loss], [norm])
-                fault = guard.fault(loss, None if engine.scaler.is_enabled() else seen_norm)
-                if fault:
-                    engine.discard()
-                    guard.skip(step, fault, say)
-                else:
-                    engine.apply(learning_rate)
-                    guard.accept(step, loss)
-                    losses.append(step_loss)
-                    norms.append(norm)
+            learning_rate = cosine_schedule(step, total_steps=steps, **schedule)
+            norm = engine.clip()
+            fault = None
+            if skips:  # the host waits for the loss before the update
+                ((loss, seen_norm),) = _means([(step_loss, norm)])
+                fault = fault_of(loss, seen_norm)
+            if fault:
+                engine.discard()
+                guard.skip(step, fault, say)
             else:
-                losses.append(step_loss)
-                norms.append(engine.update(learning_rate))
+                engine.apply(learning_rate)
+                since_row.append((step_loss, norm))
+                if skips:
+                    guard.accept(step, loss)
             timed += 1
             bar.update()
             requests.something_to_save()
@@ -294,7 +291,7 @@ def train(
                 for sample in engine.samples(tokenizer):
                     log.add_sample({"step": step} | sample)
             if saving or (stopping and run_dir is not None):
-                save(step, valid_loss, since_row=read_window())
+                save(valid_loss, read_window())
                 last_checkpoint = run_dir / CHECKPOINTS / f"step-{step:08d}"
             if on_step is not None:
                 on_step(step, step_loss)
@@ -309,17 +306,12 @@ def train(
     return History(log.rows, log.samples, last_checkpoint, resumed_from, guard.skipped)
 
 
-def _on_device(pairs: list[list[float]] | None, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
-    """Losses and gradient norms that a checkpoint holds as numbers."""
-    losses, norms = torch.tensor(pairs or [], dtype=torch.float32, device=device).reshape(-1, 2).unbind(1)
-    return list(losses), list(norms)
-
-
-def _means(losses: list[Tensor], norms: list[Tensor]) -> list[list[float]]:
+def _means(pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step, means over the ranks, as numbers: waits for the device."""
-    if not losses:
+    if not pairs:
         return []
-    return group.mean_over_ranks(torch.stack([torch.stack(losses), torch.stack(norms)], -1)).tolist()
+    losses, norms = map(torch.stack, zip(*pairs, strict=True))
+    return [tuple(pair) for pair in group.mean_over_ranks(torch.stack([losses, norms], -1)).tolist()]
 
 
 def _kept(last_checkpoint: Path | None) -> str:
