@@ -544,138 +544,15 @@ def _wrapper_colour(name: str) -> str:
     return WRAPPER_COLOURS.get(name, "#444444")
 
 
-def _matrix_panels(frame):
-    """(title, rows) for each size, kernel and number of processes, one GPU first."""
-    return [
-        (f"{size}, {kernel}, {processes} {units(frame)[1]}" if processes > 1 else f"{size}, {kernel}", group)
-        for (size, kernel, processes), group in frame.groupby(["size", "kernel", "processes"], sort=False)
-    ]
-
-
-def _matrix_bars(frame, value, label: str, note) -> Figure:
-    """A panel for each size and kernel, a bar a wrapper: value(row), with note(row) at its end; a failed point says its status."""
-    panels = _matrix_panels(frame)
-    figure = Figure(figsize=(8.2, sum(0.32 * len(g) + 0.95 for _, g in panels) + 0.3), layout="constrained")
-    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=[len(g) + 2 for _, g in panels])[:, 0]
-    for axis, (title, group) in zip(axes, panels, strict=True):
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(True, axis="x", color="#dddddd", linewidth=0.8)
-        axis.set_axisbelow(True)
-        highest = max([value(row) for row in group.itertuples() if row.status == "ok"], default=1.0)
-        for y, row in enumerate(group.itertuples()):
-            if row.status == "ok":
-                hatch = "////" if row.wrapper in PEER_WRAPPERS else None
-                axis.barh(y, value(row), 0.74, color=_wrapper_colour(row.wrapper), hatch=hatch, edgecolor="white")
-            text = note(row) if row.status == "ok" else row.status
-            at = value(row) if row.status == "ok" else 0.0
-            axis.annotate(f" {text}", (at, y), va="center", fontsize=8)
-        names = [f"one {units(frame)[0]}" if row.gpus == 1 else row.wrapper for row in group.itertuples()]
-        axis.set_yticks(range(len(group)), names, fontsize=8)
-        axis.set_ylim(len(group) - 0.5, -0.5)
-        axis.set_xlim(0, 1.3 * highest)
-        axis.set_title(title, loc="left", fontsize=10)
-    axes[-1].set_xlabel(label)
-    figure.suptitle(_setting(frame), fontsize=9, color="#555555")
-    return figure
-
-
 def _setting(frame) -> str:
     """What the rows of a training step have in common."""
     compiled = "compiled block by block" if frame.compiled.all() else "eager"
     return f"{', '.join(dict.fromkeys(frame['dtype']))}, {compiled}; {frame.device.iloc[0]}"
 
 
-def matrix_time(frame) -> Figure:
-    """Time of a step under each wrapper; the note says how much of it communication adds."""
-
-    def note(row) -> str:
-        spread = f"{row.step_ms:.4g} ms"
-        return (
-            spread
-            if row.gpus == 1 or np.isnan(row.exposed_comm_ms)
-            else f"{spread}, {row.exposed_comm_ms:+.2f} exposed"
-        )
-
-    return _matrix_bars(frame, lambda row: row.step_ms, "time of a step, ms", note)
-
-
-def matrix_memory(frame) -> Figure:
-    """Peak memory of a step under each wrapper, a GPU."""
-    per, unit = _memory_unit(frame.peak_mib)
-    return _matrix_bars(
-        frame,
-        lambda row: row.peak_mib / per,
-        f"peak memory a {units(frame)[0]}, {unit}",
-        lambda row: f"{row.peak_mib / per:.4g} {unit}",
-    )
-
-
 def _memory_unit(values_mib) -> tuple[int, str]:
     """What to divide MiB by, and the unit that it gives."""
     return (1024, "GiB") if values_mib.max() >= 1024 else (1, "MiB")
-
-
-def matrix_throughput(frame) -> Figure:
-    """Tokens a second of all GPUs under each wrapper; the note says the share of linear scaling."""
-
-    def note(row) -> str:
-        rate = f"{row.tokens_per_s:,.0f}/s"
-        linear = row.gpus > 1 and not np.isnan(row.scaling_efficiency)
-        return f"{rate}, {100 * row.scaling_efficiency:.1f}% of linear" if linear else rate
-
-    return _matrix_bars(frame, lambda row: row.tokens_per_s / 1e3, "thousand tokens/s", note)
-
-
-def matrix_speedup(frame) -> Figure:
-    """Speed-up of each wrapper over one GPU, a group a size, at the kernel that the size was measured with first."""
-    ok = frame[frame.status == "ok"].dropna(subset=["scaling_efficiency"])
-    ok = ok[ok.kernel == ok.groupby("size").kernel.transform("first")]
-    ok = ok[ok.gpus.isin((1, ok.gpus.max()))]
-    sizes, wrappers = list(dict.fromkeys(ok["size"])), list(dict.fromkeys(ok.wrapper))
-    figure, axes = _figure(max(7.0, 2.2 + 0.45 * len(sizes) * len(wrappers)), 4.4)
-    axis, width = axes[0, 0], 0.86 / max(1, len(wrappers))
-    for i, wrapper in enumerate(wrappers):
-        rows = ok[ok.wrapper == wrapper].set_index("size")
-        for size in rows.index:
-            x = sizes.index(size) + (i - (len(wrappers) - 1) / 2) * width
-            height = rows.scaling_efficiency[size] * rows.gpus[size]
-            axis.bar(
-                x,
-                height,
-                0.92 * width,
-                color=_wrapper_colour(wrapper),
-                hatch="////" if wrapper in PEER_WRAPPERS else None,
-                edgecolor="white",
-                label=f"one {units(frame)[0]}" if wrapper == "none" else wrapper,
-            )
-            axis.annotate(f"{height:.2f}", (x, height), ha="center", va="bottom", fontsize=7)
-    axis.axhline(ok.gpus.max(), color="#999999", linestyle=":", label="linear")
-    axis.set_xticks(range(len(sizes)), sizes)
-    axis.set_ylabel(f"speed-up of {ok.gpus.max()} {units(frame)[1]} over one")
-    _legend(figure, axes.flat)
-    figure.suptitle(_setting(frame), fontsize=9, color="#555555")
-    return figure
-
-
-def matrix_convergence(losses) -> Figure:
-    """Loss of each step under each wrapper, a panel for each size and kernel: lines that lie on each other."""
-    panels = _matrix_panels(losses)
-    figure, axes = _figure(8.0, 2.7 * len(panels) + 0.6, len(panels))
-    for axis, (title, group) in zip(axes[:, 0], panels, strict=True):
-        for width, ((wrapper, gpus), rows) in enumerate(group.groupby(["wrapper", "gpus"], sort=False)):
-            axis.plot(
-                rows.step,
-                rows.loss,
-                color=_wrapper_colour(wrapper),
-                linestyle="--" if wrapper in PEER_WRAPPERS else "-",
-                linewidth=max(1.0, 6.0 - 0.6 * width),  # later lines are thinner, so that equal ones all show
-                label=f"one {units(losses)[0]}, the same batches" if gpus == 1 else wrapper,
-            )
-        axis.set_ylabel("loss, nats a token")
-        axis.set_title(title, loc="left", fontsize=10)
-    axes[-1, 0].set_xlabel("step")
-    _legend(figure, axes[:, 0])
-    return figure
 
 
 def collectives(frame) -> Figure:

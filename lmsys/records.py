@@ -70,8 +70,6 @@ SCHEMAS: dict[str, tuple[str, ...]] = {
         *("arm", "gpus", "status", "step", "tokens", "seconds", "train_loss", "valid_loss", "learning_rate"),
         *("tokens_per_s", "mfu", "elapsed_s"),
     ),
-    "lm_matrix_results": _STEP_COLUMNS,
-    "lm_matrix_losses": ("kernel", "wrapper", "gpus", "size", "step", "loss"),
     "data_parallel_results": ("study", "options", *_STEP_COLUMNS),
     "data_parallel_timeline": _TIMELINE_COLUMNS,
     "sharding_results": ("sharding", *_STEP_COLUMNS),

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -24,14 +25,16 @@ from torch import Tensor, nn
 
 from lmsys import cost, parallel
 from lmsys.bench import timeline
-from lmsys.bench.measure import one_thread, peak_bytes_cpu, quantiles, release
+from lmsys.bench.measure import failure, one_thread, peak_bytes_cpu, quantiles, release
 from lmsys.bench.power import PowerWatch
 from lmsys.bench.processes import Clock, largest
-from lmsys.config import ModelConfig, PipelineConfig, build, to_dict
+from lmsys.config import ModelConfig, PipelineConfig, build, require, to_dict, unknown_name
 from lmsys.data import BatchSampler
 from lmsys.device import device_name, fp32_products, peak_flops
 from lmsys.parallel import group
 from lmsys.parallel.group import Process
+from lmsys.records import spread, units, verdict
+from lmsys.records import table as records_table
 from lmsys.step import graphs
 from lmsys.train import check_setup
 from lmsys.train.engine import Engine
@@ -361,6 +364,115 @@ def step_method(plan: Plan, device: torch.device, dtype: str) -> dict[str, str]:
         "memory": "peak allocated of the timed steps" if gpu else "live tensors and the profiler's events of a step",
         "final_loss": f"of step {plan.loss_steps} from the same weights, of the same sequences on one GPU and on all",
     }
+
+
+# --- Points of experiments ------------------------------------------------------------------------
+
+COLUMNS = (  # of the result files of training steps
+    *("kernel", "wrapper", "gpus", "size", "context_length", "local_batch", "dtype", "compiled", "status"),
+    *("step_ms", "p20_ms", "p80_ms", "samples", "tokens_per_s", "mfu", "exposed_comm_ms", "peak_mib"),
+    *("scaling_efficiency", "final_loss"),
+)
+
+
+def step_point(config: PipelineConfig, size: str, *, gpus: int, processes: int, **more: Any) -> dict[str, Any]:
+    """A point of an experiment: its columns, and its config for measure_point(). A status where it cannot run here.
+
+    Args:
+        size: the model's name. gpus: that take part, of the group's processes: all, or one without a wrapper.
+    """
+    train = config.train
+    point = {
+        "kernel": train.attention_kernel,
+        "wrapper": train.ddp_wrapper + parallel.ZERO1 * train.sharded_optimizer,
+        "gpus": gpus,
+        "size": size,
+        "context_length": config.model.context_length,
+        "local_batch": train.batch_size,
+        "dtype": train.dtype,
+        "compiled": bool(train.compile),
+        "processes": processes,
+        "config": to_dict(config),
+    }
+    try:
+        check_setup(config, gpus)
+    except ValueError as error:
+        point |= failure(error)
+    return point | more
+
+
+def wrapped(name: str) -> dict[str, Any]:
+    """The settings of train that a wrapper's name in results stands for, such as flashddp+zero1.
+
+    Raises:
+        ValueError: unknown, not for several processes, or sharded already.
+    """
+    plain, sharded = name.removesuffix(parallel.ZERO1), name.endswith(parallel.ZERO1)
+    known = [each for each, wrapper in parallel.WRAPPERS.items() if wrapper.many_processes]
+    if plain not in known:
+        raise unknown_name("wrapper", name, [*known, *(each + parallel.ZERO1 for each in known if plain == each)])
+    require(
+        not sharded or parallel.get_wrapper(plain).replicated,
+        f"wrapper '{name}': a fully sharded model's optimizer state is sharded already; give {plain}",
+    )
+    return {"ddp_wrapper": plain, "sharded_optimizer": sharded}
+
+
+def measure_point(
+    process: Process, point: Mapping[str, Any], plan: Plan, **options: Any
+) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The measured columns of a step_point(), and what measure_step() returned; None in processes without a result."""
+    config = build(PipelineConfig, point["config"])
+    result = measure_step(process, config, plan, **options)
+    if result is None:
+        return None
+    return step_columns(config, result, device=process.device, gpus=point["gpus"]), result
+
+
+def one_gpu_of(row: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The row of one GPU that a row is compared with: itself, or the last of the earlier ones."""
+    return row if row["gpus"] == 1 else next((one for one in reversed(earlier) if one["gpus"] == 1), None)
+
+
+def wrapper_styles(wrappers: Iterable[str]) -> dict[str, tuple[str, str, bool]]:
+    """Label, colour and whether dashed (a peer) of each wrapper of a result."""
+    entries = {name: parallel.drawn_as(name) for name in wrappers}
+    return {name: (entry.label, entry.colour, entry.peer) for name, entry in entries.items()}
+
+
+def table(frame, keys: Sequence[str], more: Sequence[str] = ()) -> str:
+    """Rows as Markdown: the keys, the step's time with its spread or the status, what else is asked for, memory, loss."""
+    step = [
+        spread(row.step_ms, row.p20_ms, row.p80_ms) if row.status == "ok" else row.status for row in frame.itertuples()
+    ]
+    shown = frame.assign(step=step)[[*keys, "step", "tokens_per_s", *more, "peak_mib", "final_loss"]]
+    shown = shown.drop(columns=[name for name in more if shown[name].isna().all()])
+    percent = dict.fromkeys(("mfu", "scaling_efficiency"), "{:.1%}")
+    formats = {"tokens_per_s": "{:,.0f}", "peak_mib": "{:,.0f}", "final_loss": "{:.5f}", "gpus": "{:d}"} | percent
+    headings = {"gpus": units(frame)[1], "step": "step, ms", "tokens_per_s": "tokens/s", "peak_mib": "peak MiB"}
+    headings |= {"mfu": "MFU", "scaling_efficiency": "of linear", "exposed_comm_ms": "communication exposed, ms"}
+    headings |= {"finish_ms": "wait after backward, ms", "model_ms": "exposed by the model, ms"}
+    return records_table(shown, formats, headings | {"final_loss": "final loss"})
+
+
+def beside_peers(frame, keys: Sequence[str]):
+    """Each wrapper of ours beside PyTorch's of its kind (replicas, or fully sharded) among rows that agree in the keys.
+
+    Returns a DataFrame: keys, wrapper, peer, speed (the peer's time over ours), memory (our peak over the peer's),
+    verdict.
+    """
+    import pandas as pd
+
+    ok, lines = frame[(frame.status == "ok") & (frame.gpus > 1)], []
+    for key, rows in ok.groupby(list(keys), sort=False):
+        entries = [(parallel.drawn_as(row.wrapper), row) for _, row in rows.iterrows()]
+        for (peer, other), (entry, ours) in itertools.product(entries, entries):
+            if peer.peer and not entry.peer and peer.sharded == entry.sharded:
+                speed, memory = other.step_ms / ours.step_ms, ours.peak_mib / other.peak_mib
+                line = dict(zip(keys, key, strict=True)) | {"wrapper": ours.wrapper, "peer": other.wrapper}
+                judged = verdict(other, ours, "step_ms")
+                lines.append(line | {"speed": speed, "memory": memory, "verdict": judged})
+    return pd.DataFrame(lines)
 
 
 # --- Data -----------------------------------------------------------------------------------------
