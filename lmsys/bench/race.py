@@ -1,19 +1,22 @@
 """A race to the same loss: one model trained by a naive step, by ours on one GPU, and by ours on two with flashddp.
 
-Every arm is a run of lmsys.train under settings of its own: the same initial weights, batches in the same order, learning rates and validation
-batches. `naive` is eager, attention written out, no option of the trainer; `ours` has the fast kernel, compiled blocks and
-every option of the fastest step (bench/train_step.py takes them apart); `ours_ddp` halves the local batch, so that a step reads the same sequences. All compute in the same precision. Time is that of training: from row to row of the trainer's
-metrics, which leaves evaluations out; the first row's steps, which compile, count at the pace of the second's. An arm ends with the schedule, or
-at its limit of such time, whichever is first.
+Every arm is a run of lmsys.train under settings of its own: the same initial weights, batches in the same order,
+learning rates and validation batches. `naive` is eager, attention written out, no option of the trainer; `ours` has the
+fast kernel and the step preset (bench/train_step.py takes it apart); `ours_ddp` halves the local batch, so that a step
+reads the same sequences. All compute in the same precision. Time is that of training: from row to row of the trainer's
+metrics, which leaves evaluations out; the first row's steps, which compile, count at the pace of the second's. An arm
+ends with the schedule, or at its limit of such time, whichever is first.
 
-At full scale: nanoGPT's 124M shape, 116 million parameters here, on stories of lmsys.data.stories, 3,000 steps of 32 x 1,024 tokens. These 98 million
-tokens are drawn from 400 MB, 103 million tokens, so that a text is seen once on average and none can be learned by heart; 600,000 tokens/s
-read them within three minutes. All words of the stories are single tokens from a vocabulary of 3,000 on, so it is 2,048; a text of your own can
-take a larger one. Stories are generated in parts, by as many processes as there are cores: with tokenizer and token files two cores took 0.18 s a
-MB (measured at 48 MB), and later runs find all in the run folder. Evaluations every 50 steps read three steps' tokens, forward only: 2% of the time.
+At full scale: nanoGPT's 124M shape, 116 million parameters here, on stories of lmsys.data.stories, 3,000 steps of 32 x
+1,024 tokens. These 98 million tokens are drawn from 400 MB, 103 million tokens, so that a text is seen once on average
+and none can be learned by heart; 600,000 tokens/s read them within three minutes. All words of the stories are single
+tokens from a vocabulary of 3,000 on, so it is 2,048; a text of your own can take a larger one. Stories are generated in
+parts, by as many processes as there are cores: with tokenizer and token files two cores took 0.18 s a MB (measured at
+48 MB), and later runs find all in the run folder. Evaluations every 50 steps read three steps' tokens, forward only: 2%
+of the time.
 
-Limits: one seed; learning rates are usual ones, not tuned; a limit is looked at where a row is written. The stories come from a grammar: their loss is
-lower than that of real text, and flat sooner.
+Limits: one seed; learning rates are usual ones, not tuned; a limit is looked at where a row is written. The stories
+come from a grammar: their loss is lower than that of real text, and flat sooner.
 """
 
 from __future__ import annotations
@@ -23,9 +26,8 @@ import dataclasses
 import json
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,93 +37,50 @@ from torch import Tensor
 
 from lmsys import cost, pipeline, records
 from lmsys import train as training
-from lmsys.bench.measure import is_out_of_memory, one_thread, release
-from lmsys.bench.train_step import OPTIONS, WHERE_NAMED, possible_options
-from lmsys.config import PipelineConfig, build, model_size, require, resolve_scale, unknown_name
+from lmsys.bench.experiment import Experiment, Notebook, Parameters, Point, Row, require_names, require_numbers
+from lmsys.bench.measure import failure, one_thread
+from lmsys.config import MODEL_SIZES, PipelineConfig, build, model_size, require
 from lmsys.data import load_tokens, stories
 from lmsys.data.workers import map_in_order, resolve_workers
-from lmsys.device import device_name, resolve_device
+from lmsys.device import resolve_device
+from lmsys.options import STEP_PRESETS
 from lmsys.parallel import group
 
-NAME = "race_results"
-EXTRA_COLUMNS = ("planned_steps", "kernel", "local_batch", "dtype", "parameters", "device", "note")
 NAIVE, OURS, OURS_DDP = ARMS = ("naive", "ours", "ours_ddp")
 _PART_MB = 16.0  # of a text that is generated: what a process makes at a time
 _VOCABULARY_MULTIPLE = 128  # rows of the embedding and the head, for the tensor cores
 
 
-# --- Settings -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class RaceSettings:
-    """What is run; make it with settings(), which fills it from a scale and checks it.
-
-    Attributes:
-        arms: in the order in which they run. gpus: of ours_ddp; processes on a CPU.
-        minutes: of training that an arm may take. steps: of the schedule, for all arms.
-        batch: sequences of a step, over all GPUs. options: of bench/train_step.py that ours has.
-        eval_batches: of a step's size. text_path: a UTF-8 text in place of stories, text_mb of which are generated.
-    """
-
-    scale: str
-    arms: tuple[str, ...]
-    gpus: int
-    minutes: float
-    steps: int
-    size: str
-    batch: int
-    context_length: int
-    vocab_size: int
-    text_path: str | None
-    text_mb: float
-    valid_fraction: float
-    dtype: str
-    compiled: bool
-    naive_kernel: str
-    kernel: str
-    options: tuple[str, ...]
-    learning_rate: float
-    min_learning_rate: float
-    warmup_steps: int
-    log_interval: int
-    eval_interval: int
-    eval_batches: int
-    run_dir: str
-    device: str
-    seed: int
-
+# --- Parameters -----------------------------------------------------------------------------------
 
 _CPU = {
     "size": "tiny",
     "valid_fraction": 0.1,
     "dtype": "fp32",
-    "compiled": False,
-    "kernel": "vectorized_torch",
-    "options": ("fused_loss", "fused_rope", "merged_gate", "fused_optimizer"),
+    "compile": False,
+    "attention_kernel": "vectorized_torch",
     "learning_rate": 5e-3,
     "min_learning_rate": 1e-4,
 }
-_PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, dict[str, Any]] = {
     "smoke": _CPU
-    | {"minutes": 0.2, "steps": 12, "batch": 4, "context_length": 32, "vocab_size": 300, "text_mb": 0.1}
+    | {"minutes": 0.2, "steps": 12, "batch_size": 4, "context_length": 32, "vocab_size": 300, "text_mb": 0.1}
     | {"warmup_steps": 2, "log_interval": 2, "eval_interval": 4, "eval_batches": 1},
     "cpu": _CPU
-    | {"minutes": 0.03, "steps": 75, "batch": 8, "context_length": 64, "vocab_size": 512, "text_mb": 0.5}
+    | {"minutes": 0.03, "steps": 75, "batch_size": 8, "context_length": 64, "vocab_size": 512, "text_mb": 0.5}
     | {"warmup_steps": 10, "log_interval": 5, "eval_interval": 5, "eval_batches": 2},
     "full": {
         "minutes": 4.0,
         "steps": 3000,
         "size": "gpt2",
-        "batch": 32,
+        "batch_size": 32,
         "context_length": 1024,
         "vocab_size": 2048,
         "text_mb": 400.0,
         "valid_fraction": 0.01,
         "dtype": "bf16",
-        "compiled": True,
-        "kernel": "flash_attention_triton",
-        "options": tuple(name for name in OPTIONS if name not in (*WHERE_NAMED, "written_backward")),
+        "compile": True,
+        "attention_kernel": "flash_attention_triton",
         "learning_rate": 1e-3,
         "min_learning_rate": 1e-5,
         "warmup_steps": 150,
@@ -132,111 +91,65 @@ _PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def settings(
-    scale: str = "auto",
-    arms: Sequence[str] = (OURS, OURS_DDP, NAIVE),
-    gpus: int = 2,
-    minutes: float | None = None,
-    steps: int | None = None,
-    size: str | None = None,
-    batch: int | None = None,
-    context_length: int | None = None,
-    vocab_size: int | None = None,
-    text_path: str | None = None,
-    text_mb: float | None = None,
-    dtype: str | None = None,
-    compiled: bool | None = None,
-    naive_kernel: str = "scaled_dot_prod_attention",
-    kernel: str | None = None,
-    options: Sequence[str] | None = None,
-    learning_rate: float | None = None,
-    eval_interval: int | None = None,
-    run_dir: str | None = None,
-    device: str = "auto",
-    seed: int = 0,
-) -> RaceSettings:
-    """The settings of a scale, with what is given in their place.
-
-    Raises:
-        ValueError: an unknown name, a number out of range, or settings that the trainer does not take.
-    """
-    given = {name: value for name, value in locals().items() if value is not None}
-    scale = resolve_scale(scale)
-    values = {"text_path": None, "run_dir": f"runs/race-{scale}"} | _PRESETS[scale] | given | {"scale": scale}
-    if options is None:  # what the precision and the lack of compilation leave
-        possible = possible_options(values["dtype"], values["compiled"], values["kernel"])
-        values["options"] = [name for name in values["options"] if name in possible]
-    values["arms"], values["options"] = tuple(values["arms"]), tuple(values["options"])
-    for what, known in (("arm", ARMS), ("option", OPTIONS)):
-        for name in values[f"{what}s"]:
-            if name not in known:
-                raise unknown_name(what, name, known)
+def check(p: Parameters) -> None:
+    """Raises ValueError: an unknown name, a number out of range, or settings that the trainer does not take."""
+    require_names(p, {"arms": ARMS, "size": MODEL_SIZES, "step_preset": STEP_PRESETS})
+    require(len(set(p.arms)) == len(p.arms), f"arms is {', '.join(p.arms)}; give each once")
+    for name in ("minutes", "text_mb"):
+        require(getattr(p, name) > 0, f"{name} is {getattr(p, name)}; it must be positive")
+    require_numbers(p, {"gpus": 2, "steps": 1, "batch_size": 1, "context_length": 1, "eval_interval": 1})
     require(
-        len(set(values["arms"])) == len(values["arms"]) > 0, f"arms is {', '.join(arms) or 'empty'}; give each once"
-    )
-    require(values["minutes"] > 0, f"minutes is {values['minutes']}; it must be positive")
-    require(values["text_mb"] > 0, f"text_mb is {values['text_mb']}; it must be positive")
-    for name, least in (("gpus", 2), ("steps", 1), ("batch", 1), ("context_length", 1), ("eval_interval", 1)):
-        require(
-            type(values[name]) is int and values[name] >= least,
-            f"{name} is {values[name]!r}; it takes whole numbers of {least} or more",
-        )
-    require(
-        values["batch"] % values["gpus"] == 0,
-        f"batch {values['batch']} is not a multiple of gpus {values['gpus']}: each GPU reads its share of a step's sequences",
+        p.batch_size % p.gpus == 0,
+        f"batch_size {p.batch_size} is not a multiple of gpus {p.gpus}: each GPU reads its share of a step's sequences",
     )
     require(
-        values["eval_interval"] % values["log_interval"] == 0,
-        f"eval_interval {values['eval_interval']} is not a multiple of this scale's {values['log_interval']} steps between rows",
+        p.eval_interval % p.log_interval == 0,
+        f"eval_interval {p.eval_interval} is not a multiple of log_interval {p.log_interval}, the steps between rows",
     )
-    require(
-        ":" not in values["device"], f"device is '{values['device']}'; give auto, cpu or cuda: arms take GPUs from 0 on"
-    )
-    values["warmup_steps"] = min(values["warmup_steps"], values["steps"])
-    made = RaceSettings(**values)
-    for arm in made.arms:
-        if lacking(made, arm) is None:
-            training.check_setup(pipeline_config(made, arm), processes(made, arm))
-    return made
+    require(":" not in p.device, f"device is '{p.device}'; give auto, cpu or cuda: arms take GPUs from 0 on")
+    p.warmup_steps = min(p.warmup_steps, p.steps)
+    p.run_dir = p.run_dir or f"runs/race-{p.scale}"
+    for arm in p.arms:
+        if lacking(p, arm) is None:
+            training.check_setup(pipeline_config(p, arm), processes(p, arm))
 
 
-def processes(chosen: RaceSettings, arm: str) -> int:
+NOTEBOOK = Notebook("race", PRESETS, check)
+
+
+def processes(p: Parameters, arm: str) -> int:
     """How many processes, a GPU each, train an arm."""
-    return chosen.gpus if arm == OURS_DDP else 1
+    return p.gpus if arm == OURS_DDP else 1
 
 
-def lacking(chosen: RaceSettings, arm: str) -> str | None:
+def lacking(p: Parameters, arm: str) -> str | None:
     """Why this machine cannot run an arm, or None."""
-    device = resolve_device(chosen.device)
+    device = resolve_device(p.device)
     count = torch.cuda.device_count() if device.type == "cuda" else None
-    needed = processes(chosen, arm)
+    needed = processes(p, arm)
     return None if count is None or needed <= count else f"needs {needed} GPUs; this machine has {count}"
 
 
-def pipeline_config(chosen: RaceSettings, arm: str) -> PipelineConfig:
+def pipeline_config(p: Parameters, arm: str) -> PipelineConfig:
     """An arm as the trainer takes it."""
     ours = arm != NAIVE
-    train: dict[str, Any] = {}
-    for name in chosen.options if ours else ():
-        train |= OPTIONS[name][0]
-    padded = -(-chosen.vocab_size // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
-    model = model_size(chosen.size, vocab_size=padded, context_length=chosen.context_length)
+    padded = -(-p.vocab_size // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
+    model = model_size(p.size, vocab_size=padded, context_length=p.context_length)
+    train = {
+        "step_preset": p.step_preset if ours else "plain",
+        "batch_size": p.batch_size // processes(p, arm),
+        "attention_kernel": p.attention_kernel if ours else p.naive_kernel,
+        "ddp_wrapper": "flashddp" if arm == OURS_DDP else "none",
+    }
+    if ours and not p.compile and p.step_preset == "fused":
+        train["compile"] = False
+    names = ("steps", "dtype", "log_interval", "eval_interval", "eval_batches", "device", "seed")
     values = {
-        "run_dir": chosen.run_dir,
-        "tokenizer": {"vocab_size": chosen.vocab_size},
+        "run_dir": p.run_dir,
+        "tokenizer": {"vocab_size": p.vocab_size},
         "model": dataclasses.asdict(model),
-        "optim": {name: getattr(chosen, name) for name in ("learning_rate", "min_learning_rate", "warmup_steps")},
-        "train": {"compile": chosen.compiled and ours}
-        | train
-        | {
-            "batch_size": chosen.batch // processes(chosen, arm),
-            "attention_kernel": chosen.kernel if ours else chosen.naive_kernel,
-            "ddp_wrapper": "flashddp" if arm == OURS_DDP else "none",
-        }
-        | {
-            name: getattr(chosen, name)
-            for name in ("steps", "dtype", "log_interval", "eval_interval", "eval_batches", "device", "seed")
-        },
+        "optim": {name: getattr(p, name) for name in ("learning_rate", "min_learning_rate", "warmup_steps")},
+        "train": train | {name: getattr(p, name) for name in names},
     }
     return build(PipelineConfig, values)
 
@@ -244,13 +157,16 @@ def pipeline_config(chosen: RaceSettings, arm: str) -> PipelineConfig:
 # --- Data -----------------------------------------------------------------------------------------
 
 
-def prepare(chosen: RaceSettings, *, progress: bool = True) -> tuple[tuple[Path, Path], dict[str, Any]]:
-    """Text, tokenizer and token files in the run folder, by the pipeline's stages: ((training, validation), what they are)."""
+def prepare(p: Parameters, *, progress: bool = True) -> tuple[tuple[Path, Path], dict[str, Any]]:
+    """Text, tokenizer and token files in the run folder, by the pipeline's stages.
+
+    ((training, validation), what they are).
+    """
     started = time.perf_counter()
-    run_dir = records.writable_dir(records.output_path(chosen.run_dir))
-    text = chosen.text_path or str(write_stories(run_dir, chosen.text_mb, chosen.seed))
-    config = pipeline_config(chosen, NAIVE)
-    data = {"dataset_mode": "local_text", "text_path": text, "valid_fraction": chosen.valid_fraction}
+    run_dir = records.writable_dir(records.output_path(p.run_dir))
+    text = p.text or str(write_stories(run_dir, p.text_mb, p.seed))
+    config = pipeline_config(p, NAIVE)
+    data = {"dataset_mode": "local_text", "text_path": text, "valid_fraction": p.valid_fraction}
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, **data))
 
     def report(name: str, status: str, start: float, detail: str) -> None:
@@ -297,7 +213,6 @@ def _write_part(state: tuple[Path, float, int], index: int) -> Path:
 
 # --- An arm ---------------------------------------------------------------------------------------
 
-Row = dict[str, Any]
 TokenFiles = tuple[Path, Path]
 
 
@@ -399,92 +314,73 @@ def _follow(path: Path, ended: threading.Event, on_row: Callable[[Row], None], e
 # --- The race -------------------------------------------------------------------------------------
 
 
-def run(chosen: RaceSettings, folder: str | Path, *, on_row: Callable[[Row], None] = lambda row: None):
-    """Prepare the text, train every arm, write race_results.csv as they go; return it as a DataFrame."""
-    token_files, corpus = prepare(chosen)
-    device = resolve_device(chosen.device)
-    with records.ResultWriter(
-        NAME, folder, method=method() | corpus, parameters=dataclasses.asdict(chosen), extra_columns=EXTRA_COLUMNS
-    ) as writer:
-
-        def write(row: Row) -> None:
-            writer.write(row)
-            on_row(row)
-
-        with one_thread(device.type == "cpu"):
-            for arm in chosen.arms:
-                run_arm(chosen, arm, device, token_files, write)
-    return records.read_results(writer.path)
+def points(p: Parameters) -> list[Point]:
+    """A point an arm."""
+    found = []
+    for arm in p.arms:
+        config = pipeline_config(p, arm)
+        point = {"arm": arm, "gpus": processes(p, arm), "planned_steps": p.steps, "dtype": p.dtype}
+        point |= {"kernel": config.train.attention_kernel, "local_batch": config.train.batch_size}
+        point["parameters"] = cost.model_parameters(config.model)
+        reason = lacking(p, arm)
+        found.append(point | ({} if reason is None else {"status": "unsupported", "note": reason}))
+    return found
 
 
-def method() -> dict[str, Any]:
-    """How time is taken, for the stamp of a result."""
+def measure_arm(point: Point, p: Parameters) -> list[Row]:
+    """Train an arm: its rows, printed as they come, and where it fails one more that says why."""
+    config, rows = pipeline_config(p, point["arm"]), []
+    token_files, _ = prepare(p, progress=point["arm"] == p.arms[0])
+
+    def on_row(values: Row) -> None:
+        losses = {name: f"{values[name]:.9g}" for name in ("train_loss", "valid_loss") if values.get(name) is not None}
+        rows.append({name: value for name, value in values.items() if name in RACE.columns} | losses)
+        valid = f", validation {losses['valid_loss']}" if "valid_loss" in losses else ""
+        print(f"{point['arm']}: step {values['step']}, {values['seconds']:.2f} s{valid}", flush=True)
+
+    with one_thread(resolve_device(p.device).type == "cpu"):
+        try:
+            if point["gpus"] > 1:
+                train_in_processes(config, point["gpus"], token_files, 60 * p.minutes, on_row)
+            else:
+                train_arm(config, token_files, 60 * p.minutes, on_row)
+        except Exception as error:
+            rows.append(failure(error))
+    if p.compile:
+        torch._dynamo.reset()  # compiled code, what it holds, and the limit on recompilations
+    return rows
+
+
+def _method(p: Parameters) -> dict[str, Any]:
     return {
         "timer": "time.perf_counter from row to row of the trainer's metrics, the device synchronized at each",
         "seconds": "of training: without evaluations; the first row's steps, which compile, at the second row's pace",
         "elapsed_s": "with both, from the trainer's start",
         "samples": "one run of each arm",
-    }
+    } | prepare(p)[1]
 
 
-def run_arm(
-    chosen: RaceSettings, arm: str, device: torch.device, token_files: TokenFiles, write: Callable[[Row], None]
-) -> None:
-    """Train an arm and write its rows; what fails, or cannot run here, is a row."""
-    config, count = pipeline_config(chosen, arm), processes(chosen, arm)
-    common = {
-        "arm": arm,
-        "gpus": count,
-        "status": "ok",
-        "planned_steps": chosen.steps,
-        "kernel": config.train.attention_kernel,
-        "local_batch": config.train.batch_size,
-        "dtype": chosen.dtype,
-        "parameters": cost.model_parameters(config.model),
-        "device": device_name(device),
-    }
-    reason = lacking(chosen, arm)
-    if reason is not None:
-        write(common | {"status": "unsupported", "note": reason})
-        return
-
-    def on_row(values: Row) -> None:
-        kept = {name: value for name, value in values.items() if name in records.SCHEMAS[NAME]}
-        losses = {name: f"{kept[name]:.9g}" for name in ("train_loss", "valid_loss") if kept.get(name) is not None}
-        write(common | kept | losses)
-
-    failed: Row = {}
-    try:
-        if count > 1:
-            train_in_processes(config, count, token_files, 60 * chosen.minutes, on_row)
-        else:
-            train_arm(config, token_files, 60 * chosen.minutes, on_row)
-    except Exception as error:
-        text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-        failed = {"status": "oom" if is_out_of_memory(error) or "out of memory" in text else "error", "note": text}
-    if chosen.compiled:
-        torch._dynamo.reset()  # compiled code, what it holds, and the limit on recompilations
-    release(device)  # out of the except block, whose traceback holds tensors
-    if failed:
-        write(common | failed)
+RACE = Experiment(
+    name="race_results",
+    columns=(
+        *("arm", "gpus", "status", "step", "tokens", "seconds", "train_loss", "valid_loss", "learning_rate"),
+        *("tokens_per_s", "mfu", "elapsed_s", "planned_steps", "kernel", "local_batch", "dtype", "parameters"),
+        *("device", "note"),
+    ),
+    points=points,
+    measure=measure_arm,
+    group=("planned_steps",),  # all arms
+    method=_method,
+)
 
 
-# --- Report ---------------------------------------------------------------------------------------
+# --- What it shows --------------------------------------------------------------------------------
 
 
-def label(arm: str, gpus: int, units: tuple[str, str]) -> str:
-    """An arm's name in tables and figures. units: see records.units."""
+def label(arm: str, gpus: int) -> str:
+    """An arm's name in tables and figures."""
     named = {NAIVE: "naive attention, naive step", OURS: "lmsys", OURS_DDP: "lmsys, flashddp"}[arm]
-    return f"{named}, {gpus} {units[gpus > 1]}"
-
-
-def row_line(row: Row) -> str:
-    """A row in a line, as it is measured."""
-    if row["status"] != "ok":
-        return f"{row['arm']:9} {row['status']}: {row['note']}"
-    valid = f", validation {float(row['valid_loss']):.4f}" if row.get("valid_loss") is not None else ""
-    rate = f", {row['tokens_per_s']:,.0f} tokens/s" if row.get("tokens_per_s") is not None else ""
-    return f"{row['arm']:9} step {row['step']:6,} {row['seconds']:8.2f} s, loss {float(row['train_loss']):.4f}{valid}{rate}"
+    return f"{named}, {gpus} GPU{'s' * (gpus > 1)}"
 
 
 def curves(frame) -> dict[str, Any]:
@@ -494,7 +390,9 @@ def curves(frame) -> dict[str, Any]:
 
 
 def reaching(curve, loss: float) -> tuple[float, float] | None:
-    """(seconds, tokens) at which an arm's validation loss first is as low as that, between evaluations interpolated; None: never."""
+    """(seconds, tokens) at which an arm's validation loss first is as low as that, between evaluations interpolated;
+    None: never.
+    """
     below = (curve.valid_loss <= loss).to_numpy()
     if not below.any():
         return None
@@ -508,7 +406,10 @@ def reaching(curve, loss: float) -> tuple[float, float] | None:
 
 
 def common_losses(frame) -> list[float]:
-    """Losses that every arm reached, falling: what the arm of the fewest tokens had at a quarter, at half and at all of them."""
+    """Losses that every arm reached, falling.
+
+    What the arm of the fewest tokens had at a quarter, at half and at all of them.
+    """
     found = curves(frame)
     if not found:
         return []
@@ -520,7 +421,10 @@ def common_losses(frame) -> list[float]:
 
 
 def loss_difference(frame) -> tuple[float, int, float, int] | None:
-    """Between arms' validation losses at the same tokens: (largest, its tokens, at the last that arms share, its tokens)."""
+    """Between arms' validation losses at the same tokens.
+
+    (largest, its tokens, at the last that arms share, its tokens).
+    """
     by_tokens = {arm: curve.set_index("tokens").valid_loss for arm, curve in curves(frame).items()}
     shared = sorted(set().union(*(curve.index for curve in by_tokens.values())))
     spread = {}
@@ -534,101 +438,22 @@ def loss_difference(frame) -> tuple[float, int, float, int] | None:
     return spread[worst], worst, spread[last], last
 
 
-def table(frame) -> str:
-    """The arms: time to the losses that all reached, over the slowest arm's; throughput, tokens and loss at the end."""
-    found, losses, units = curves(frame), common_losses(frame), records.units(frame)
+def summary(frame) -> list[dict[str, Any]]:
+    """The arms: time to the losses that all reached, over the baseline's; throughput, tokens and loss at the end."""
+    found, losses, lines = curves(frame), common_losses(frame), []
     baseline = NAIVE if NAIVE in found else next(iter(found), None)
-    lines = []
     for arm in [arm for arm in ARMS if (frame.arm == arm).any()]:
         rows = frame[frame.arm == arm]
-        first = rows.iloc[0]
-        line: dict[str, Any] = {"arm": label(arm, int(first.gpus), units)}
+        line: dict[str, Any] = {"arm": label(arm, int(rows.gpus.iloc[0]))}
         bad = rows[rows.status != "ok"]
-        if arm not in found:
-            lines.append(line | {"end": f"{bad.status.iloc[0]}: {bad.note.iloc[0]}" if len(bad) else "no evaluation"})
-            continue
-        for index, loss in enumerate(losses):
-            line[f"loss{index}"] = records.significant(reaching(found[arm], loss)[0])
-        ratio = reaching(found[baseline], losses[-1])[0] / reaching(found[arm], losses[-1])[0]
-        last = rows[rows.status == "ok"].iloc[-1]
-        line |= {
-            "ratio": f"{ratio:.2f}",
-            "rate": f"{rows.tokens_per_s.median():,.0f}",
-            "end": f"{found[arm].valid_loss.iloc[-1]:.4f} after {_tokens(last.tokens)} tokens, {last.seconds:,.3g} s",
-        }
-        if len(bad):
-            line["end"] += f"; then {bad.status.iloc[0]}: {bad.note.iloc[0]}"
+        if arm in found:
+            line |= {f"s to {loss:.3f}": records.significant(reaching(found[arm], loss)[0]) for loss in losses}
+            ratio = reaching(found[baseline], losses[-1])[0] / reaching(found[arm], losses[-1])[0]
+            last = rows[rows.status == "ok"].iloc[-1]
+            line |= {"times as fast to the last": f"{ratio:.2f}", "tokens/s": f"{rows.tokens_per_s.median():,.0f}"}
+            line |= {"tokens": f"{last.tokens:,.0f}", "seconds": f"{last.seconds:,.3g}"}
+            line |= {"step": f"{last.step:,.0f} of {last.planned_steps:,.0f}"}
+            line["validation loss"] = f"{found[arm].valid_loss.iloc[-1]:.4f}"
+        line["status"] = f"{bad.status.iloc[0]}: {bad.note.iloc[0]}" if len(bad) else "ok"
         lines.append(line)
-    columns = {"arm": "arm"} | {f"loss{index}": f"s to {loss:.3f}" for index, loss in enumerate(losses)}
-    columns |= {"ratio": "times as fast to the last", "rate": "tokens/s", "end": "validation loss, nats a token"}
-    return records.markdown_table(lines, columns)
-
-
-def conclusions(frame) -> list[str]:
-    """What the race shows."""
-    found, units = curves(frame), records.units(frame)
-    names = {arm: label(arm, int(curve.gpus.iloc[0]), units) for arm, curve in found.items()}
-    said = []
-    if OURS in found:
-        curve = found[OURS]
-        first, last = curve.iloc[0], curve.iloc[-1]
-        late = curve[curve.tokens >= 0.8 * last.tokens].valid_loss
-        said.append(
-            f"A model of {int(last.parameters):,} parameters read {_tokens(last.tokens)} tokens in {last.seconds:,.3g} s of training, "
-            f"{last.elapsed_s:,.3g} s with compilation and evaluations, on one {units[0]}: its validation loss went from {first.valid_loss:.3f} at step "
-            f"{int(first.step)} to {last.valid_loss:.4f} nats a token"
-            + (
-                f", and moved by {late.max() - late.min():.4f} over the last fifth of its tokens."
-                if len(late) > 1
-                else "."
-            )
-        )
-    if NAIVE in found and len(found) > 1:
-        loss = common_losses(frame)[-1]
-        seconds = {arm: reaching(curve, loss)[0] for arm, curve in found.items()}
-        others = [
-            f"{names[arm]} in {seconds[arm]:,.3g} s, {seconds[NAIVE] / seconds[arm]:.2f} times as fast"
-            for arm in found
-            if arm != NAIVE
-        ]
-        said.append(
-            f"To a validation loss of {loss:.4f}, the lowest that every arm reached: {names[NAIVE]} in {seconds[NAIVE]:,.3g} s; "
-            f"{'; '.join(others)}."
-        )
-    for arm in found:
-        last = frame[(frame.arm == arm) & (frame.status == "ok")].iloc[-1]
-        if last.step < last.planned_steps:
-            said.append(
-                f"{names[arm]} ended at step {int(last.step):,} of {int(last.planned_steps):,}, after {last.seconds:,.3g} s."
-            )
-    difference = loss_difference(frame)
-    if difference is not None:
-        worst, at, end, end_at = difference
-        said.append(
-            f"At the same tokens the arms' validation losses differ by {worst:.2g} at most, at {_tokens(at)} tokens, and by {end:.2g} at the last "
-            f"evaluation that arms share, at {_tokens(end_at)}."
-        )
-    for row in frame[frame.status != "ok"].itertuples():
-        said.append(f"{label(row.arm, int(row.gpus), units)}: {row.status}, {row.note}.")
-    return said
-
-
-def _tokens(count: float) -> str:
-    return f"{count / 1e6:,.3g} million" if count >= 1e6 else f"{count:,.0f}"
-
-
-def write_report(frame, folder: str | Path) -> dict[str, Path]:
-    """Write race_loss.png and race_report.md to folder; return their paths by their short names."""
-    from lmsys import plots
-
-    folder, units = Path(folder), records.units(frame)
-    named = {arm: label(arm, int(curve.gpus.iloc[0]), units) for arm, curve in curves(frame).items()}
-    written = {}
-    if named:
-        shown = frame[(frame.status == "ok") & frame.valid_loss.notna()]
-        shown = shown.assign(name=shown.arm.map(named))
-        written["loss"] = plots.save(plots.race(shown, common_losses(frame)[-1]), folder / "race_loss.png")
-    text = ["# A race to the same loss", "", f"Measured on {frame.device.iloc[0]}.", ""]
-    text += [f"- {sentence}" for sentence in conclusions(frame)]
-    written["report"] = records.write_text(folder / "race_report.md", "\n".join([*text, "", table(frame)]))
-    return written
+    return lines
