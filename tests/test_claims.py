@@ -656,6 +656,15 @@ def bounds():
     assert shared == [229, 869, 3430, 13673]
 
 
+@claim
+def faults_lose_nothing():
+    faults = rows("h200/faults_results")
+    assert (faults.nothing_lost == faults.tried).all() and (faults.status == "ok").all()
+    saving = rows("h200/saving_results").set_index("mode")
+    assert not ahead(saving.loc["none"], saving.loc["asynchronous"])
+    assert ahead(saving.loc["asynchronous"], saving.loc["synchronous"])
+
+
 def test_every_claim_of_a_page_has_a_check_and_every_check_a_page():
     claimed = set(re.findall(r"<!-- claim: (\w+) -->", "\n".join(page.read_text(encoding="utf-8") for page in PAGES)))
     assert claimed == set(CHECKS)
