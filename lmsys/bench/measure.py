@@ -22,7 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -259,6 +259,22 @@ def _times_cpu(function: Callable, arguments: Callable[[], tuple], iterations: i
         function(*made)
         times.append((time.perf_counter() - start) * 1e3)
     return times
+
+
+def live_bytes(device: torch.device, module: torch.nn.Module | None = None) -> float:
+    """Bytes that tensors hold now: a GPU's allocator knows; on a CPU those that Python can see, and gradients."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return torch.cuda.memory_allocated(device)
+    gc.collect()
+    seen = [*gc.get_objects(), *(parameter.grad for parameter in (module.parameters() if module else ()))]
+    tensors = [one for one in seen if type(one) in (torch.Tensor, torch.nn.Parameter) and one.device.type == "cpu"]
+    sizes = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        with suppress(RuntimeError):  # one without memory, as compilers trace with
+            sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
 
 
 def peak_bytes_cpu(function: Callable, arguments: Callable[[], tuple]) -> int:

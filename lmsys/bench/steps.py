@@ -13,7 +13,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lmsys import cost, parallel
 from lmsys.bench import timeline
-from lmsys.bench.measure import failure, one_thread, peak_bytes_cpu, quantiles, release
+from lmsys.bench.measure import failure, live_bytes, one_thread, peak_bytes_cpu, quantiles, release
 from lmsys.bench.power import PowerWatch
 from lmsys.bench.processes import Clock, largest
 from lmsys.config import ModelConfig, PipelineConfig, build, require, to_dict, unknown_name
@@ -288,22 +288,6 @@ class Subject:
             peak = torch.cuda.max_memory_allocated(self.device) - self._before
             return peak + getattr(self.engine.module, "extra_bytes", 0)
         return self._held() + peak_bytes_cpu(self.step, lambda: ())
-
-
-def live_bytes(device: torch.device, module: nn.Module | None = None) -> float:
-    """Bytes that tensors hold now: a GPU's allocator knows; on a CPU those that Python can see, and gradients."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        return torch.cuda.memory_allocated(device)
-    gc.collect()
-    seen = [*gc.get_objects(), *(parameter.grad for parameter in (module.parameters() if module else ()))]
-    tensors = [one for one in seen if type(one) in (Tensor, nn.Parameter) and one.device.type == "cpu"]
-    sizes = {}
-    for tensor in tensors:
-        storage = tensor.untyped_storage()
-        with suppress(RuntimeError):  # one without memory, as compilers trace with
-            sizes[storage.data_ptr()] = storage.nbytes()
-    return sum(sizes.values())
 
 
 # --- Columns --------------------------------------------------------------------------------------

@@ -11,13 +11,13 @@ import itertools
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lmsys.config import PipelineConfig
+from lmsys.config import PipelineConfig, require
 from lmsys.data import sequential_batches
 from lmsys.generate import generate_text
 from lmsys.model import TransformerLM, cross_entropy
@@ -32,13 +32,6 @@ if TYPE_CHECKING:
     from lmsys.data.tokenizer import Tokenizer
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by train.dtype
-
-
-class Batches(Protocol):
-    """Where a step's batches come from: lmsys.data.BatchSampler, or what a benchmark has on the device."""
-
-    def next(self) -> tuple[np.ndarray | Tensor, np.ndarray | Tensor]:
-        """Inputs and targets, (B, T) int64 each."""
 
 
 class _Part(NamedTuple):
@@ -120,10 +113,11 @@ class Engine:
 
     # --- A step ---
 
-    def accumulate(self, batches: Batches, *, micro_batches: int | None = None, communicate: bool = True) -> Tensor:
+    def accumulate(self, batches: Any, *, micro_batches: int | None = None, communicate: bool = True) -> Tensor:
         """Forward and backward over this process's batches of a step, gradients synchronized. Returns its mean loss.
 
         Args:
+            batches: its next() gives inputs and targets, (B, T) int64 each, as lmsys.data.BatchSampler's or tensors.
             micro_batches: in place of train.gradient_accumulation_steps.
             communicate: False leaves each process with the gradients of its own batches, to time what that costs.
         """
@@ -218,25 +212,24 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], sh
     """ValueError unless a state is of parameters of these shapes and has the optimizer's options."""
     ours, theirs = optimizer.param_groups, state["param_groups"]
     indices = [index for options in theirs for index in options["params"]]
-    if len(ours) != len(theirs) or indices != list(range(len(shapes))):
-        raise ValueError(f"its optimizer is of {len(indices)} parameters in {len(theirs)} groups")
+    fits = len(ours) == len(theirs) and indices == list(range(len(shapes)))
+    require(fits, f"its optimizer is of {len(indices)} parameters in {len(theirs)} groups")
     for mine, saved in zip(ours, theirs, strict=True):
         for name in ("betas", "eps", "weight_decay"):
-            if json.dumps(mine[name]) != json.dumps(saved.get(name)):
-                raise ValueError(f"its optimizer's {name} is {saved.get(name)!r} and this run's {mine[name]}")
+            message = f"its optimizer's {name} is {saved.get(name)!r} and this run's {mine[name]}"
+            require(json.dumps(mine[name]) == json.dumps(saved.get(name)), message)
     for index, values in state["state"].items():
-        if not 0 <= index < len(shapes):
-            raise ValueError(f"its optimizer has a state of parameter {index} of {len(shapes)}")
+        require(0 <= index < len(shapes), f"its optimizer has a state of parameter {index} of {len(shapes)}")
         moments = {name for name, value in values.items() if isinstance(value, Tensor) and value.ndim}
         for name in {"exp_avg", "exp_avg_sq"} | moments:
             moment = values[name]
-            if moment.shape != shapes[index] or not moment.is_floating_point():
-                raise ValueError(
-                    f"its optimizer's {name} of parameter {index} is {tuple(moment.shape)} of {moment.dtype}, the "
-                    f"parameter {tuple(shapes[index])}"
-                )
-        if not float(values["step"]) >= 1:
-            raise ValueError(f"its optimizer's step of parameter {index} is {values['step']}")
+            require(
+                moment.shape == shapes[index] and moment.is_floating_point(),
+                f"its optimizer's {name} of parameter {index} is {tuple(moment.shape)} of {moment.dtype}, the "
+                f"parameter {tuple(shapes[index])}",
+            )
+        message = f"its optimizer's step of parameter {index} is {values['step']}"
+        require(float(values["step"]) >= 1, message)
 
 
 @torch.no_grad()
