@@ -1,97 +1,114 @@
-import math
+import json
+import sys
 
-import pandas as pd
 import pytest
 import torch
 
-from lmsys import plots
 from lmsys.attention import attention
-from lmsys.bench import counters, flash, flash_report
-from lmsys.bench.measure import Measurement
-from lmsys.records import SCHEMAS
+from lmsys.bench import attention as sweeps
+from lmsys.bench import counters, experiment, flash
 
 pytestmark = pytest.mark.filterwarnings("ignore:no CUDA GPU")
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU Triton runs nothing on the CPU")
 CPU = torch.device("cpu")
-NAMES = ("flash_steps", "ceilings", "counters", "pytorch_attention", "flash_benchmarking")
+
+
+@pytest.fixture(autouse=True)
+def anew(monkeypatch):
+    monkeypatch.setattr(sweeps, "_current", None)
+
+
+def parameters(scale="smoke", **given):
+    return flash.NOTEBOOK.parameters({"scale": scale, "device": "cpu"} | given)
+
+
+def run(what, p, folder):
+    return experiment.run(what, p, folder=folder, say=lambda text: None)
 
 
 @pytest.fixture(scope="module")
 def frames(tmp_path_factory):
     """All that the notebook measures but the board, at its smallest."""
     folder = tmp_path_factory.mktemp("flash")
-    settings = flash.settings(
-        "smoke",
+    p = parameters(
         steps=["naive", "vectorized", "tiled PyTorch", "warp specialization", "overlap"],
         step_seq_len=48,
         course_seq_lens=[16, 33],
         bench_seq_lens=[16, 33],
-        implementations=["naive", "flash"],
-        device="cpu",
     )
-    return {
-        "folder": folder,
-        "ceilings": flash.run_ceilings(settings, folder),
-        "steps": flash.run_steps(settings, folder),
-        "counters": counters.run(settings, folder),
-        "pytorch_attention": flash.run_pytorch_attention(settings, folder),
-        "flash_benchmarking": flash.run_flash_benchmarking(settings, folder),
-    }
+    kinds = (flash.CEILINGS, flash.STEP_TIMES, counters.COUNTERS, flash.PYTORCH_ATTENTION, flash.FLASH_BENCHMARKING)
+    return {kind.name.removesuffix("_results"): run(kind, p, folder) for kind in kinds}
 
 
-def test_settings_fill_from_the_scale_and_refuse_what_is_wrong():
-    full = flash.settings("full")
-    assert full.steps == tuple(flash.STEPS) and full.course_batch == 8 and full.course_dtype == "fp32"
-    assert full.course_seq_lens == (256, 1024, 4096, 8192, 16384) and full.course_head_dims == (16, 32, 64, 128)
-    assert full.bench_seq_lens == tuple(2**i for i in range(7, 17)) and set(full.bench_dtypes) == {"bf16", "fp32"}
-    assert flash.settings("smoke", bench_seq_lens=[8]).bench_seq_lens == (8,)
+def test_parameters_fill_from_the_scale_and_refuse_what_is_wrong():
+    full = parameters("full")
+    assert full.steps == list(flash.STEPS) and full.course_batch == 8 and full.course_dtype == "fp32"
+    assert full.course_seq_lens == [256, 1024, 4096, 8192, 16384] and full.course_head_dims == [16, 32, 64, 128]
+    assert full.bench_seq_lens == [2**i for i in range(7, 17)] and set(full.bench_dtypes) == {"bf16", "fp32"}
+    assert parameters(bench_seq_lens=[8]).bench_seq_lens == [8]
     for bad, message in (
         ({"steps": ["navie"]}, "unknown step 'navie'. Did you mean 'naive'"),
         ({"implementations": ["x"]}, "unknown implementation"),
-        ({"implementations": []}, "implementations is empty"),
-        ({"board_kernels": ["x"]}, "unknown attention kernel"),
-        ({"bench_dtypes": ["fp8"]}, "unknown dtype"),
-        ({"bench_seq_lens": [0]}, "bench_seq_lens is .*whole numbers of 1 or more"),
+        ({"implementations": []}, "implementations must not be empty"),
+        ({"board_kernels": ["x"]}, "unknown board_kernel 'x'"),
+        ({"bench_dtypes": ["fp8"]}, "unknown bench_dtype"),
+        ({"course_head_dims": []}, "course_head_dims is empty"),
+        ({"bench_seq_lens": [0]}, "bench_seq_lens is 0; it must be 1 or more"),
         ({"step_head_dims": [24]}, "step_width 16 is not a multiple"),
-        ({"budget_s": 0}, "budget_s is 0; it must be above 0"),
+        ({"budget_s": 0}, "budget_s is 0.0; it must be above 0"),
     ):
         with pytest.raises(ValueError, match=message):
-            flash.settings("smoke", **bad)
+            parameters(**bad)
 
 
 @interpreted
-def test_every_table_has_its_schema_and_a_row_for_each_point(frames):
-    for name in NAMES:
-        frame = frames[name.removeprefix("flash_") if name == "flash_steps" else name]
-        schema = SCHEMAS[f"{name}_results"]
-        assert tuple(frame.columns[: len(schema)]) == schema
-        assert (frames["folder"] / f"{name}_results.json").exists()
-    steps = frames["steps"]
+def test_every_table_has_its_columns_and_a_row_for_each_point(frames):
+    times = ["pass", "status", "median_ms", "p20_ms", "p80_ms", "samples", "tflops", "peak_mib"]
+    for name, first in (
+        ("flash_steps", ["step", "batch", "heads", "seq_len", "head_dim", "dtype", "causal", *times]),
+        ("ceilings", ["what", "size", "dtype", "status", "median_ms", "p20_ms", "p80_ms", "samples", "rate", "unit"]),
+        (
+            "counters",
+            ["step", "batch", "heads", "seq_len", "head_dim", "dtype", "causal", "status", "kernels", "time_ms"],
+        ),
+        ("pytorch_attention", ["implementation", "batch", "seq_len", "head_dim", "dtype", "causal", *times]),
+        ("flash_benchmarking", ["implementation", "batch", "seq_len", "head_dim", "dtype", "causal", *times]),
+    ):
+        assert list(frames[name].columns[: len(first)]) == first
+    steps = frames["flash_steps"]
+    assert len(steps) == 5 + 4 and (frames["ceilings"].rate > 0).all()
     assert set(steps[steps.status != "ok"].step) == {"warp specialization", "overlap"}
     assert set(steps[steps.status != "ok"].status) == {"unsupported"}
+    assert set(frames["counters"].note) == {"needs a CUDA GPU"} and len(frames["counters"]) == 5
     for name in ("pytorch_attention", "flash_benchmarking"):
         frame = frames[name]
         assert len(frame) == 2 * 2 * 3 and (frame.status == "ok").all()
         assert (frame.error <= 2 * frame.error_pytorch + 4e-6).all()
-        both = frame.pivot_table(index=["implementation", "seq_len"], columns="pass", values="median_ms")
-        assert (both.forward_backward > both[["forward", "backward"]].max(axis=1)).all()
+        assert (frame[frame.implementation == "flash"].note == "in Triton's CPU interpreter").all()
 
 
 @interpreted
 def test_memory_before_backward_is_what_the_formula_says(frames):
     course = frames["pytorch_attention"]
-    assert course.before_backward_mib.tolist() == pytest.approx(course.computed_mib.tolist(), rel=0.02)
+    forward = course[course["pass"] == "forward"]
+    assert forward.before_backward_mib.tolist() == pytest.approx(forward.computed_mib.tolist(), rel=0.02)
     naive = flash.before_backward_bytes("naive", 8, 16384, 64, 4)
     assert naive == 5 * 8 * 16384 * 64 * 4 + 8 * 16384**2 * 4 + 16384**2
     assert flash.before_backward_bytes("flash", 8, 16384, 64, 4) < naive / 40
 
 
 def test_compiled_stands_in_for_the_formula():
-    point = flash.Point((2, 24, 16), torch.float32, CPU, seed=1)
-    compiled = flash.implementations()["compiled"]
-    error, pytorch = point.errors(compiled, True)
-    assert error <= 2 * pytorch + 4e-6
-    assert len(compiled._graphs) == 1
+    """One graph for all lengths, compiled at a typical one."""
+    p = parameters(implementations=["compiled"], bench_seq_lens=[24, 40])
+    before = len(flash._graphs)
+    points = flash.bench_points(p)
+    assert {str(point["options"]) for point in points} == {"{'compiled_at': 40}"}
+    for point in (points[0], points[-1]):
+        checked = flash.case_of(point, p).check(point["kernel"], point["options"])
+        assert all(row["error"] <= 2 * row["error_pytorch"] + 4e-6 for row in checked.values())
+    assert len(flash._graphs) == before + 1
+    assert {point["options"]["compiled_at"] for point in flash.bench_points(parameters("full"))
+            if point["implementation"] == "compiled"} == {4096}  # fmt: skip
 
 
 def test_bytes_of_a_step_by_counting():
@@ -102,35 +119,31 @@ def test_bytes_of_a_step_by_counting():
     assert flash.step_bytes(flash.STEPS["TMA"], *shape, size) == arrays
 
 
-@pytest.mark.parametrize("shape", [(2, 50, 16), (2, 3, 50, 16), (1, 1, 3000, 16)])
-def test_a_point_finds_errors_in_any_result(shape):
-    """In o, and in a gradient; where there are more queries than are checked, in the last of them."""
+@interpreted
+def test_a_step_of_its_own_is_checked_like_a_kernel(monkeypatch, tmp_path):
+    from lmsys.attention import flash_steps
 
-    def right(q, k, v):
-        return attention(q, k, v, causal=True, kernel="vectorized_torch")
+    p = parameters(steps=["TMA"])
+    (row,) = run(flash.STEP_TIMES, p, tmp_path).to_dict("records")
+    assert row["status"] == "ok" and row["error"] <= 2 * row["error_pytorch"] + 4e-6
+    monkeypatch.setattr(flash_steps, "tma_forward", lambda q, k, v, causal: (q + k + v, None))
+    monkeypatch.setattr(sweeps, "_current", None)
+    (row,) = run(flash.STEP_TIMES, p, tmp_path).to_dict("records")
+    assert row["status"] == "error" and "wrong" in row["note"] and row["median_ms"] != row["median_ms"]
 
-    point = flash.Point(shape, torch.float32, CPU, seed=0)
-    error, pytorch = point.errors(right, True)
-    assert error <= 2 * pytorch + 4e-6
-    for wrong in (
-        lambda q, k, v: right(q, k, v) + torch.where(torch.arange(shape[-2]) == shape[-2] - 1, 0.1, 0.0)[:, None],
-        lambda q, k, v: attention(q, k, v, causal=False, kernel="vectorized_torch"),
-        lambda q, k, v: right(q, k, v) + 1e-2 * (q - q.detach()),
-    ):
-        assert point.errors(wrong, True)[0] > 1e-3
-    assert point.errors(lambda q, k, v: right(q, k, v) * math.nan, False)[0] == math.inf
+
+def naive_rows(monkeypatch, tmp_path, answer):
+    """The rows of one length of pytorch_attention, forward, backward and both, where the formula is another function."""
+    monkeypatch.setattr(sweeps, "attention", lambda q, k, v, *, causal, kernel: answer(q, k, v))
+    p = parameters(implementations=["naive"], course_seq_lens=[16])
+    return run(flash.PYTORCH_ATTENTION, p, tmp_path).set_index("pass")
 
 
 def no_memory(*_):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 TiB")
 
 
-def test_where_memory_runs_out_is_a_row():
-    settings = flash.settings("smoke", device="cpu")
-    point = flash.Point((1, 16, 8), torch.float32, CPU, seed=0)
-    everywhere = flash._three(lambda q, k, v: no_memory(), "naive", point, settings)
-    assert {row["status"] for row in everywhere.values()} == {"oom"}
-
+def test_where_memory_runs_out_is_a_row(monkeypatch, tmp_path):
     class NoBackward(torch.autograd.Function):
         @staticmethod
         def forward(ctx, q, k, v):
@@ -138,21 +151,14 @@ def test_where_memory_runs_out_is_a_row():
 
         backward = staticmethod(no_memory)
 
-    late = flash._three(NoBackward.apply, "naive", point, settings)
-    assert [late[which]["status"] for which in ("forward", "backward", "forward_backward")] == ["ok", "oom", "oom"]
-    assert late["forward"]["before_backward_mib"] > 0 and "out of memory" in late["backward"]["note"]
+    assert set(naive_rows(monkeypatch, tmp_path, no_memory).status) == {"oom"}
+    monkeypatch.setattr(sweeps, "_current", None)
+    late = naive_rows(monkeypatch, tmp_path, NoBackward.apply)
+    assert late.status.to_dict() == {"forward": "ok", "backward": "oom", "forward_backward": "oom"}
+    assert late.before_backward_mib["forward"] > 0 and "out of memory" in late.note["backward"]
 
 
-def test_memory_of_a_cpu_is_asked_for_first(monkeypatch):
-    monkeypatch.setattr("lmsys.bench.flash.available_bytes", lambda: 2**20)
-    point = flash.Point((1, 1024, 8), torch.float32, CPU, seed=0)
-    assert "0.0 GiB are free" in flash._shortage("naive", point) and flash._shortage("flash", point) == ""
-
-
-def test_a_wrong_result_and_a_failure_are_rows():
-    settings = flash.settings("smoke", device="cpu")
-    point = flash.Point((1, 16, 8), torch.float32, CPU, seed=0)
-
+def test_a_wrong_result_and_a_failure_are_rows(monkeypatch, tmp_path):
     def fails(q, k, v):
         raise RuntimeError("ptxas died\nlong story")
 
@@ -161,68 +167,24 @@ def test_a_wrong_result_and_a_failure_are_rows():
         (fails, "error", "RuntimeError: ptxas died"),
         (lambda *qkv: attention(*qkv, causal=True, kernel="torch_sdpa_cudnn"), "unsupported", "torch_sdpa_cudnn"),
     ):
-        for row in flash._three(function, "naive", point, settings).values():
-            assert row["status"] == status and note in row["note"]
+        monkeypatch.setattr(sweeps, "_current", None)
+        frame = naive_rows(monkeypatch, tmp_path, function)
+        assert len(frame) == 3 and set(frame.status) == {status} and frame.note.str.contains(note).all()
 
 
-def test_passes_are_timed_apart_and_together():
-    inputs = [torch.randn(64, 64, requires_grad=True)]
-    passes = flash.measure_passes(
-        lambda: inputs[0] @ inputs[0],
-        lambda o: torch.autograd.grad(o.sum(), inputs),
-        device=CPU,
-        iterations=4,
-        budget_s=1,
-        resident=inputs,
-    )
-    assert all(isinstance(m, Measurement) and m.status == "ok" and m.samples == 4 for m in passes[:3])
-    assert passes.forward_backward.times_ms == pytest.approx(
-        [a + b for a, b in zip(passes.forward.times_ms, passes.backward.times_ms, strict=True)]
-    )
-    assert passes.before_backward_mib == pytest.approx(2 * 64 * 64 * 4 / 2**20)  # the input and the output
-    assert passes.backward.peak_mib > passes.before_backward_mib
-
-
-def test_figures_and_report(frames):
-    folder = frames["folder"]
-    for name in flash_report.FIGURES:
-        path = flash_report.figure(name, frames, folder)
-        assert (path is None) == (name == "counters")
-        assert path is None or path.read_bytes().startswith(b"\x89PNG")
-    text = flash_report.write_report(frames, folder).read_text()
-    for part in ("did not run here: needs a Hopper GPU", "No hardware counters: needs a CUDA GPU", "Accounting, naive"):
-        assert part in text
-    assert "nan" not in text.lower()
-
-
-def test_conclusions_come_from_the_rows():
-    """Rows such as a GPU gives: out of memory, a step that is slower, flash beside naive."""
-    base = {"batch": 8, "head_dim": 64, "dtype": "fp32", "causal": True, "device": "NVIDIA H200", "note": ""}
-    rows = []
-    for name, factor in (("naive", 1.0), ("flash", 0.25)):
-        for length in (1024, 2048, 4096):
-            lost = name == "naive" and length == 4096
-            for which in ("forward", "backward"):
-                oom = lost and which == "backward"
-                rows.append(
-                    base
-                    | {"implementation": name, "seq_len": length, "pass": which, "status": "oom" if oom else "ok"}
-                    | {"median_ms": math.nan if oom else factor * length, "computed_mib": factor * length**2}
-                    | {"before_backward_mib": factor * length**2}
-                )
-    said = " ".join(flash_report.course_conclusions(pd.DataFrame(rows)))
-    assert "naive runs out of it in the backward pass from 4,096 tokens" in said
-    assert "from 2,048 to 4,096 tokens memory before backward grows 4.00 times" in said
-    assert "FlashAttention against eager, forward: 4.00 times the speed in the geometric mean of 3 points" in said
-    steps = [
-        base | {"step": step, "heads": 4, "seq_len": 64, "pass": "forward", "status": "ok", "counted_mib": 10.0}
-        | {"median_ms": ms, "p20_ms": ms, "p80_ms": ms, "tflops": 100 / ms}
-        for step, ms in (("naive", 4.0), ("vectorized", 2.0), ("TMA", 2.5))
-    ]  # fmt: skip
-    ceilings = pd.DataFrame({"what": ["copy", "product"], "status": ["ok", "ok"], "rate": [4000.0, 200.0]})
-    said = " ".join(flash_report.steps_conclusions(pd.DataFrame(steps), ceilings))
-    assert "vectorized 2.00, TMA 0.80" in said and "slower than its predecessor: TMA (1.25 times" in said
-    assert "25% of what a large product" in said
+def test_compiling_ahead_covers_what_compiles(monkeypatch):
+    asked = []
+    monkeypatch.setattr(flash.ahead, "compile_points", lambda call, points, p, processes, limit_s: asked.extend(points))
+    full = parameters("full")
+    flash.compile_ahead(flash.bench_points)(full)
+    assert asked == []  # nothing to gain without a GPU
+    monkeypatch.setattr(flash, "resolve_device", lambda device: torch.device("cuda"))
+    flash.compile_ahead(flash.bench_points)(full)
+    assert len(asked) == 2 * 4 * 2 and {point["seq_len"] for point in asked} == {16384}
+    asked.clear()
+    flash.compile_ahead(flash.step_points)(full)
+    compiled = {"compiled", "portable Triton", "TMA", "warp specialization", "overlap"}
+    assert {point["step"] for point in asked} == compiled and len(asked) == 2 * (5 + 3)
 
 
 LOG = """==PROF== Connected to process 7 (python)
@@ -259,39 +221,37 @@ elif {refuses}:
 else:
     metrics = sys.argv[sys.argv.index("--metrics") + 1].split(",")
     lines = [["Kernel Name", *metrics], ["", *metrics]]
-    done = json.loads({done!r})
-    for _ in done:
-        lines += [["a_kernel", *["1000000"] * len(metrics)], ["spin_kernel", *["1"] * len(metrics)]]
+    lines += [["a_kernel", *["1000000"] * len(metrics)], ["spin_kernel", *["1"] * len(metrics)]]
     with open(sys.argv[sys.argv.index("--log-file") + 1], "w") as log:
         log.write("\\n".join(",".join('"%s"' % cell for cell in line) for line in lines))
-    with open(sys.argv[sys.argv.index("--done") + 1], "w") as file:
-        json.dump(done, file)
+    with open(json.loads(sys.argv[-1])["done"], "w") as file:
+        json.dump([[16, "naive"]], file)
 """
 
 
-@pytest.mark.parametrize("refuses", [False, True])
-def test_a_profiler_is_called_or_its_refusal_is_a_row(tmp_path, monkeypatch, refuses):
-    import sys
-
-    fake = tmp_path / "ncu"
-    fake.write_text(FAKE_NCU.format(python=sys.executable, refuses=refuses, done='[[16, "naive"]]'))
-    fake.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+@pytest.fixture
+def here(monkeypatch):
+    """As on a machine with a GPU and a profiler."""
     monkeypatch.setattr(counters, "_missing", lambda device: None)
-    settings = flash.settings("smoke", steps=["naive", "overlap"], device="cpu")
-    naive, overlap = counters.rows(settings)
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_a_profiler_is_called_or_its_refusal_is_a_row(tmp_path, monkeypatch, here, refuses):
+    program = tmp_path / "ncu"
+    program.write_text(FAKE_NCU.format(python=sys.executable, refuses=refuses))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    frame = run(counters.COUNTERS, parameters(steps=["naive", "overlap"]), tmp_path)
+    naive, overlap = frame.to_dict("records")
     if refuses:
         assert naive["status"] == overlap["status"] == "unsupported" and "ERR_NVGPUCTRPERM" in naive["note"]
         return
     assert naive["status"] == "ok" and naive["time_ms"] == 1 and naive["tensor_pct"] == pytest.approx(1e6)
-    assert "l2_mib" not in naive and overlap["status"] == "unsupported"
-    frame = pd.DataFrame([naive | dict.fromkeys(set(SCHEMAS["counters_results"]) - set(naive)), overlap])
-    assert "naive" in flash_report.counters_table(frame)
-    assert plots.save(plots.flash_counters(frame), tmp_path / "counters.png").exists()
+    assert naive["l2_mib"] != naive["l2_mib"] and overlap["status"] == "unsupported"
 
 
 @pytest.mark.parametrize("case", ["no such program", "too long"])
-def test_a_profiler_that_does_not_answer(tmp_path, monkeypatch, case):
+def test_a_profiler_that_does_not_answer(tmp_path, monkeypatch, here, case):
     if case == "too long":
         (tmp_path / "ncu").write_text("#!/bin/sh\nsleep 30 & wait\n")
         (tmp_path / "ncu").chmod(0o755)
@@ -300,30 +260,28 @@ def test_a_profiler_that_does_not_answer(tmp_path, monkeypatch, case):
         monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(counters, "_LIMIT_S", 0.3)
     monkeypatch.setattr(counters, "_LIST_LIMIT_S", 0.3)
-    monkeypatch.setattr(counters, "_missing", lambda device: None)
-    (row,) = counters.rows(flash.settings("smoke", steps=["naive"], device="cpu"))
+    (row,) = counters.rows(parameters(steps=["naive"]))
     assert row["status"] == "unsupported"
     assert ("longer than 0.3 s" if case == "too long" else "did not start") in row["note"]
 
 
-@interpreted
-def test_compiling_ahead_covers_what_compiles_and_a_failure_ends_nothing(capsys):
-    full = flash.settings("full", device="cpu")
-    tasks = flash._compilations(full)
-    assert len(tasks) == len(set(tasks)) == 5 * 2 + 2 * 4 * 2 + 2 * 4
-    assert ("overlap", (4, 16, 4096, 128), "bf16") in tasks and ("compiled", (8, 4096, 16), "fp32") in tasks
-    small = flash.settings(
-        "smoke", steps=["naive", "warp specialization", "TMA"], implementations=["naive"], device="cpu"
-    )
-    assert flash.compile_ahead(small) == 0.0  # nothing to gain without a GPU
-    flash._compile_share(small, 0, 1)
-    said = capsys.readouterr().out
-    assert "compile ahead: warp specialization" in said and "TMA" not in said
-
-
-def test_steps_that_are_left_out_of_counting_say_so(monkeypatch):
-    monkeypatch.setattr(counters, "_missing", lambda device: None)
-    monkeypatch.setattr(counters, "_profile", lambda settings: {})
-    settings = flash.settings("smoke", steps=["tiled PyTorch"], step_head_dims=[8, 16], device="cpu")
-    small, large = counters.rows(settings)
+def test_steps_that_are_left_out_of_counting_say_so(monkeypatch, here):
+    monkeypatch.setattr(counters, "_profile", lambda p: {})
+    small, large = counters.rows(parameters(steps=["tiled PyTorch"], step_head_dims=[8, 16]))
     assert "largest head dim only" in small["note"] and large["note"] == "does not run here"
+
+
+def test_the_profilers_driver_runs_each_step_and_marks_it(monkeypatch, tmp_path):
+    called = []
+
+    class Runtime:
+        cudaProfilerStart = staticmethod(lambda: called.append("start"))
+        cudaProfilerStop = staticmethod(lambda: called.append("stop"))
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: Runtime)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: called.append("mark"))
+    points = counters.steps(parameters(steps=["naive", "warp specialization"]))
+    done = tmp_path / "done.json"
+    counters.main(json.dumps({"points": points, "device": "cpu", "done": str(done)}))
+    assert json.loads(done.read_text()) == [[16, "naive"]] and called == ["start", "mark", "stop"]

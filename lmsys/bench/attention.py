@@ -237,14 +237,14 @@ def variants(kernel: str, shape: Point, device: torch.device) -> list[tuple[dict
 _current: Case | None = None  # the shape at hand: its inputs, its float64 answer, and what was checked
 
 
-def case_of(point: Point, p: Parameters) -> Case:
-    """The point's shape, made anew where the one at hand is another."""
+def case_of(point: Point, p: Parameters, kind: type[Case] | None = None) -> Case:
+    """The point's shape, made anew where the one at hand is another. kind: Case, or a class derived from it."""
     global _current
-    shape = {key: point[key] for key in SHAPE}
-    if _current is None or _current.key != (shape, p):
+    shape, kind = {key: point[key] for key in SHAPE}, kind or Case
+    if type(_current) is not kind or _current.key != (shape, p):
         _current = None  # its memory first
         release(resolve_device(p.device))
-        _current = Case(shape, p)
+        _current = kind(shape, p)
     return _current
 
 
@@ -258,7 +258,12 @@ def prepare(group: list[Point], p: Parameters) -> None:
 
 def measure_point(point: Point, p: Parameters) -> Row:
     """Errors beside float64, then times and memory, of one kernel in one pass."""
-    case, kernel, options, which = case_of(point, p), point["kernel"], point["options"], point["pass"]
+    return measured(case_of(point, p), point)
+
+
+def measured(case: Case, point: Point) -> Row:
+    """The columns of a point whose inputs the case holds."""
+    kernel, options, which = point["kernel"], point["options"], point["pass"]
     checked = case.check(kernel, options)[which]
     if "status" in checked:
         return checked
@@ -337,11 +342,11 @@ class Case:
         # Where a backward pass is measured too, the forward pass keeps what that needs, as in training: it is then the
         # same compiled graph, which torch.compile would make anew without gradients.
         gradients = self.backward and self.device.type in KERNELS[kernel].backward
-        inputs = self._inputs(gradients)
+        inputs = self.inputs(gradients)
 
         def forward() -> torch.Tensor:
             with torch.set_grad_enabled(gradients):
-                return self._call(kernel, options)
+                return self.call(kernel, options)
 
         def backward(output: torch.Tensor) -> tuple[torch.Tensor, ...]:
             return torch.autograd.grad(output, inputs, self.grad)
@@ -359,22 +364,22 @@ class Case:
             iterations=self.p.iters,
             prepare=arguments,
             resident=(*inputs, self.grad),
-            budget_s=_SLOW_BUDGET_S if KERNELS[kernel].slow else _BUDGET_S,
+            budget_s=getattr(self.p, "budget_s", _SLOW_BUDGET_S if KERNELS[kernel].slow else _BUDGET_S),
         )
 
     def outputs(self, kernel: str, options: Mapping[str, Any], backward: bool) -> list[torch.Tensor]:
         """o, and dq, dk, dv where a backward pass is asked for."""
-        inputs = self._inputs(backward)
+        inputs = self.inputs(backward)
         with torch.set_grad_enabled(backward):
-            output = self._call(kernel, options)
+            output = self.call(kernel, options)
         return [output.detach(), *torch.autograd.grad(output, inputs, self.grad)] if backward else [output]
 
-    def _inputs(self, backward: bool) -> tuple[torch.Tensor, ...]:
+    def inputs(self, backward: bool) -> tuple[torch.Tensor, ...]:
         for tensor in (self.q, self.k, self.v):
             tensor.requires_grad_(backward)
         return self.q, self.k, self.v
 
-    def _call(self, kernel: str, options: Mapping[str, Any]) -> torch.Tensor:
+    def call(self, kernel: str, options: Mapping[str, Any]) -> torch.Tensor:
         return attention(self.q, self.k, self.v, causal=self.causal, kernel=kernel, **options)
 
     def _check_support(self, kernel: str, which: str) -> None:

@@ -1,21 +1,22 @@
 """The GPU's hardware counters of each step of the attention kernel, read by NVIDIA's Nsight Compute (ncu).
 
-run() starts `ncu python -m lmsys.bench.counters ...` on the steps of lmsys.bench.flash. The driver, main() here, warms each
-step up outside the profile, then calls it once, and launches an empty kernel as a mark after it; what ncu writes is cut at the marks.
-A step of several kernels is their sum (time, bytes) or their mean weighted by time (percentages).
+COUNTERS starts `ncu python -m lmsys.bench.counters ...` on the steps of lmsys.bench.flash. The driver, main() here, warms
+each step up outside the profile, then calls it once, and launches an empty kernel as a mark after it; what ncu writes is
+cut at the marks. A step of several kernels is their sum (time, bytes) or their mean weighted by time (percentages).
 
-Metrics are named in the order of preference, as their names change between GPU generations; the first that the GPU has is taken, and
-a counter that it has not stays empty. Where there is no ncu, or it refuses, each step is a row with status unsupported and the reason.
+Metrics are named in the order of preference, as their names change between GPU generations; the first that the GPU has
+is taken, and a counter that it has not stays empty. Where there is no ncu, or it refuses, each step is a row with status
+unsupported and the reason.
 
-Limits: ncu flushes the caches before each kernel and runs it again for each group of counters, so bytes between the kernels of a
-step are all counted as device memory's, and the time is that of one cold launch: times of the steps are in flash_steps_results.csv.
+Limits: ncu flushes the caches before each kernel and runs it again for each group of counters, so bytes between the
+kernels of a step are all counted as device memory's, and the time is that of one cold launch: times of the steps are in
+flash_steps_results.csv.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
-import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -23,16 +24,16 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lmsys import records
-from lmsys.bench.attention import DTYPES
-from lmsys.bench.flash import STEPS, FlashSettings, OnRow, Point
-from lmsys.device import device_name, resolve_device
+from lmsys.bench import flash
+from lmsys.bench.experiment import Experiment, Parameters, Point, Row
+from lmsys.device import resolve_device
 
 _LIMIT_S, _LIST_LIMIT_S = 75, 20  # ncu is stopped after this long; listing metrics after this long
 _MARK = "spin_kernel"  # the kernel of torch.cuda._sleep
@@ -57,57 +58,33 @@ METRICS: dict[str, tuple[str, ...]] = {
 }
 _SCALES = {"time_ms": 1e-6, "dram_mib": 2**-20, "l2_mib": 2**-20}
 _LEFT_OUT = "counted at the largest head dim only: for each of its hundreds of kernels ncu takes tens of milliseconds"
-_EXTRA = ("device", "note")
 
 
-def run(flash: FlashSettings, folder: str | Path, *, on_row: OnRow = None):
-    """Count the steps' forward passes; write counters_results.csv to folder; return its rows as a DataFrame."""
-    writer = records.ResultWriter(
-        "counters_results",
-        folder,
-        method={"tool": "ncu, one launch of each kernel with cold caches, clocks as found", "metrics": METRICS},
-        parameters=dataclasses.asdict(flash),
-        extra_columns=_EXTRA,
-    )
-    with writer:
-        for row in rows(flash):
-            writer.write(row)
-            if on_row:
-                on_row(row)
-    return records.read_results(writer.path)
+def steps(p: Parameters) -> list[Point]:
+    """The steps' forward passes."""
+    return [point for point in flash.step_points(p) if point["pass"] == "forward"]
 
 
-def rows(flash: FlashSettings) -> list[dict[str, Any]]:
+def rows(p: Parameters) -> list[Row]:
     """A row for each head dim and step."""
-    device = resolve_device(flash.device)
-    counted: dict[tuple[int, str], dict[str, Any]] = {}
-    reason = _missing(device)
+    counted: dict[tuple[int, str], Row] = {}
+    reason = _missing(resolve_device(p.device))
     if reason is None:
         try:
-            counted = _profile(flash)
+            counted = _profile(p)
         except _Refused as refusal:
             reason = str(refusal)
     found = []
-    for head_dim in flash.step_head_dims:
-        for step in flash.steps:
-            base = {
-                "step": step,
-                "batch": flash.step_batch,
-                "heads": flash.step_width // head_dim,
-                "seq_len": flash.step_seq_len,
-                "head_dim": head_dim,
-                "dtype": flash.step_dtype,
-                "causal": True,
-                "device": device_name(device),
-            }
-            why = reason or (_LEFT_OUT if _left_out(step, head_dim, flash.step_head_dims) else "does not run here")
-            missing = {"status": "unsupported", "note": why}
-            found.append(base | counted.get((head_dim, step), missing))
+    for point in steps(p):
+        row = {name: value for name, value in point.items() if name in COUNTERS.columns}
+        why = reason or (_LEFT_OUT if left_out(point, p) else "does not run here")
+        missing = {"status": "unsupported", "note": why}
+        found.append(row | counted.get((point["head_dim"], point["step"]), missing))
     return found
 
 
-def _left_out(step: str, head_dim: int, head_dims: Sequence[int]) -> bool:
-    return step == "tiled PyTorch" and head_dim != max(head_dims)
+def left_out(point: Point, p: Parameters) -> bool:
+    return point["step"] == "tiled PyTorch" and point["head_dim"] != max(p.step_head_dims)
 
 
 class _Refused(Exception):
@@ -123,38 +100,35 @@ def _missing(device: torch.device) -> str | None:
     return None
 
 
-def _profile(flash: FlashSettings) -> dict[tuple[int, str], dict[str, Any]]:
+def _profile(p: Parameters) -> dict[tuple[int, str], Row]:
     """(head_dim, step) -> the measured part of a row."""
     with tempfile.TemporaryDirectory(prefix="lmsys-ncu-") as temporary:
         log, done = Path(temporary) / "log.csv", Path(temporary) / "done.json"
         metrics = _available()
-        driver = [sys.executable, "-m", "lmsys.bench.counters", "--done", str(done), *_arguments(flash)]
+        points = [point for point in steps(p) if not left_out(point, p)]
+        work = {"points": points, "device": p.device, "done": str(done)}
+        driver = [sys.executable, "-m", "lmsys.bench.counters", json.dumps(work)]
         command = [
             *("ncu", "--csv", "--page", "raw", "--print-units", "base", "--log-file", str(log)),
             *("--clock-control", "none", "--profile-from-start", "off", "--target-processes", "application-only"),
             *("--metrics", ",".join(metrics.values())),
         ]
         output = _call([*command, *driver], _LIMIT_S)
-        steps = json.loads(done.read_text()) if done.exists() else []
+        ran = json.loads(done.read_text()) if done.exists() else []
         text = log.read_text(errors="replace") if log.exists() else ""
-        if not steps or _MARK not in text:
+        if not ran or _MARK not in text:
             raise _Refused(_reason(text + "\n" + output))
     counted = parse(text, metrics)
-    if len(counted) != len(steps):
-        raise _Refused(f"ncu counted {len(counted)} steps of {len(steps)}")
-    return {(head_dim, step): row for (head_dim, step), row in zip(map(tuple, steps), counted, strict=True)}
-
-
-def _arguments(flash: FlashSettings) -> list[str]:
-    return [
-        *("--steps", *flash.steps, "--head_dims", *map(str, flash.step_head_dims), "--batch", str(flash.step_batch)),
-        *("--width", str(flash.step_width), "--seq_len", str(flash.step_seq_len), "--dtype", flash.step_dtype),
-        *("--device", flash.device),
-    ]
+    if len(counted) != len(ran):
+        raise _Refused(f"ncu counted {len(counted)} steps of {len(ran)}")
+    return dict(zip(map(tuple, ran), counted, strict=True))
 
 
 def _available() -> dict[str, str]:
-    """Column -> the first of its metrics that this GPU has; launch__ metrics are always there. Just the first where ncu lists none in time."""
+    """Column -> the first of its metrics that this GPU has; launch__ metrics are always there.
+
+    Just the first where ncu lists none in time.
+    """
     try:
         output = _call(["ncu", "--query-metrics"], _LIST_LIMIT_S)
     except _Refused:
@@ -201,7 +175,7 @@ def _reason(text: str) -> str:
 
 
 def parse(text: str, metrics: dict[str, str]) -> list[dict[str, Any]]:
-    """The measured part of a row for each step, from ncu's CSV of raw metrics, whose rows are kernels in the order of their launch."""
+    """The measured part of a row for each step, from ncu's CSV of raw metrics: a row a kernel, in launch order."""
     lines = [line for line in text.splitlines() if line.startswith('"')]
     table = list(csv.DictReader(lines))[1:]  # the line after the names holds the units
     steps: list[dict[str, Any]] = []
@@ -240,40 +214,40 @@ def _number(kernel: dict[str, str], metric: str) -> float | None:
         return None
 
 
-def main(arguments: Iterable[str] | None = None) -> None:
-    """The driver that ncu profiles: each step once, and a mark after it."""
-    parser = argparse.ArgumentParser(prog="python -m lmsys.bench.counters", description=main.__doc__)
-    parser.add_argument("--steps", nargs="+", choices=list(STEPS), required=True)
-    parser.add_argument("--head_dims", nargs="+", type=int, required=True)
-    for name in ("--batch", "--width", "--seq_len"):
-        parser.add_argument(name, type=int, required=True)
-    parser.add_argument("--dtype", choices=list(DTYPES), required=True)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--done", type=Path, required=True, help="where the steps that ran are written, as JSON")
-    given = parser.parse_args(arguments)
-    device = resolve_device(given.device)
+def main(text: str) -> None:
+    """The driver that ncu profiles: each step once, and a mark after it. text: points, device, done as JSON."""
+    work = json.loads(text)
+    p = Parameters(passes=["forward"], device=work["device"], seed=0)
     done = []
-    for head_dim in given.head_dims:
-        shape = (given.batch, given.width // head_dim, given.seq_len, head_dim)
-        point = Point(shape, DTYPES[given.dtype], device, seed=0)
-        for name in given.steps:
-            if _left_out(name, head_dim, given.head_dims) or STEPS[name].refusal(device, point.dtype, head_dim):
-                continue
-            try:
-                for _ in range(2):  # compile and tune
-                    STEPS[name](*point.inputs)
-            except Exception as reason:  # one step's failure leaves the counters of the others
-                print(f"{name}: {type(reason).__name__}: {reason}", file=sys.stderr)
-                continue
-            torch.cuda.synchronize(device)
-            torch.cuda.cudart().cudaProfilerStart()
-            STEPS[name](*point.inputs)
-            torch.cuda._sleep(1)
-            torch.cuda.synchronize(device)
-            torch.cuda.cudart().cudaProfilerStop()
-            done.append([head_dim, name])
-    given.done.write_text(json.dumps(done))
+    for point in work["points"]:
+        case = flash.sweeps.case_of(point, p, flash.Case)
+        run = functools.partial(case.outputs, point["kernel"], point["options"], backward=False)
+        try:
+            for _ in range(2):  # compile and tune
+                run()
+        except Exception as error:  # one step's failure leaves the counters of the others
+            print(f"{point['step']}: {type(error).__name__}: {error}", file=sys.stderr)
+            continue
+        torch.cuda.synchronize(case.device)
+        torch.cuda.cudart().cudaProfilerStart()
+        run()
+        torch.cuda._sleep(1)
+        torch.cuda.synchronize(case.device)
+        torch.cuda.cudart().cudaProfilerStop()
+        done.append([point["head_dim"], point["step"]])
+    Path(work["done"]).write_text(json.dumps(done))
 
+
+COUNTERS = Experiment(
+    name="counters_results",
+    columns=(
+        *("step", "batch", "heads", "seq_len", "head_dim", "dtype", "causal", "status", "kernels", *METRICS),
+        *("device", "note"),
+    ),
+    points=lambda p: [{"tool": "ncu"}],  # one call of it counts all steps
+    measure=lambda point, p: rows(p),
+    method=lambda p: {"tool": "ncu, one launch of each kernel with cold caches, clocks as found", "metrics": METRICS},
+)
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

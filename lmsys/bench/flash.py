@@ -1,48 +1,40 @@
 """How the attention kernel is built, each step measured; and the course's three tables of attention.
 
-- Steps: one shape, from the formula to the Hopper kernel, each step checked against float64 and timed beside the others.
-- Ceilings: what this device copies and multiplies at, measured in the same run, for the roofline.
-- pytorch_attention: batch 8, no heads: forward, memory in use before the backward pass, backward, until memory runs out;
+- STEPS: one shape, from the formula to the Hopper kernel, each step checked against float64 and timed beside the others.
+- CEILINGS: what this device copies and multiplies at, measured in the same run, for the roofline.
+- PYTORCH_ATTENTION: batch 8, no heads: forward, memory in use before the backward pass, backward, until memory runs out;
   the formula, the same under torch.compile (the course's torch_compile, part a), and FlashAttention.
-- flash_benchmarking: batch 1, causal: FlashAttention beside plain PyTorch, forward, backward and both.
-Source of the tables: Stanford CS336, assignment 2 (2025). Differences: calls are timed by the clock of lmsys.bench.measure, a slow one
-fewer than 100 times; pytorch_attention is causal, and goes on past the course's 16,384 tokens until it runs out of memory.
+- FLASH_BENCHMARKING: batch 1, causal: FlashAttention beside plain PyTorch, forward, backward and both.
+Source of the tables: Stanford CS336, assignment 2 (2025). Differences: calls are timed by the clock of
+lmsys.bench.measure, a slow one fewer than 100 times; pytorch_attention is causal, and goes on past the course's 16,384
+tokens until it runs out of memory.
 
-Limits: torch.compile is given one graph a head dim with the length left open, compiled at a middle length, as it does by itself from the
-second length on; a graph for each length alone could be a little faster and would compile for minutes.
+Limits: torch.compile is given one graph a head dim with the length left open, compiled at a middle length, as it does by
+itself from the second length on; a graph for each length alone could be a little faster and would compile for minutes.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import gc
-import itertools
-import math
-import os
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lmsys import cost, records
-from lmsys.attention import attention, get_kernel
+from lmsys.attention import KERNELS
 from lmsys.attention.reference import own_code, scaled_dot_prod_attention
-from lmsys.bench import ahead
-from lmsys.bench import measure as clock
-from lmsys.bench.attention import DTYPES, PASSES
-from lmsys.bench.measure import Measurement, allocations, available_bytes, is_out_of_memory, measure, release
-from lmsys.config import require, resolve_scale, unknown_name
-from lmsys.device import device_name, resolve_device
+from lmsys.bench import ahead, leaderboard
+from lmsys.bench import attention as sweeps
+from lmsys.bench.experiment import Experiment, Notebook, Parameters, Point, Row, require_names, require_numbers
+from lmsys.bench.measure import DTYPES, allocations, measure, method
+from lmsys.config import require
+from lmsys.device import resolve_device
 
-_CHECKED_SCORES = 2**22  # scores of the float64 check: the last queries of one head against all keys
-_ERROR_FLOOR = 4e-6  # see lmsys.bench.attention
+PASSES = sweeps.PASSES
 _COMPILE_LIMIT_S = 90.0  # compiling ahead ends here; what is not done by then is compiled when it is measured
-_INTERPRETED = "in Triton's CPU interpreter"
-
+_TYPICAL, _LONG = 4096, 16384  # compiled graphs are made at the longest length up to the first, tried up to the second
 
 # --- The steps ------------------------------------------------------------------------------------
 
@@ -53,55 +45,32 @@ class Step:
 
     Attributes:
         change: what it does that the step before does not.
-        kernel, options: its name in KERNELS and what it is called with; empty where it is one of attention.flash_steps.
-        function: its name in attention.flash_steps; forward only.
+        kernel, options: its name in KERNELS and what it is called with; `function` is one of attention.flash_steps,
+            forward only.
         score_bytes: bytes that go through device memory for each score if no cache holds any, by the size of an element.
         whole: the scores above the diagonal are computed, too.
     """
 
     name: str
     change: str
-    kernel: str = ""
-    options: tuple[tuple[str, Any], ...] = ()
-    function: str = ""
+    kernel: str
+    options: Mapping[str, Any] = field(default_factory=dict)
     score_bytes: Callable[[int], float] = lambda size: 0
     whole: bool = False
 
     @property
     def passes(self) -> tuple[str, ...]:
-        return ("forward", "backward") if self.kernel else ("forward",)
-
-    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        """Why a step of attention.flash_steps does not run there; the others say so themselves when they are called."""
-        if self.kernel:
-            return None
-        from lmsys.attention import flash_steps
-
-        checks = {"tma_forward": flash_steps.no_tma, "specialized_forward": flash_steps.no_specialization}
-        return checks[self.function](device, dtype, head_dim)
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Causal attention of q, k, v (B, H, T, D)."""
-        if self.kernel:
-            return attention(q, k, v, causal=True, kernel=self.kernel, **dict(self.options))
-        from lmsys.attention import flash_steps
-
-        return getattr(flash_steps, self.function)(q, k, v, True)[0]
+        return ("forward",) if "function" in self.options else ("forward", "backward")
 
 
-# Passes over the scores, read and written: naive 8 (product, scale, mask and softmax write; scale, mask, softmax and product read),
-# vectorized 6 (the scale is in q), compiled 4 (one kernel between the products). Tiled PyTorch makes each tile's softmax of seven
-# operations in float32: 40 bytes a score, and 4 more elements where a half precision is cast there and back.
+_TRITON = "flash_attention_triton"
+# Passes over the scores, read and written: naive 8 (matmul, scale, mask and softmax write; scale, mask, softmax and
+# matmul read), vectorized 6 (the scale is in q), compiled 4 (one kernel between the matmuls). Tiled PyTorch makes each
+# tile's softmax of seven operations in float32: 40 bytes a score, and 4 more elements where a half precision is cast.
 STEPS: dict[str, Step] = {
     step.name: step
     for step in (
-        Step(
-            "naive",
-            "the formula, an operation a line",
-            "scaled_dot_prod_attention",
-            score_bytes=lambda size: 8 * size,
-            whole=True,
-        ),
+        Step("naive", "the formula, an operation a line", "scaled_dot_prod_attention", {}, lambda size: 8 * size, True),
         Step(
             "vectorized",
             "the scale goes into the queries, the mask is applied in place",
@@ -122,30 +91,34 @@ STEPS: dict[str, Step] = {
             "flash_attention_torch",
             score_bytes=lambda size: 40 + (4 * size if size < 4 else 0),
         ),
+        Step("portable Triton", "one kernel: a tile's scores never leave the chip", _TRITON, {"path": "portable"}),
         Step(
-            "portable Triton",
-            "one kernel: a tile's scores never leave the chip",
-            "flash_attention_triton",
-            (("path", "portable"),),
+            "TMA",
+            "tiles are fetched by the TMA unit, through tensor descriptors",
+            _TRITON,
+            {"function": "tma_forward"},
         ),
-        Step("TMA", "tiles are fetched by the TMA unit, through tensor descriptors", function="tma_forward"),
         Step(
             "warp specialization",
             "one group of warps only loads, two only compute",
-            function="specialized_forward",
+            _TRITON,
+            {"function": "specialized_forward"},
         ),
         Step(
             "overlap",
-            "the next scores are computed while this block's values are multiplied; tiles are handed out by a counter",
-            "flash_attention_triton",
-            (("path", "hopper"),),
+            "the next scores are computed while this block's values are multiplied; a counter hands out the tiles",
+            _TRITON,
+            {"path": "hopper"},
         ),
     )
 }
 
 
 def step_bytes(step: Step, batch: int, heads: int, seq_len: int, head_dim: int, size: int) -> float:
-    """Bytes through device memory of a causal forward pass by counting: q, k, v and o once, and what a step does to each score."""
+    """Bytes through device memory of a causal forward pass by counting.
+
+    q, k, v and o once, and what a step does to each score.
+    """
     scores = batch * heads * seq_len * seq_len / (1 if step.whole else 2)
     return 4 * batch * heads * seq_len * head_dim * size + step.score_bytes(size) * scores
 
@@ -157,37 +130,14 @@ IMPLEMENTATIONS = {
     "compiled": "the same function under `torch.compile`",
     "flash": "`flash_attention_triton`",
 }
-
-
-class _Compiled:
-    """The formula under torch.compile, a graph for each batch, head dim and dtype with the length left open."""
-
-    def __init__(self) -> None:
-        self._graphs: dict[Any, Callable] = {}
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        key = (q.shape[0], q.shape[2], q.dtype, q.device)
-        if key not in self._graphs:
-            self._graphs[key] = torch.compile(own_code(scaled_dot_prod_attention), fullgraph=True)
-        for t in (q, k, v):
-            torch._dynamo.maybe_mark_dynamic(t, 1)
-        return self._graphs[key](q, k, v, True)
-
-
-def implementations() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """name -> causal attention of q, k, v (B, T, D). Each call makes its own compiled graphs."""
-    return {
-        "naive": lambda q, k, v: scaled_dot_prod_attention(q, k, v, True),
-        "compiled": _Compiled(),
-        "flash": lambda q, k, v: attention(q, k, v, causal=True, kernel="flash_attention_triton"),
-    }
+_NAIVE = "scaled_dot_prod_attention"
 
 
 def before_backward_bytes(implementation: str, batch: int, seq_len: int, head_dim: int, size: int) -> int:
-    """Memory in use before the backward pass by formula: q, k, v, o and the output's gradient, and what is saved beside them.
+    """Memory in use before the backward pass by formula: q, k, v, o, the output's gradient, and what is saved beside them.
 
-    naive and compiled save the probabilities, (B, T, T), and the mask, a byte for each of (T, T). FlashAttention saves the
-    log-sum-exp, (B, T) in float32, and computes the probabilities again.
+    naive and compiled save the probabilities, (B, T, T), and the mask, a byte for each of (T, T). FlashAttention saves
+    the log-sum-exp, (B, T) in float32, and recomputes the probabilities.
     """
     five = 5 * batch * seq_len * head_dim * size
     if implementation == "flash":
@@ -195,691 +145,283 @@ def before_backward_bytes(implementation: str, batch: int, seq_len: int, head_di
     return five + batch * seq_len**2 * size + seq_len**2
 
 
-# --- Settings -------------------------------------------------------------------------------------
+_graphs: dict[Any, Callable] = {}  # (batch, head dim, dtype, device) -> the compiled formula
 
 
-@dataclass(frozen=True)
-class FlashSettings:
-    """What the notebook runs; make it with settings(), which fills it from a scale and checks it."""
+class Case(sweeps.Case):
+    """A case of the attention sweep, which also calls the steps of flash_steps and the formula under torch.compile."""
 
-    scale: str
-    steps: tuple[str, ...]
-    step_batch: int
-    step_width: int  # heads x head_dim
-    step_seq_len: int
-    step_head_dims: tuple[int, ...]
-    step_dtype: str
-    implementations: tuple[str, ...]
-    course_batch: int
-    course_seq_lens: tuple[int, ...]
-    course_head_dims: tuple[int, ...]
-    course_dtype: str
-    past_seq_lens: tuple[int, ...]
-    bench_seq_lens: tuple[int, ...]
-    bench_head_dims: tuple[int, ...]
-    bench_dtypes: tuple[str, ...]
-    board_kernels: tuple[str, ...] | None  # on the 2025 board; None: all that it knows
-    iterations: int
-    budget_s: float
-    device: str
-    seed: int
+    def call(self, kernel: str, options: Mapping[str, Any]) -> Tensor:
+        if "function" in options:
+            return self._step(options["function"])
+        if "compiled_at" in options:
+            return self._compiled(options["compiled_at"])
+        return super().call(kernel, options)
+
+    def _step(self, name: str) -> Tensor:
+        from lmsys.attention import flash_steps
+
+        check = {"tma_forward": flash_steps.no_tma, "specialized_forward": flash_steps.no_specialization}[name]
+        if refusal := check(self.device, self.dtype, self.q.shape[-1]):
+            raise ValueError(refusal)
+        return getattr(flash_steps, name)(self.q, self.k, self.v, True)[0]
+
+    def _compiled(self, length: int) -> Tensor:
+        """The formula, compiled at this length with the length left open: a graph a batch, head dim and dtype."""
+        batch, _, _, head_dim = self.q.shape
+        key = (batch, head_dim, self.dtype, self.device)
+        if key not in _graphs:
+            _graphs[key] = torch.compile(own_code(scaled_dot_prod_attention), fullgraph=True)
+            size = (batch, 1, length, head_dim)
+            q, k, v = (torch.randn(size, dtype=self.dtype, device=self.device, requires_grad=True) for _ in range(3))
+            with torch.enable_grad():
+                self._open(q, k, v).sum().backward()
+            gc.collect()
+            gc.freeze()  # what compilers keep, which release() need not look through before each measurement
+        return self._open(self.q, self.k, self.v)
+
+    def _open(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        for t in (q, k, v):
+            torch._dynamo.maybe_mark_dynamic(t, 2)
+        return _graphs[q.shape[0], q.shape[3], q.dtype, q.device](q, k, v, True)
+
+    def before_backward_mib(self, kernel: str, options: Mapping[str, Any]) -> float:
+        """Memory in use between the passes, inputs and the output's gradient included.
+
+        By counting what the forward pass leaves: the allocator would count cuBLAS's workspace and the answers, too.
+        """
+        resident = sum(t.numel() * t.element_size() for t in (*self.inputs(True), self.grad))
+        gc.collect()  # what is freed during the call must have been made during the call
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+            output = self.call(kernel, options)
+            torch.cuda.synchronize(self.device)
+            kept = torch.cuda.memory_allocated(self.device) - before
+        else:
+            output, changes = allocations(lambda: self.call(kernel, options))
+            kept = sum(size for _, size in changes)
+        del output
+        return (resident + kept) / 2**20
 
 
-_ALL = tuple(STEPS)
-_NOT_COMPILED = tuple(name for name in _ALL if name != "compiled")  # compiling takes longer than small scales may
-_PRESETS: dict[str, dict[str, Any]] = {
+# --- Parameters -----------------------------------------------------------------------------------
+
+_NOT_COMPILED = [name for name in STEPS if name != "compiled"]  # compiling takes longer than small scales may
+PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {
-        "steps": _NOT_COMPILED,
-        "step_batch": 1,
-        "step_width": 16,
-        "step_seq_len": 32,
-        "step_head_dims": (16,),
-        "step_dtype": "fp32",
-        "implementations": ("naive", "flash"),
-        "course_batch": 2,
-        "course_dtype": "fp32",
-        "course_seq_lens": (16, 32),
-        "course_head_dims": (16,),
-        "past_seq_lens": (),
-        "bench_seq_lens": (16, 32),
-        "bench_head_dims": (16,),
-        "bench_dtypes": ("fp32",),
-        "board_kernels": ("torch_sdpa_flash",),
-        "iterations": 3,
-        "budget_s": 0.05,
+        **{"steps": _NOT_COMPILED, "step_batch": 1, "step_width": 16, "step_seq_len": 32, "step_head_dims": [16]},
+        **{"step_dtype": "fp32", "implementations": ["naive", "flash"], "past_seq_lens": []},
+        **{"course_batch": 2, "course_dtype": "fp32", "course_seq_lens": [16, 32], "course_head_dims": [16]},
+        **{"bench_seq_lens": [16, 32], "bench_head_dims": [16], "bench_dtypes": ["fp32"]},
+        **{"board_kernels": ["torch_sdpa_flash"], "iterations": 3, "budget_s": 0.05},
     },
     "cpu": {
-        "steps": _NOT_COMPILED,
-        "step_batch": 1,
-        "step_width": 64,
-        "step_seq_len": 128,
-        "step_head_dims": (64,),
-        "step_dtype": "fp32",
-        "implementations": tuple(IMPLEMENTATIONS),
-        "course_batch": 1,
-        "course_dtype": "fp32",
-        "course_seq_lens": (128,),  # each is compiled
-        "course_head_dims": (64,),
-        "past_seq_lens": (),
-        "bench_seq_lens": (64, 128),
-        "bench_head_dims": (64,),
-        "bench_dtypes": ("fp32",),
-        "board_kernels": ("flash_attention_triton", "torch_sdpa_flash"),
-        "iterations": 20,
-        "budget_s": 0.05,
+        **{"steps": _NOT_COMPILED, "step_batch": 1, "step_width": 64, "step_seq_len": 128, "step_head_dims": [64]},
+        **{"step_dtype": "fp32", "implementations": list(IMPLEMENTATIONS), "past_seq_lens": []},
+        **{"course_batch": 1, "course_dtype": "fp32", "course_seq_lens": [64], "course_head_dims": [64]},
+        **{"bench_seq_lens": [32, 64], "bench_head_dims": [64], "bench_dtypes": ["fp32"]},
+        **{"board_kernels": [_TRITON, "torch_sdpa_flash"], "iterations": 20, "budget_s": 0.05},
     },
     "full": {
-        "steps": _ALL,
-        "step_batch": 4,
-        "step_width": 2048,
-        "step_seq_len": 4096,
-        "step_head_dims": (64, 128),
-        "step_dtype": "bf16",
-        "implementations": tuple(IMPLEMENTATIONS),
-        "course_batch": 8,
-        "course_dtype": "fp32",
-        "course_seq_lens": (256, 1024, 4096, 8192, 16384),
-        "course_head_dims": (16, 32, 64, 128),
-        "past_seq_lens": (32768, 65536),
-        "bench_seq_lens": tuple(2**i for i in range(7, 17)),
-        "bench_head_dims": (16, 32, 64, 128),
-        "bench_dtypes": ("bf16", "fp32"),
-        "board_kernels": None,
-        "iterations": 100,
-        "budget_s": 0.15,
+        **{
+            "steps": list(STEPS),
+            "step_batch": 4,
+            "step_width": 2048,
+            "step_seq_len": 4096,
+            "step_head_dims": [64, 128],
+        },
+        **{"step_dtype": "bf16", "implementations": list(IMPLEMENTATIONS), "past_seq_lens": [32768, 65536]},
+        **{"course_batch": 8, "course_dtype": "fp32", "course_seq_lens": [256, 1024, 4096, 8192, 16384]},
+        **{"course_head_dims": [16, 32, 64, 128], "bench_head_dims": [16, 32, 64, 128]},
+        **{"bench_seq_lens": [2**i for i in range(7, 17)], "bench_dtypes": ["bf16", "fp32"]},
+        **{"board_kernels": list(leaderboard.IMPLEMENTATIONS), "iterations": 100, "budget_s": 0.15},
     },
 }
+_LISTS = ("step_head_dims", "course_seq_lens", "course_head_dims", "bench_seq_lens", "bench_head_dims", "bench_dtypes")
 
 
-_LENGTHS = ("course_seq_lens", "course_head_dims", "bench_seq_lens")
-
-
-def settings(
-    scale: str = "auto",
-    steps: Sequence[str] | None = None,
-    step_seq_len: int | None = None,
-    step_head_dims: Sequence[int] | None = None,
-    step_dtype: str | None = None,
-    implementations: Sequence[str] | None = None,
-    course_seq_lens: Sequence[int] | None = None,
-    course_head_dims: Sequence[int] | None = None,
-    past_seq_lens: Sequence[int] | None = None,
-    bench_seq_lens: Sequence[int] | None = None,
-    bench_head_dims: Sequence[int] | None = None,
-    bench_dtypes: Sequence[str] | None = None,
-    board_kernels: Sequence[str] | None = None,
-    iterations: int | None = None,
-    budget_s: float | None = None,
-    device: str = "auto",
-    seed: int = 0,
-) -> FlashSettings:
-    """The settings of a run: the scale's, with what is given in their place.
-
-    Args:
-        steps: names in STEPS. implementations: names in IMPLEMENTATIONS. board_kernels: names in KERNELS, for the 2025 board.
-        past_seq_lens: lengths of pytorch_attention past the course's, at its largest head dim only.
-        iterations: most samples of a point. budget_s: about how long the samples of a point may take.
-    Raises:
-        ValueError: an unknown scale, step, implementation, kernel or dtype, or a number out of range.
-    """
-    given = {name: value for name, value in locals().items() if value is not None}
-    scale = resolve_scale(scale)
-    values = {**_PRESETS[scale], **given, "scale": scale}
-    values = {name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in values.items()}
-    for what, known in (("steps", STEPS), ("implementations", IMPLEMENTATIONS)):
-        for name in values[what]:
-            if name not in known:
-                raise unknown_name(what.rstrip("s"), name, known)
-    for name in values["board_kernels"] or ():
-        get_kernel(name)
-    for name in (values["step_dtype"], values["course_dtype"], *values["bench_dtypes"]):
-        if name not in DTYPES:
-            raise unknown_name("dtype", name, DTYPES)
-    for name in ("steps", "implementations", "step_head_dims", *_LENGTHS, "bench_head_dims", "bench_dtypes"):
-        require(len(values[name]) > 0, f"{name} is empty; give at least one")
-    for name in ("step_seq_len", "step_head_dims", *_LENGTHS, "past_seq_lens", "bench_head_dims", "iterations"):
-        numbers = values[name] if isinstance(values[name], tuple) else (values[name],)
-        fine = all(type(n) is int and n >= 1 for n in numbers)
-        require(fine, f"{name} is {values[name]!r}; it takes whole numbers of 1 or more")
+def check(p: Parameters) -> None:
+    """Raises ValueError: an unknown step, implementation, kernel or dtype, or a number out of range."""
+    require_names(p, {"steps": STEPS, "implementations": IMPLEMENTATIONS, "board_kernels": KERNELS})
+    require_names(p, dict.fromkeys(("step_dtype", "course_dtype", "bench_dtypes"), DTYPES))
+    for name in _LISTS:
+        require(len(getattr(p, name)) > 0, f"{name} is empty; give at least one")
+    numbers = ("step_batch", "step_seq_len", "course_batch", "past_seq_lens", "iterations", "warmup_ms", "rep_ms")
+    require_numbers(p, dict.fromkeys((*numbers, *_LISTS[:-1]), 1))
     require(
-        all(values["step_width"] % d == 0 for d in values["step_head_dims"]),
-        f"step_width {values['step_width']} is not a multiple of every one of step_head_dims {values['step_head_dims']}",
+        all(p.step_width % d == 0 for d in p.step_head_dims),
+        f"step_width {p.step_width} is not a multiple of every one of step_head_dims {p.step_head_dims}",
     )
-    require(values["budget_s"] > 0, f"budget_s is {values['budget_s']!r}; it must be above 0")
-    resolve_device(values["device"])
-    return FlashSettings(**values)
+    require(p.budget_s > 0, f"budget_s is {p.budget_s!r}; it must be above 0")
+    resolve_device(p.device)
 
 
-# --- Inputs and their check -----------------------------------------------------------------------
+NOTEBOOK = Notebook("flash_attention", PRESETS, check)
 
+# --- Points ---------------------------------------------------------------------------------------
 
-class Point:
-    """Random q, k, v and the output's gradient of one shape (..., T, D), and the float64 answer for the first head's last queries."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int):
-        generator = torch.Generator(device).manual_seed(seed)
-        self.shape, self.dtype, self.device = shape, dtype, device
-        self.q, self.k, self.v, self.grad = (
-            torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype) for _ in range(4)
-        )
-        self.inputs = (self.q, self.k, self.v)
-        self._answers: tuple[list[Tensor], list[float]] | None = None
+def _shape(batch: int, heads: int, seq_len: int, head_dim: int, dtype: str) -> Point:
+    lengths = dict.fromkeys(("seq_len", "q_len", "k_len"), seq_len)
+    shape = {"tier": "", "batch": batch, "heads": heads, "kv_heads": heads, **lengths}
+    return shape | {"head_dim": head_dim, "dtype": dtype, "causal": True}
 
-    def errors(self, function: Callable, backward: bool) -> tuple[float, float]:
-        """Largest relative error (2-norm) of function's o, dq and, where all queries are checked, dk and dv; and PyTorch's."""
-        for t in self.inputs:
-            t.requires_grad_(backward)
-        with torch.set_grad_enabled(backward):
-            o = function(*self.inputs)
-        results = [o.detach()]
-        if backward:
-            results += torch.autograd.grad(o, self.inputs, self.grad)
-        if self._answers is None:
-            exact = self._head(torch.float64)
-            self._answers = exact, [_error(p, e) for p, e in zip(self._head(self.dtype), exact, strict=True)]
-        exact, plain = self._answers
-        rows = self._rows()
-        results = [t.flatten(0, -3)[0] for t in results]
-        results[:2] = [t[-rows:] for t in results[:2]]
-        pairs = zip(results, exact, plain, strict=False)
-        if rows < self.shape[-2]:
-            pairs = list(pairs)[:2]  # dk and dv sum over all queries
-        errors = [(_error(a, e), p) for a, e, p in pairs]
-        return max(error for error, _ in errors), max(p for _, p in errors)
 
-    def _rows(self) -> int:
-        return min(self.shape[-2], max(1, _CHECKED_SCORES // self.shape[-2]))
-
-    def _head(self, dtype: torch.dtype) -> list[Tensor]:
-        """o, dq (rows, D), dk, dv (T, D) of plain PyTorch for the first head's last queries."""
-        rows, length = self._rows(), self.shape[-2]
-        q, k, v, grad = (t.detach().flatten(0, -3)[0].to(dtype) for t in (*self.inputs, self.grad))
-        leaves = [t.requires_grad_() for t in (q[-rows:].clone(), k.clone(), v.clone())]
-        with torch.enable_grad():
-            scores = leaves[0] @ leaves[1].T / math.sqrt(self.shape[-1])
-            hidden = torch.ones(rows, length, dtype=torch.bool, device=self.device).triu(length - rows + 1)
-            o = torch.softmax(scores.masked_fill(hidden, -math.inf), -1) @ leaves[2]
-        return [o.detach(), *torch.autograd.grad(o, leaves, grad[-rows:])]
-
-
-def _error(actual: Tensor, exact: Tensor) -> float:
-    norm = exact.double().norm().item() or 1.0
-    error = (actual.double() - exact.double()).norm().item() / norm
-    return math.inf if math.isnan(error) else error
-
-
-# --- The clock of three passes --------------------------------------------------------------------
-
-
-class Passes(NamedTuple):
-    """What one implementation took at one point. before_backward_mib: memory in use between the passes, inputs included."""
-
-    forward: Measurement
-    backward: Measurement
-    forward_backward: Measurement
-    before_backward_mib: float | None = None
-
-
-def measure_passes(
-    forward: Callable[[], Tensor],
-    backward: Callable[[Tensor], Any],
-    *,
-    device: torch.device,
-    iterations: int,
-    budget_s: float,
-    resident: Sequence[Tensor] = (),
-) -> Passes:
-    """Time forward() and backward(its output), each alone and both together, all from the same samples.
-
-    As in measure(): samples start with a cold L2 on a GPU and the host ahead of it; memory comes from a call of its own, before.
-    Both are called once before this, to compile and to tune. Where memory runs out in the backward pass only, forward is measured.
-    """
-    before = None
-    failure = ""
-    try:
-        before, peaks = _memory(forward, backward, device, resident)
-        start = time.perf_counter()
-        backward(forward())
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        whole_s = time.perf_counter() - start
-        samples = min(iterations, max(3, int(min(budget_s / whole_s, iterations))))
-        times = (_times_cuda if device.type == "cuda" else _times_cpu)(forward, backward, samples, device)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        failure = str(error).splitlines()[0]
-    if failure:  # out of the except block, whose traceback holds tensors
-        release(device)
-        out = Measurement("oom", note=failure)
-        alone = measure(forward, device=device, warmup=2, iterations=iterations, resident=resident, budget_s=budget_s)
-        if alone.status == "ok" and before is None:
-            before = _before_backward(forward, device, resident)
-        return Passes(alone, out, out, before)
-
-    def measured(values: list[float], peak: float) -> Measurement:
-        return Measurement("ok", *clock.quantiles(values), peak, values)
-
-    first, second = zip(*times, strict=True)
-    both = [a + b for a, b in times]
-    return Passes(measured(list(first), peaks[0]), measured(list(second), peaks[1]), measured(both, max(peaks)), before)
-
-
-def _memory(forward: Callable, backward: Callable, device: torch.device, resident: Sequence[Tensor]):
-    """MiB in use between the passes, and the peaks of both."""
-    base = _bytes(resident)
-    output, kept, peak_forward = _traced(forward, device)
-    _, _, peak_backward = _traced(lambda: backward(output), device)
-    return (base + kept) / 2**20, ((base + peak_forward) / 2**20, (base + kept + peak_backward) / 2**20)
-
-
-def _before_backward(forward: Callable, device: torch.device, resident: Sequence[Tensor]) -> float:
-    _output, kept, _ = _traced(forward, device)
-    return (_bytes(resident) + kept) / 2**20
-
-
-def _bytes(tensors: Sequence[Tensor]) -> int:
-    """Of what exists before the call. The allocator would count cuBLAS's workspace and the float64 answers, too."""
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def _traced(function: Callable, device: torch.device) -> tuple[Any, int, int]:
-    """The result, the bytes that it holds, and the most that were held during the call."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        result = function()
-        torch.cuda.synchronize(device)
-        return result, torch.cuda.memory_allocated(device) - before, torch.cuda.max_memory_allocated(device) - before
-    gc.collect()  # what is freed during the call must have been made during the call
-    result, changes = allocations(function)
-    held = list(itertools.accumulate((size for _, size in changes), initial=0))
-    return result, held[-1], max(held)
-
-
-def _times_cuda(forward: Callable, backward: Callable, samples: int, device: torch.device) -> list[tuple[float, float]]:
-    flush = clock.Flush(device)
-    flush.lead(lambda: backward(forward()))
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(3)] for _ in range(samples)]
-    for start, middle, end in events:
-        flush()
-        start.record()
-        output = forward()
-        middle.record()
-        backward(output)
-        end.record()
-        del output
-    torch.cuda.synchronize(device)
-    return [(start.elapsed_time(middle), middle.elapsed_time(end)) for start, middle, end in events]
-
-
-def _times_cpu(forward: Callable, backward: Callable, samples: int, device: torch.device) -> list[tuple[float, float]]:
-    times = []
-    for _ in range(samples):
-        start = time.perf_counter()
-        output = forward()
-        middle = time.perf_counter()
-        backward(output)
-        times.append(((middle - start) * 1e3, (time.perf_counter() - middle) * 1e3))
-        del output
-    return times
-
-
-# --- Running --------------------------------------------------------------------------------------
-
-OnRow = Callable[[dict[str, Any]], None] | None
-
-
-def run_steps(flash: FlashSettings, folder: str | Path, *, on_row: OnRow = None):
-    """Measure the steps; write flash_steps_results.csv to folder; return its rows as a DataFrame."""
-    extra = ("counted_mib", "error", "error_pytorch", "device", "note")
-    return _run("flash_steps_results", step_rows(flash), flash, folder, extra, on_row)
-
-
-def run_ceilings(flash: FlashSettings, folder: str | Path, *, on_row: OnRow = None):
-    """Measure copy bandwidth and a large product; write ceilings_results.csv to folder; return its rows as a DataFrame."""
-    return _run("ceilings_results", ceiling_rows(flash), flash, folder, ("device",), on_row)
-
-
-def run_pytorch_attention(flash: FlashSettings, folder: str | Path, *, on_row: OnRow = None):
-    """The course's pytorch_attention and torch_compile (a); write pytorch_attention_results.csv; return its rows as a DataFrame."""
-    return _run("pytorch_attention_results", course_rows(flash), flash, folder, _TABLE_EXTRA, on_row)
-
-
-def run_flash_benchmarking(flash: FlashSettings, folder: str | Path, *, on_row: OnRow = None):
-    """The course's flash_benchmarking; write flash_benchmarking_results.csv to folder; return its rows as a DataFrame."""
-    return _run("flash_benchmarking_results", bench_rows(flash), flash, folder, _TABLE_EXTRA, on_row)
-
-
-_TABLE_EXTRA = ("error", "error_pytorch", "device", "note")
-
-
-def _run(
-    name: str,
-    rows: Iterator[dict[str, Any]],
-    flash: FlashSettings,
-    folder: str | Path,
-    extra: Sequence[str],
-    on_row: OnRow,
-):
-    device = resolve_device(flash.device)
-    writer = records.ResultWriter(
-        name,
-        folder,
-        method=clock.method(device, 2, flash.iterations),
-        parameters=dataclasses.asdict(flash),
-        extra_columns=extra,
-    )
-    with clock.settled(), writer:
-        for row in rows:
-            writer.write(row)
-            if on_row:
-                on_row(row)
-    return records.read_results(writer.path)
-
-
-def step_rows(flash: FlashSettings) -> Iterator[dict[str, Any]]:
-    """Each step at one shape, forward and, where it has one, backward."""
-    device, dtype = resolve_device(flash.device), DTYPES[flash.step_dtype]
-    for head_dim in flash.step_head_dims:
-        heads = flash.step_width // head_dim
-        shape = (flash.step_batch, heads, flash.step_seq_len, head_dim)
-        point = Point(shape, dtype, device, flash.seed)
-        for step in (STEPS[name] for name in flash.steps):
-            counted = step_bytes(step, *shape, dtype.itemsize) / 2**20
-            for which in step.passes:
-                base = {
-                    "step": step.name,
-                    "batch": flash.step_batch,
-                    "heads": heads,
-                    "seq_len": flash.step_seq_len,
-                    "head_dim": head_dim,
-                    "dtype": flash.step_dtype,
-                    "causal": True,
-                    "pass": which,
-                    "counted_mib": counted if which == "forward" else None,
-                    "device": device_name(device),
-                }
-                yield base | _step_row(step, point, which, flash)
-        del point
-        release(device)
-
-
-def _step_row(step: Step, point: Point, which: str, flash: FlashSettings) -> dict[str, Any]:
-    refusal = step.refusal(point.device, point.dtype, point.shape[-1])
-    if refusal:
-        return {"status": "unsupported", "note": refusal}
-
-    def backward(output: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(output, point.inputs, point.grad)
-
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return step(*point.inputs)
-
-    try:
-        errors = point.errors(step, which == "backward")
-        if wrong := _wrong(*errors):
-            return wrong
-        result = measure(
-            backward if which == "backward" else forward,
-            prepare=(lambda: (step(*point.inputs),)) if which == "backward" else None,
-            device=point.device,
-            warmup=3,
-            iterations=flash.iterations,
-            resident=(*point.inputs, point.grad),
-            budget_s=flash.budget_s,
-        )
-    except Exception as reason:  # one step's failure is a row, not the end of the others' measurements
-        release(point.device)
-        return _failure(reason)
-    triton = "triton" in step.kernel or not step.kernel
-    return _measured(result, point.shape, which, *errors, _note(point.device, triton))
-
-
-def _note(device: torch.device, triton: bool) -> str:
-    return _INTERPRETED if triton and device.type == "cpu" else ""
-
-
-def _wrong(error: float, error_pytorch: float) -> dict[str, Any] | None:
-    """The row of a result that is off by more than twice PyTorch's error."""
-    if error <= 2 * error_pytorch + _ERROR_FLOOR:
-        return None
-    note = f"wrong: error {error:.2e} against float64, PyTorch's {error_pytorch:.2e}"
-    return {"status": "error", "error": error, "error_pytorch": error_pytorch, "note": note}
-
-
-def _failure(reason: Exception) -> dict[str, Any]:
-    """What was raised as a row's status and note."""
-    first = (str(reason).strip().splitlines() or [""])[0]
-    if isinstance(reason, ValueError):  # a kernel does not take this shape, dtype or device, and says so
-        return {"status": "unsupported", "note": first}
-    return {"status": "oom" if is_out_of_memory(reason) else "error", "note": f"{type(reason).__name__}: {first}"}
-
-
-def _measured(
-    result: Measurement, shape: tuple[int, ...], which: str, error: float, error_pytorch: float, note: str
-) -> dict[str, Any]:
-    """The measured part of a row. shape: (..., T, D)."""
-    row = {
-        "status": result.status,
-        "error": error,
-        "error_pytorch": error_pytorch,
-        "note": result.note or note,
-    }
-    if result.status == "ok":
-        heads, (length, head_dim) = math.prod(shape[:-2]), shape[-2:]
-        flops = cost.attention_flops(1, heads, length, length, head_dim, True, which)
-        row |= {
-            "median_ms": result.median_ms,
-            "p20_ms": result.p20_ms,
-            "p80_ms": result.p80_ms,
-            "samples": result.samples,
-            "tflops": flops / result.median_ms / 1e9,
-            "peak_mib": result.peak_mib,
-        }
-    return row
-
-
-def ceiling_rows(flash: FlashSettings) -> Iterator[dict[str, Any]]:
-    """What this device reaches: a copy in memory, in GB/s read and written, and a square product, in TFLOP/s."""
-    device, dtype = resolve_device(flash.device), DTYPES[flash.step_dtype]
-    copied, side = {"smoke": (2**24, 128), "cpu": (2**26, 1024), "full": (2**31, 8192)}[flash.scale]  # bytes, rows
-    source = torch.randn(copied // 4, device=device)
-    target = torch.empty_like(source)
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    for what, size, function, work, unit in (
-        ("copy", copied, lambda: target.copy_(source), 2 * copied / 1e9, "GB/s"),
-        ("product", side, lambda: a @ b, 2 * side**3 / 1e12, "TFLOP/s"),
-    ):
-        result = measure(function, device=device, warmup=5, iterations=flash.iterations, budget_s=flash.budget_s)
-        yield {
-            "what": what,
-            "size": size,
-            "dtype": "fp32" if what == "copy" else flash.step_dtype,
-            "status": result.status,
-            "median_ms": result.median_ms,
-            "p20_ms": result.p20_ms,
-            "p80_ms": result.p80_ms,
-            "samples": result.samples,
-            "rate": work / result.median_ms * 1e3 if result.status == "ok" else None,
-            "unit": unit,
-            "device": device_name(device),
-        }
-
-
-def course_rows(flash: FlashSettings) -> Iterator[dict[str, Any]]:
-    """pytorch_attention: batch course_batch, no heads."""
-    largest = max(flash.course_head_dims)
-    for head_dim in flash.course_head_dims:
-        past = flash.past_seq_lens if head_dim == largest else ()
-        lengths = (*flash.course_seq_lens, *past)
-        for row in _table_rows(flash, flash.course_batch, lengths, head_dim, flash.course_dtype):
-            size = DTYPES[flash.course_dtype].itemsize
-            computed = before_backward_bytes(row["implementation"], row["batch"], row["seq_len"], head_dim, size)
-            yield row | {"computed_mib": computed / 2**20}
-
-
-def bench_rows(flash: FlashSettings) -> Iterator[dict[str, Any]]:
-    """flash_benchmarking: batch 1."""
-    for dtype in flash.bench_dtypes:
-        for head_dim in flash.bench_head_dims:
-            for row in _table_rows(flash, 1, flash.bench_seq_lens, head_dim, dtype):
-                yield {name: value for name, value in row.items() if name != "before_backward_mib"}
-
-
-def _table_rows(
-    flash: FlashSettings, batch: int, lengths: Sequence[int], head_dim: int, dtype: str
-) -> Iterator[dict[str, Any]]:
-    """Three rows, one a pass, for each length and implementation."""
-    device = resolve_device(flash.device)
-    functions = implementations()
-    if "compiled" in flash.implementations:  # its graph is made, and tuned, for lengths about this one
-        _try(functions["compiled"], Point((batch, _typical(lengths), head_dim), DTYPES[dtype], device, flash.seed))
-        gc.collect()
-        gc.freeze()  # what compilers keep, as well as what was imported
-    for length in lengths:
-        point = Point((batch, length, head_dim), DTYPES[dtype], device, flash.seed)
-        for name in flash.implementations:
-            base = {
-                "implementation": name,
-                "batch": batch,
-                "seq_len": length,
-                "head_dim": head_dim,
-                "dtype": dtype,
-                "causal": True,
-                "device": device_name(device),
-            }
-            for which, row in _three(functions[name], name, point, flash).items():
-                yield base | {"pass": which} | row
-    release(device)
-
-
-def _typical(lengths: Sequence[int]) -> int:
-    """The longest length up to 4096, or the shortest there is."""
-    return max((n for n in lengths if n <= 4096), default=min(lengths))
-
-
-def _three(function: Callable, name: str, point: Point, flash: FlashSettings) -> dict[str, dict[str, Any]]:
-    """A row for each pass: checked, then measured."""
-    try:
-        if shortage := _shortage(name, point):
-            return _alike({"status": "oom", "note": shortage})
-        errors = _try(function, point) or _try(function, point, backward=False)
-        if errors is None:
-            return _alike({"status": "oom", "note": "memory runs out in the forward pass"})
-        if wrong := _wrong(*errors):
-            return _alike(wrong)
-        for t in point.inputs:
-            t.requires_grad_()
-        results = measure_passes(
-            lambda: function(*point.inputs),
-            lambda output: torch.autograd.grad(output, point.inputs, point.grad),
-            device=point.device,
-            iterations=flash.iterations,
-            budget_s=flash.budget_s,
-            resident=(*point.inputs, point.grad),
-        )
-    except Exception as reason:  # one implementation's failure is a row, not the end of the others' measurements
-        release(point.device)
-        return _alike(_failure(reason))
-    note = _note(point.device, name == "flash")
-    return {
-        which: _measured(getattr(results, which), point.shape, which, *errors, note)
-        | {"before_backward_mib": results.before_backward_mib}
-        for which in PASSES
-    }
-
-
-def _alike(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return dict.fromkeys(PASSES, row)
-
-
-def _try(function: Callable, point: Point, backward: bool = True) -> tuple[float, float] | None:
-    """point.errors, or None where memory runs out."""
-    try:
-        return point.errors(function, backward)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-    release(point.device)
-    return None
-
-
-def _shortage(name: str, point: Point) -> str:
-    """Why a point would not fit the CPU's free memory; empty where it does. A CPU's own OOM ends the process."""
-    if point.device.type == "cuda" or name == "flash":
-        return ""
-    needed = 4 * math.prod(point.shape[:-1]) * point.shape[-2] * point.dtype.itemsize
-    free = available_bytes()
-    if free is None or needed < 0.8 * free:
-        return ""
-    return f"four arrays of scores need {needed / 2**30:.1f} GiB; {free / 2**30:.1f} GiB are free"
-
-
-# --- Compiling ahead ------------------------------------------------------------------------------
-
-
-def compile_ahead(flash: FlashSettings) -> float:
-    """Compile what a GPU run needs; see lmsys.bench.ahead. What fails here fails again when it is measured, and is a row there.
-
-    Returns:
-        the seconds that it took.
-    """
-    start = time.monotonic()
-    if resolve_device(flash.device).type != "cuda":
-        return 0.0
-    shares = min(8, os.cpu_count() or 1, len(_compilations(flash)))
-    ahead.compile_shares(_compile_share, flash, shares, _COMPILE_LIMIT_S)
-    return time.monotonic() - start
-
-
-def _compilations(flash: FlashSettings) -> list[tuple[str, tuple[int, ...], str]]:
-    """(step or implementation, shape, dtype) of each compilation of its own."""
-    found = [
-        (name, (flash.step_batch, flash.step_width // d, flash.step_seq_len, d), flash.step_dtype)
-        for name in flash.steps
-        if name not in ("naive", "vectorized", "tiled PyTorch")
-        for d in flash.step_head_dims
-    ]
-    length = _typical(flash.bench_seq_lens)
-    for name in set(flash.implementations) - {"naive"}:
-        found += [(name, (1, length, d), dtype) for d in flash.bench_head_dims for dtype in flash.bench_dtypes]
-    if "compiled" in flash.implementations:  # FlashAttention's kernels do not depend on the batch
-        # From 2^31 scores on indices have 64 bits, in code of its own.
-        lengths = {_typical(flash.course_seq_lens), max(flash.course_seq_lens)}
-        found += [
-            ("compiled", (flash.course_batch, length, d), flash.course_dtype)
-            for length in sorted(lengths)
-            for d in flash.course_head_dims
-        ]
+def step_points(p: Parameters) -> list[Point]:
+    """Each step at one shape: all forward, then those that have one backward."""
+    found, size = [], DTYPES[p.step_dtype].itemsize
+    for head_dim in p.step_head_dims:
+        shape = _shape(p.step_batch, p.step_width // head_dim, p.step_seq_len, head_dim, p.step_dtype)
+        for which in PASSES[:2]:
+            for step in (STEPS[name] for name in p.steps if which in STEPS[name].passes):
+                point = shape | {"step": step.name, "kernel": step.kernel, "options": dict(step.options)}
+                counted = step_bytes(step, *(shape[key] for key in ("batch", "heads", "seq_len", "head_dim")), size)
+                counted = counted / 2**20 if which == "forward" else None
+                found.append(point | {"pass": which, "passes": [which], "counted_mib": counted})
     return found
 
 
-def _compile_share(flash: FlashSettings, share: int, shares: int) -> None:
-    """One process's part: every shares-th compilation."""
-    import torch._inductor.config as inductor
-
-    inductor.compile_threads = 1  # the processes are the parallelism
-    device = resolve_device(flash.device)
-    for name, shape, dtype in _compilations(flash)[share::shares]:
-        step = len(shape) == 4
-        function = STEPS[name] if step else implementations()[name]
-        try:
-            Point(shape, DTYPES[dtype], device, flash.seed).errors(
-                function, "backward" in STEPS[name].passes if step else True
-            )
-        except Exception as reason:
-            print(f"compile ahead: {name} {shape}: {_failure(reason)['note']}")
-        release(device)
+def course_points(p: Parameters) -> list[Point]:
+    """pytorch_attention: batch course_batch, no heads."""
+    found, size = [], DTYPES[p.course_dtype].itemsize
+    for head_dim in p.course_head_dims:
+        lengths = p.course_seq_lens + (p.past_seq_lens if head_dim == max(p.course_head_dims) else [])
+        for point in _table_points(p, p.course_batch, lengths, head_dim, p.course_dtype):
+            computed = before_backward_bytes(point["implementation"], p.course_batch, point["seq_len"], head_dim, size)
+            found.append(point | {"computed_mib": computed / 2**20, "before_backward": point["pass"] == "forward"})
+    return found
 
 
-def row_line(row: dict[str, Any]) -> str:
-    """One row as a line of progress."""
-    what = f"{row.get('step') or row['implementation']:<20} {row['pass']:<16}"
-    where = f"{row['dtype']} head_dim {row['head_dim']:>3} {row['seq_len']:>6} tokens"
-    if row["status"] != "ok":
-        return f"{where} {what} {row['status']}: {row.get('note', '')}"
-    spread = f"{row['median_ms']:>10.4g} ms [{row['p20_ms']:.4g}, {row['p80_ms']:.4g}]"
-    return f"{where} {what} {spread} {row['tflops']:>8.4g} TFLOP/s {row['peak_mib']:>9.1f} MiB"
+def bench_points(p: Parameters) -> list[Point]:
+    """flash_benchmarking: batch 1."""
+    return [
+        point
+        for dtype in p.bench_dtypes
+        for head_dim in p.bench_head_dims
+        for point in _table_points(p, 1, p.bench_seq_lens, head_dim, dtype)
+    ]
+
+
+def _table_points(p: Parameters, batch: int, lengths: Sequence[int], head_dim: int, dtype: str) -> list[Point]:
+    """Three, one a pass, for each length and implementation."""
+    typical = max((n for n in lengths if n <= _TYPICAL), default=min(lengths))
+    calls = {"naive": (_NAIVE, {}), "compiled": (_NAIVE, {"compiled_at": typical}), "flash": (_TRITON, {})}
+    return [
+        _shape(batch, 1, length, head_dim, dtype)
+        | {"implementation": name, "kernel": calls[name][0], "options": calls[name][1]}
+        | {"pass": which, "passes": list(PASSES)}
+        for length in lengths
+        for name in p.implementations
+        for which in PASSES
+    ]
+
+
+# --- Measuring ------------------------------------------------------------------------------------
+
+
+def case_of(point: Point, p: Parameters) -> Case:
+    """The case of a point's shape."""
+    own = {"passes": point["passes"], "warmup": 2, "iters": p.iterations, "budget_s": p.budget_s}
+    return sweeps.case_of(point, Parameters(**own, device=p.device, seed=p.seed), Case)
+
+
+def prepare(group: list[Point], p: Parameters) -> None:
+    """Check, and so compile, all of a shape before the first is timed."""
+    for point in group:
+        case_of(point, p).check(point["kernel"], point["options"])
+
+
+def measure_point(point: Point, p: Parameters) -> Row:
+    """Errors beside float64, then times and memory; before the backward pass, too, where the point asks for it."""
+    case = case_of(point, p)
+    row = sweeps.measured(case, point)
+    if point.get("before_backward") and row["status"] == "ok":
+        row |= {"before_backward_mib": case.before_backward_mib(point["kernel"], point["options"])}
+    return row
+
+
+def compile_ahead(points: Callable[[Parameters], list[Point]]) -> Callable[[Parameters], None]:
+    """Before a GPU's run: compile each kernel and graph once, at the longest length up to _LONG."""
+
+    def before(p: Parameters) -> None:
+        found: dict[Any, Point] = {}
+        for point in points(p) if resolve_device(p.device).type == "cuda" else ():
+            open_length = "compiled_at" in point["options"]
+            compiles = "compiled" in point["kernel"] or KERNELS[point["kernel"]].compiled_per
+            if point["seq_len"] <= _LONG and (open_length or compiles):
+                batch = point["batch"] if open_length else None  # FlashAttention's kernels do not depend on it
+                key = (point["kernel"], *(str(point[key]) for key in ("options", "head_dim", "dtype", "passes")), batch)
+                found[key] = point
+        ahead.compile_points(compile_point, list(found.values()), p, 8, _COMPILE_LIMIT_S)
+
+    return before
+
+
+def compile_point(point: Point, p: Parameters) -> None:
+    """Run the point once, backward too where it has such a pass."""
+    prepare([point], p)
+
+
+def ceiling_points(p: Parameters) -> list[Point]:
+    """A copy in memory, read and written, and a square product of PyTorch's."""
+    copied, side = {"smoke": (2**24, 128), "cpu": (2**26, 1024), "full": (2**31, 8192)}[p.scale]  # bytes, rows
+    return [
+        {"what": "copy", "size": copied, "dtype": "fp32", "unit": "GB/s"},
+        {"what": "product", "size": side, "dtype": p.step_dtype, "unit": "TFLOP/s"},
+    ]
+
+
+def measure_ceiling(point: Point, p: Parameters) -> Row:
+    """What this device reaches."""
+    device, size = resolve_device(p.device), point["size"]
+    if point["what"] == "copy":
+        source = torch.randn(size // 4, device=device)
+        target = torch.empty_like(source)
+        function, work = lambda: target.copy_(source), 2 * size / 1e9
+    else:
+        a, b = (torch.randn(size, size, device=device).to(DTYPES[point["dtype"]]) for _ in range(2))
+        function, work = lambda: a @ b, 2 * size**3 / 1e12
+    result = measure(function, device=device, warmup=5, iterations=p.iterations, budget_s=p.budget_s)
+    row = {name: value for name, value in result.columns().items() if name != "peak_mib"}
+    rate = work / result.median_ms * 1e3 if result.status == "ok" else None
+    return row | {"status": result.status, "note": result.note, "rate": rate}
+
+
+_TIMES = ("pass", "status", "median_ms", "p20_ms", "p80_ms", "samples", "tflops", "peak_mib")
+_TABLE = ("implementation", "batch", "seq_len", "head_dim", "dtype", "causal", *_TIMES)
+_CHECKED = ("error", "error_pytorch", "device", "note")
+
+
+def _experiment(name: str, columns: Sequence[str], points: Callable[[Parameters], list[Point]]) -> Experiment:
+    return Experiment(
+        name=name,
+        columns=columns,
+        points=points,
+        measure=measure_point,
+        group=(*sweeps.SHAPE, "passes"),
+        method=lambda p: method(resolve_device(p.device), 2, p.iterations),
+        prepare=prepare,
+        before=compile_ahead(points),
+    )
+
+
+STEP_TIMES = _experiment(
+    "flash_steps_results",
+    ("step", "batch", "heads", "seq_len", "head_dim", "dtype", "causal", *_TIMES, "counted_mib", *_CHECKED),
+    step_points,
+)
+CEILINGS = Experiment(
+    name="ceilings_results",
+    columns=(
+        *("what", "size", "dtype", "status", "median_ms", "p20_ms", "p80_ms", "samples", "rate", "unit"),
+        "device",
+    ),
+    points=ceiling_points,
+    measure=measure_ceiling,
+    method=STEP_TIMES.method,
+)
+PYTORCH_ATTENTION = _experiment(
+    "pytorch_attention_results", (*_TABLE, "before_backward_mib", "computed_mib", *_CHECKED), course_points
+)
+FLASH_BENCHMARKING = _experiment("flash_benchmarking_results", (*_TABLE, *_CHECKED), bench_points)
