@@ -38,25 +38,6 @@ _TIMELINE_COLUMNS = ("wrapper", "lane", "name", "start_ms", "duration_ms")
 SCHEMAS: dict[str, tuple[str, ...]] = {
     "leaderboard_results": (*("board", "implementation", "gpus", "status", "median_ms", "samples", "mfu", "peak_mib"),),
     "pipeline_metrics": _METRICS_COLUMNS,
-    "flash_steps_results": (
-        *("step", "batch", "heads", "seq_len", "head_dim", "dtype", "causal", "pass", "status"),
-        *("median_ms", "p20_ms", "p80_ms", "samples", "tflops", "peak_mib"),
-    ),
-    "ceilings_results": (
-        *("what", "size", "dtype", "status", "median_ms", "p20_ms", "p80_ms", "samples", "rate", "unit"),
-    ),
-    "counters_results": (
-        *("step", "batch", "heads", "seq_len", "head_dim", "dtype", "causal", "status", "kernels", "time_ms"),
-        *("dram_mib", "l2_mib", "tensor_pct", "exp_pct", "shared_pct", "issue_pct", "occupancy_pct", "registers"),
-    ),
-    "pytorch_attention_results": (
-        *("implementation", "batch", "seq_len", "head_dim", "dtype", "causal", "pass", "status"),
-        *("median_ms", "p20_ms", "p80_ms", "samples", "tflops", "peak_mib", "before_backward_mib", "computed_mib"),
-    ),
-    "flash_benchmarking_results": (
-        *("implementation", "batch", "seq_len", "head_dim", "dtype", "causal", "pass", "status"),
-        *("median_ms", "p20_ms", "p80_ms", "samples", "tflops", "peak_mib"),
-    ),
     "model_benchmark_results": _MODEL_COLUMNS,
     "model_benchmark_repeat": _MODEL_COLUMNS,
     "model_benchmark_warmup": ("size", "context_length", "batch", "dtype", "mode", "step", "time_ms"),

@@ -6,6 +6,16 @@ import pytest
 
 from lmsys import records
 
+SWEEP = (
+    *("kernel", "batch", "heads", "q_len", "k_len", "head_dim", "dtype", "causal", "pass", "status"),
+    *("median_ms", "p20_ms", "p80_ms", "samples", "tflops", "peak_mib"),
+)
+
+
+@pytest.fixture(autouse=True)
+def schema(monkeypatch):
+    monkeypatch.setitem(records.SCHEMAS, "attention_sweep_results", SWEEP)
+
 
 def row(**other):
     values = dict.fromkeys(records.SCHEMAS["attention_sweep_results"])
@@ -108,14 +118,12 @@ def test_significant_digits():
     assert shown == ["0.00812", "3.50", "12.3", "1,084", "1,000", "0", "-0.500"]
 
 
-def test_schemas_keep_the_columns_that_readers_rely_on():
-    leaderboard = "board,implementation,gpus,status,median_ms,samples,mfu,peak_mib"
-    assert ",".join(records.SCHEMAS["leaderboard_results"]) == leaderboard
-    sweep = "kernel,batch,heads,q_len,k_len,head_dim,dtype,causal,pass,status,median_ms,p20_ms,p80_ms,samples,tflops,peak_mib"
-    assert ",".join(records.SCHEMAS["attention_sweep_results"]) == sweep
-    accuracy = records.SCHEMAS["attention_accuracy_results"]
-    assert {"kernel", "path", "status", "deterministic"} | {
-        f"{name}_ratio" for name in ("o", "lse", "dq", "dk", "dv")
-    } <= set(accuracy)
-    for name, columns in records.SCHEMAS.items():
-        assert len(set(columns)) == len(columns), name
+def test_experiments_keep_the_columns_that_readers_rely_on():
+    from lmsys.bench import accuracy, attention, leaderboard
+
+    board = ("board", "implementation", "gpus", "status", "median_ms", "samples", "mfu", "peak_mib")
+    assert leaderboard.COLUMNS[:8] == board and attention.SWEEP.columns[:16] == SWEEP
+    ratios = {f"{name}_ratio" for name in ("o", "lse", "dq", "dk", "dv")}
+    assert {"kernel", "path", "status", "deterministic", *ratios} <= set(accuracy.ACCURACY.columns)
+    for experiment in (leaderboard.ATTENTION, attention.SWEEP, accuracy.ACCURACY):
+        assert len(set(experiment.columns)) == len(experiment.columns), experiment.name
