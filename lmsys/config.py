@@ -515,8 +515,8 @@ def _with_one_interval(layers: list[tuple[str, dict[str, Any]]]) -> list[tuple[s
             interval = train.setdefault("checkpointing_interval", same)
             require(
                 interval == same,
-                f"{source}: train.checkpointing_interval {interval} and train.checkpointing_every {same} are one setting "
-                "with two values",
+                f"{source}: train.checkpointing_interval {interval} and train.checkpointing_every {same} are one "
+                "setting with two values",
             )
     return older + layers
 

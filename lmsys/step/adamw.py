@@ -161,14 +161,11 @@ class _Buffers:
     def __init__(self, parameters: list[nn.Parameter], path: str):
         first = next(iter(parameters), torch.empty(0))
         for parameter in parameters:
-            if parameter.dtype != torch.float32 or not parameter.is_contiguous():
+            here = parameter.device == first.device
+            if parameter.dtype != torch.float32 or not parameter.is_contiguous() or not here:
                 raise ValueError(
-                    f"FusedAdamW takes contiguous parameters in float32; one is {tuple(parameter.shape)}, "
-                    f"{parameter.dtype}, with strides {parameter.stride()}"
-                )
-            if parameter.device != first.device:
-                raise ValueError(
-                    f"FusedAdamW takes parameters of one device a group; got {first.device} and {parameter.device}"
+                    f"FusedAdamW takes contiguous parameters in float32, a group on one device ({first.device}); "
+                    f"one is {tuple(parameter.shape)}, {parameter.dtype}, {parameter.device}, strides {parameter.stride()}"
                 )
         self.parameters, self.fused = parameters, not parameters or resolve_path(path, first) == "triton"
         blocks = [-(-parameter.numel() // _BLOCK) for parameter in parameters]

@@ -223,9 +223,7 @@ class _Block(torch.autograd.Function):
         dout = rows(dout)
 
         gate, up = v.get("gate"), v.get("up")
-        product = (
-            dout @ v.w2
-        )  # its gradient, until the next line, which writes every gradient over what it is the gradient of
+        product = dout @ v.w2  # its gradient, until the next line, where gradients overwrite what they are of
         swiglu_backward(gate, up, product, gate, up, product)
         torch.autograd.graph.increment_version((gate, up))
         dw2 = dout.t() @ product

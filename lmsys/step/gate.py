@@ -140,7 +140,7 @@ def swiglu_backward(
     product.copy_(h)
 
 
-# --- Operators ------------------------------------------------------------------------------------
+# --- Operators and autograd -----------------------------------------------------------------------
 
 
 def _empty_product(merged: Tensor) -> Tensor:
@@ -164,9 +164,6 @@ def gate_backward(merged: Tensor, dproduct: Tensor, path: str) -> tuple[Tensor, 
     gate_and_up, gradients = merged.contiguous().chunk(2, -1), dmerged.chunk(2, -1)
     swiglu_backward(*gate_and_up, dproduct.contiguous(), *gradients, product, path)
     return dmerged, product
-
-
-# --- Autograd -------------------------------------------------------------------------------------
 
 
 class GatedProduct(torch.autograd.Function):

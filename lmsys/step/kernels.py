@@ -37,7 +37,7 @@ def resolve_path(path: str, tensor: Tensor) -> str:
 
 
 def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: under torch.compile the function is an operator, called as it is otherwise, without the dispatcher's cost.
+    """Decorator: under torch.compile the function is an operator; else it is called without the dispatcher's cost.
 
     fake: its result's shapes and dtypes, from its arguments. The operator itself is the function's `op`.
     """

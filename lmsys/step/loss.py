@@ -154,10 +154,6 @@ def chunk_tokens(tokens: int, vocabulary: int, d_model: int, itemsize: int, mult
     return max(rows, -(-each // rows) * rows)
 
 
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
 # --- Loss and gradients, chunk by chunk -----------------------------------------------------------
 
 
@@ -186,7 +182,8 @@ def losses_and_gradients(
     rows, d_model = hidden.shape
     vocabulary, device = weight.shape[0], hidden.device
     wide = torch.promote_types(dtype, torch.float32)
-    chunk = chunk or chunk_tokens(rows, vocabulary, d_model, dtype.itemsize, _multiprocessors(device))
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if hidden.is_cuda else 1
+    chunk = chunk or chunk_tokens(rows, vocabulary, d_model, dtype.itemsize, processors)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         hidden, weight, targets = hidden.to(dtype), weight.to(dtype), targets.contiguous()
         if device.type == "cpu":
@@ -249,9 +246,6 @@ def _check_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
             f"target {int(wrong[0])} is outside the vocabulary of {vocabulary}; use the tokenizer that the model was "
             f"made for, or ignore_index, which is {ignore_index}"
         )
-
-
-# --- Autograd -------------------------------------------------------------------------------------
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -332,9 +326,8 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None) -
             "torch.int64, one a row of hidden, and at least one"
         )
     kind = hidden.device.type
-    if not (hidden.is_floating_point() and weight.is_floating_point()) or (
-        hidden.dtype != weight.dtype and not torch.is_autocast_enabled(kind)
-    ):
+    one_dtype = hidden.dtype == weight.dtype or torch.is_autocast_enabled(kind)
+    if not (one_dtype and hidden.is_floating_point() and weight.is_floating_point()):
         raise ValueError(
             f"hidden is {hidden.dtype} and weight {weight.dtype}; outside of autocast they must be of one "
             "floating-point dtype"

@@ -26,10 +26,7 @@ _MOST = 8192  # elements of a row that a program of the kernel holds
 
 # --- Forward kernel -------------------------------------------------------------------------------
 
-_FORWARD_TILE, _FORWARD_WARPS = (
-    2048,
-    4,
-)  # elements of a program, in whole rows, and its warps; of a longer row more of them
+_FORWARD_TILE, _FORWARD_WARPS = 2048, 4  # elements of a program, in whole rows, and its warps, more for a longer row
 
 
 @triton.jit
@@ -76,9 +73,7 @@ def _launch_forward(x: Tensor, gain: Tensor, eps: float, added: Tensor | None) -
 
 _TILE = 1024  # elements, or a row: a 16-bit vector for each of 128 threads, and few that wait for each other's sums
 _STAGES = 2
-OPTIONS = (
-    {} if IS_HIP else {"maxnreg": 64}
-)  # 1,024 threads at once; to d 4,096 nothing spills, above one program has all
+OPTIONS = {} if IS_HIP else {"maxnreg": 64}  # 1,024 threads at once; to d 4,096 nothing spills: above, one has all
 
 
 @triton.jit
@@ -152,7 +147,7 @@ def _launch_backward(dy: Tensor, x: Tensor, gain: Tensor, eps: float, residual: 
     return sums
 
 
-# --- On rows --------------------------------------------------------------------------------------
+# --- On rows, and autograd -------------------------------------------------------------------------
 
 
 def norm_forward(
@@ -190,9 +185,6 @@ def _path(path: str, x: Tensor) -> str:
     if path == "triton" and x.shape[-1] > _MOST:
         raise ValueError(f"rows of {x.shape[-1]} elements; the kernel takes {_MOST} at most: use path torch")
     return path
-
-
-# --- Autograd -------------------------------------------------------------------------------------
 
 
 class Norm(torch.autograd.Function):

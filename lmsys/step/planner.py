@@ -179,9 +179,8 @@ class Shape:
         """What a block's backward pass takes beyond what it kept and the gradient of its output."""
         s, w, d, f, e = self.residual, self.wide, self.config.d_model, self.config.d_ff, self.itemsize
         redone = {kind: self.kind_bytes(kind) * (kind not in keep) for kind in KINDS}
-        attention = (
-            redone["attention"] + redone["qkv"] + redone["norm1"] * ("qkv" not in keep)
-        )  # what it is recomputed from
+        # and what it is recomputed from
+        attention = redone["attention"] + redone["qkv"] + redone["norm1"] * ("qkv" not in keep)
         early = redone["attention"] and attention  # for the residual in the middle, and there until its own gradient
         upper = early * ("middle" not in keep) + redone["middle"] + redone["norm2"] + redone["gate"] + redone["up"]
         below = s + e * (3 * d * f + d * d)  # the middle's gradient, and those of w1, w2, w3 and the output projection

@@ -86,7 +86,7 @@ def rotate_(sources: tuple[Tensor, ...], targets: tuple[Tensor, ...], cos: Tenso
         )  # fmt: skip
 
 
-# --- Operators ------------------------------------------------------------------------------------
+# --- Operators and autograd -----------------------------------------------------------------------
 
 
 def rotate_in_place(qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -134,9 +134,6 @@ def rotate_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor
         for source, target in zip((*rotated, dv), targets, strict=True):
             target.copy_(source)
     return dqkv
-
-
-# --- Autograd -------------------------------------------------------------------------------------
 
 
 class RotatedHeads(torch.autograd.Function):
