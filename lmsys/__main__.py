@@ -1,5 +1,4 @@
-"""python -m lmsys COMMAND ...: an experiment's command is its notebook, its flags are the parameters cell; the others are
-the functions of commands.py.
+"""python -m lmsys COMMAND ...: a notebook, whose parameters cell gives the flags, or a function of commands.py.
 
 Bad input ends in one line on standard error and exit code 2, a notebook that failed in exit code 1. LMSYS_TRACEBACK=1
 shows the traceback as well. A command that SIGTERM ends leaves nothing half-written and has exit code 143; one that
@@ -34,8 +33,10 @@ FUNCTIONS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return its exit code: 0, 1 for a slowdown that compare found or a notebook that failed, 2 for bad
-    input and a run that it made impossible."""
+    """Run one command and return its exit code.
+
+    0; 1 for a slowdown that compare found or a notebook that failed; 2 for bad input and a run that it made impossible.
+    """
     tokens = list(sys.argv[1:] if argv is None else argv)
     command = tokens[0].replace("_", "-") if tokens else "--help"
     # Threads that spin while they wait take each other's core on a busy machine: small steps were 2 to 15 times slower.

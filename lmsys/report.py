@@ -24,7 +24,7 @@ from lmsys.config import shortened, unknown_name
 
 
 class NotebookError(RuntimeError):
-    """A notebook that failed: which cell, its error, and where what ran is. exit_code: 2 for a user's mistake, else 1."""
+    """A notebook that failed: which cell, its error, where what ran is. exit_code: 2 for a user's mistake, else 1."""
 
     def __init__(self, message: str, exit_code: int = 1):
         super().__init__(message)
@@ -139,7 +139,7 @@ def _put_aside(running: Path, failed: Path) -> Path:
 
 
 def _clean(notebook: Path) -> None:
-    """Take papermill's own metadata and the paths of this machine out of an executed notebook; tell the site what its images show."""
+    """Take papermill's metadata and this machine's paths out of a notebook; tell the site what its images show."""
     import nbformat
 
     content = nbformat.read(notebook, as_version=4)
@@ -177,8 +177,8 @@ def _merged(outputs: Sequence[Any]) -> list[Any]:
 
 
 def without_paths(text: str) -> str:
-    """Printed text with paths as anyone has them: of packages from their names on, of this repository, where results go, and the home folder
-    from there."""
+    """Printed text with paths as anyone has them: of packages from their names on, of this repository, where results
+    go, and the home folder from there."""
     text = re.sub(r"(?<![^\s'\"(])/\S*?/(?:site|dist)-packages/", "", text)
     for folder in (records.REPOSITORY, records.output_root()):
         text = text.replace(f"{folder}/", "")

@@ -1,4 +1,4 @@
-"""Shared by all tests: results and runs go to a temporary folder, wandb stays offline, and Triton runs in its interpreter."""
+"""For all tests: results and runs go to a temporary folder, wandb stays offline, Triton runs in its interpreter."""
 
 import gc
 import os
@@ -8,7 +8,7 @@ from multiprocessing import forkserver
 
 import pytest
 
-# What the one server of a worker of pytest imports beside what its first test asks for, so that each process of a later test need not.
+# What the server of a worker of pytest imports beside what its first test asks for, and so no process of a later test.
 PRELOADED = ("torch._inductor.compile_fx", "torch.distributed.fsdp", "lmsys.bench.steps", "lmsys.pipeline")
 
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -34,6 +34,6 @@ def output_root(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True, scope="module")
 def little_to_collect():
-    """Measurements collect garbage before each point, which takes long among all that is imported: here it is left out."""
+    """Measurements collect garbage before each point, which takes long among all that is imported: here they do not."""
     gc.collect()
     gc.freeze()

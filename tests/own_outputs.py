@@ -1,4 +1,4 @@
-"""A pytest plugin for `pytest --nbmake --numprocesses N`: the notebooks of each worker write to a folder of their own."""
+"""A plugin for `pytest --nbmake --numprocesses N`: the notebooks of each worker write to a folder of their own."""
 
 import os
 
