@@ -411,7 +411,7 @@ fully_shard = FullyShardedModule  # torch's name for it
 class TorchFSDP2(nn.Module):
     """torch's fully_shard on each block and on the module, with FullyShardedModule's interface: what we compare with.
 
-    Its parameters() are DTensors, sharded by rows; the module is changed in place, as torch does.
+    Its parameters() are DTensors, sharded by rows; the module is changed in place, as torch does. Methods are as there.
 
     Args:
         compute_dtype: its param_dtype, of norms too. communication_dtype: its reduce_dtype.
@@ -464,7 +464,6 @@ class TorchFSDP2(nn.Module):
         """Nothing is left to do: torch waits at the end of backward."""
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """As FullyShardedModule's."""
         parameters = [parameter for parameter in self.parameters() if parameter.grad is not None]
         norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -491,7 +490,6 @@ class TorchFSDP2(nn.Module):
                 part.reshard()
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """As FullyShardedModule's."""
         state = self.module.state_dict(keep_vars=True)
         unique = {id(tensor): tensor for tensor in state.values()}
         whole = {key: _whole(tensor.detach()) for key, tensor in unique.items()}
@@ -499,18 +497,15 @@ class TorchFSDP2(nn.Module):
 
     @torch.no_grad()
     def load_full_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
-        """As FullyShardedModule's."""
         for name, tensor in self.module.state_dict(keep_vars=True).items():
             tensor.copy_(_like(state_dict[name], tensor))
 
     def gather_optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """As FullyShardedModule's."""
         state = optimizer.state_dict()
         states = {index: {key: _whole(value) for key, value in one.items()} for index, one in state["state"].items()}
         return state | {"state": states if self._rank == 0 else {}}
 
     def scatter_optimizer_state(self, optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
-        """As FullyShardedModule's."""
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
         def place(value: Any, parameter: Tensor) -> Any:

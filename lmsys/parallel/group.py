@@ -32,7 +32,7 @@ from datetime import timedelta
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext, ForkServerContext, ForkServerProcess
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -43,6 +43,7 @@ _GRACE_S = 1.0  # how long spawn collects other ranks' errors after the first, t
 _EXIT_S = 20.0  # a process that failed is gone after this, whatever its threads and its GPU do
 _LAST_LINES = 20  # of a failed run's output, in the error where nothing better is known
 _DEVICES = ("auto", "cpu", "cuda")
+_BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 # In the output of a run that failed: our line; where torchrun's own report begins, and its root cause.
 _FAILED = re.compile(r"rank (\d+) of \d+ failed: .*")
 _REPORT = re.compile(r"[WE]\d+ .*torch/distributed/elastic/.*(closing signal|failed \(exitcode)")
@@ -144,7 +145,7 @@ def _from_environment(device: str) -> Process:
         if local_rank == 0:
             raise
         raise SystemExit(1) from None  # rank 0 of this machine says it
-    backend = "" if world_size == 1 else _backend(where)
+    backend = "" if world_size == 1 else _BACKENDS[where.type]
     return Process(rank, local_rank, world_size, local_world_size, where, backend)
 
 
@@ -166,10 +167,6 @@ def _device(device: str, local_rank: int, local_world_size: int) -> torch.device
             f"start at most {count}, or give device=cpu"
         )
     return torch.device("cuda", local_rank)
-
-
-def _backend(device: torch.device) -> str:
-    return "nccl" if device.type == "cuda" else "gloo"
 
 
 def _join(process: Process, store: dist.Store, timeout_s: float) -> None:
@@ -307,7 +304,7 @@ def spawn(
     try:
         for rank, where in enumerate(devices):
             ours, theirs = starts.Pipe(duplex=False)
-            process = Process(rank, rank, world_size, world_size, where, _backend(where))
+            process = Process(rank, rank, world_size, world_size, where, _BACKENDS[where.type])
             arguments = (payload, theirs, process, store.port, collective_s, threads)
             processes.append(starts.Process(target=_rank_main, args=arguments, name=f"rank {rank}"))
             processes[-1].start()
@@ -324,12 +321,13 @@ def spawn(
             process.join()
 
 
-@dataclass(frozen=True)
-class _Failure:
-    rank: int
+class _Failure(NamedTuple):
+    """What a process sends in place of a result. The one to report is the least."""
+
+    lost_peer: bool
     at: float  # time.monotonic(), which all processes of a machine share
+    rank: int
     text: str
-    lost_peer: bool = False
     signal: int | None = None
 
 
@@ -359,12 +357,12 @@ def _collect(
             if isinstance(message, _Failure):
                 failures.append(message)
             else:
-                (results[rank],) = message
+                results[rank] = message[0]
         if len(failures) == 1:
             grace = time.monotonic() + _GRACE_S
             deadline = grace if deadline is None else min(deadline, grace)
     if failures:
-        first = min(failures, key=lambda failure: (failure.lost_peer, failure.at))
+        first = min(failures)
         raise RankError(first.text, first.rank, first.signal)
     return [results[rank] for rank in range(world_size)]
 
@@ -375,8 +373,8 @@ def _ended(rank: int, world_size: int, process: Any) -> _Failure:
     process.join()
     name = f"rank {rank} of {world_size}"
     if process.exitcode < 0:
-        return _Failure(rank, at, _killed(name, -process.exitcode), signal=-process.exitcode)
-    return _Failure(rank, at, f"{name} exited with code {process.exitcode} and no result")
+        return _Failure(False, at, rank, _killed(name, -process.exitcode), -process.exitcode)
+    return _Failure(False, at, rank, f"{name} exited with code {process.exitcode} and no result")
 
 
 def _killed(name: str, number: int) -> str:
@@ -394,12 +392,13 @@ def _rank_main(
         if process.device.type == "cpu":
             torch.set_num_threads(threads)
         _join(process, dist.TCPStore("127.0.0.1", port, is_master=False), timeout_s)
+        dist.barrier()  # a rank that is done at once must not leave while others still connect to it
         message = pickle.dumps((function(process, *args),))
         dist.destroy_process_group()
     except BaseException as error:
         at = time.monotonic()
         text = _describe(process, error) + "\n\n" + "".join(traceback.format_exception(error))
-        connection.send_bytes(pickle.dumps(_Failure(process.rank, at, text, _is_lost_peer(error))))
+        connection.send_bytes(pickle.dumps(_Failure(_is_lost_peer(error), at, process.rank, text)))
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)  # a plain exit may wait for a GPU whose collectives never end
