@@ -119,7 +119,7 @@ def sources_hash() -> str:
     """SHA-256 of the package's sources, their paths and contents: what code measured, on a host without its history too."""
     package = Path(__file__).parent
     digest = hashlib.sha256()
-    for path in sorted(path for path in package.rglob("*") if path.suffix in (".py", ".cu", ".json")):
+    for path in sorted(path for path in package.rglob("*") if path.suffix in (".py", ".cu", ".json", ".toml")):
         digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()
 

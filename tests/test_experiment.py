@@ -31,7 +31,9 @@ def notebook(tmp_path, monkeypatch):
     (tmp_path / "notebooks" / "toy.ipynb").write_text(json.dumps({"cells": [cell]}))
     monkeypatch.setattr(records, "REPOSITORY", tmp_path)
     experiment.declared.cache_clear()
-    yield Notebook("toy", PRESETS)
+    toy = Notebook("toy")
+    toy.__dict__["presets"] = PRESETS
+    yield toy
     experiment.declared.cache_clear()
 
 

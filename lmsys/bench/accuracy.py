@@ -38,12 +38,6 @@ LAYOUTS = ("heads first", "tokens first", "packed")
 _SCORES = 2**25  # most that a case has: 256 MiB in float64
 _COMPILE_LIMIT_S = 400.0  # compiling ahead ends here; what is not done by then is compiled when it is checked
 
-PRESETS = {
-    "smoke": {"cases": 4, "longest": 48, "workers": 0},
-    "cpu": {"cases": 8, "longest": 96, "workers": 0},
-    "full": {"cases": 320, "longest": 2200, "workers": 12},  # 200 of them in half precision at head_dim 64 and 128
-}
-
 
 def check(p: Parameters) -> None:
     """Raises ValueError: an unknown kernel, a number out of range, a device that is not here."""
@@ -52,7 +46,7 @@ def check(p: Parameters) -> None:
     resolve_device(p.device)
 
 
-NOTEBOOK = Notebook("attention_accuracy", PRESETS, check)
+NOTEBOOK = Notebook("attention_accuracy", check)
 
 # --- Cases ----------------------------------------------------------------------------------------
 

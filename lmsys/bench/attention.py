@@ -88,33 +88,11 @@ GRIDS = {
     ),
 }
 
-_ONE_HEAD = {"batch": 1, "heads": 1, "dtypes": ["fp32"], "causal": [True], "warmup": 1, "compile_ahead": 0}
-# Without torch_flex where only that all works is shown: it compiles for seconds a shape.
-_QUICK = {
-    "kernels": [name for name, kernel in KERNELS.items() if kernel.compiled_per != "shape"],
-    "passes": ["forward"],
-}
-PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": _ONE_HEAD | _QUICK | {"groups": ["throughput", "tiers"], "head_dim": 16, "iters": 2},
-    "cpu": _ONE_HEAD | _QUICK | {"groups": ["throughput", "grouped_query", "tiers"], "head_dim": 64, "iters": 5},
-    "full": {
-        "groups": list(GROUPS),
-        "kernels": list(KERNELS),
-        "batch": 4,
-        "heads": 12,
-        "head_dim": 64,
-        "dtypes": ["bf16"],
-        "causal": [True, False],
-        "passes": ["forward", "backward"],
-        "warmup": 4,
-        "iters": 20,
-        "compile_ahead": 12,
-    },
-}
-
 
 def check(p: Parameters) -> None:
     """Raises ValueError: unknown names, numbers out of range, a tier that is no power of two, groups that do not fit."""
+    if p.kernels is None:  # without those that compile for seconds a shape where only that all works is shown
+        p.kernels = [name for name in KERNELS if p.scale == "full" or KERNELS[name].compiled_per != "shape"]
     require_names(p, {"kernels": KERNELS, "groups": GROUPS, "dtypes": DTYPES, "passes": PASSES})
     require_numbers(p, dict.fromkeys(("batch", "heads", "head_dim", "kv_heads", "iters"), 1))
     require_numbers(p, {"warmup": 0, "compile_ahead": 0})
@@ -153,7 +131,7 @@ def parse_tier(text: str) -> tuple[str, tuple[int, int]]:
     return text, (lengths[0], lengths[1])
 
 
-NOTEBOOK = Notebook("attention_sweep", PRESETS, check)
+NOTEBOOK = Notebook("attention_sweep", check)
 
 # --- Points ---------------------------------------------------------------------------------------
 

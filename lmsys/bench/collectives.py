@@ -35,12 +35,6 @@ from lmsys.parallel.group import Process
 _BATCH_S = 2e-3  # calls in a sample: as many as take about this long, 1 to _MOST_CALLS
 _MOST_CALLS = 50
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": {"sizes_mib": [0.0625, 1.0], "samples": 3, "budget_s": 0.05},
-    "cpu": {"sizes_mib": [0.0625, 0.5, 4.0, 16.0], "samples": 7, "budget_s": 0.15},
-    "full": {"sizes_mib": [float(2**power) for power in range(11)], "samples": 20, "budget_s": 0.5},
-}
-
 
 def check(p: Parameters) -> None:
     """Fill in the numbers of processes.
@@ -61,7 +55,7 @@ def check(p: Parameters) -> None:
     )
 
 
-NOTEBOOK = Notebook("collectives", PRESETS, check)
+NOTEBOOK = Notebook("collectives", check)
 
 
 def points(p: Parameters) -> list[Point]:

@@ -19,13 +19,14 @@ import json
 import os
 import time
 import tokenize
+import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from lmsys import records
+from lmsys import config, records
 from lmsys.config import require, resolve_scale, unknown_name
 
 if TYPE_CHECKING:
@@ -135,14 +136,19 @@ class Notebook:
     """A notebook's parameters.
 
     Attributes:
-        name: of notebooks/NAME.ipynb. presets: for each scale, the values of parameters that are None.
+        name: of notebooks/NAME.ipynb, and of configs/NAME.toml: for each scale, the values of parameters that are None.
         check: raises ValueError for values that cannot be, before anything runs, and may fill in what follows from
             others.
     """
 
     name: str
-    presets: Mapping[str, Mapping[str, Any]]
     check: Callable[[Parameters], None] | None = None
+
+    @functools.cached_property
+    def presets(self) -> dict[str, dict[str, Any]]:
+        """For each scale the values of parameters that are left at None."""
+        path = Path(config.__file__).with_name("configs") / f"{self.name}.toml"
+        return tomllib.loads(path.read_text(encoding="utf-8"))
 
     def parameters(self, given: Mapping[str, Any] | None = None) -> Parameters:
         """The parameters: those given, else the scale's, else the cell's defaults.
@@ -162,7 +168,7 @@ class Notebook:
         for name, value in self.presets[values["scale"]].items():
             assert name in known, f"{self.name}: the preset {name} is no parameter of the notebook"
             if values[name] is None:
-                values[name] = list(value) if isinstance(value, tuple) else value
+                values[name] = value
         parameters = Parameters(**values, _given=chosen)
         records.machine_tag(values.get("machine"))
         if self.check is not None:

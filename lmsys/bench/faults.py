@@ -39,14 +39,6 @@ ENDS_WITHIN_S = 10.0  # a run that is told to end
 _SEQUENCES, _INTERVAL = 8, 5  # of a step; steps between checkpoints
 
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": {"steps": 20, "kills": 1, "trials": 1, "rounds": 1, "saving": "tiny", "interval": 6, "intervals": 3},
-    "cpu": {"steps": 30, "kills": 2, "trials": 1, "rounds": 1, "saving": "tiny", "interval": 8, "intervals": 4},
-    # An interval is longer than a checkpoint takes to be written.
-    "full": {"steps": 60, "kills": 20, "trials": 5, "rounds": 2, "saving": "gpt2", "interval": 60, "intervals": 4},
-}
-
-
 def check(p: Parameters) -> None:
     """Raises ValueError: an unknown name, a number out of range, a device that is not here."""
     if p.kinds is None:
@@ -57,7 +49,7 @@ def check(p: Parameters) -> None:
     p.trainers, p.device = str(resolve_device(p.trainers)), str(resolve_device(p.device))
 
 
-NOTEBOOK = Notebook("faults", PRESETS, check)
+NOTEBOOK = Notebook("faults", check)
 
 
 def run_config(p: Parameters, processes: int = 1, **train: Any) -> PipelineConfig:

@@ -53,9 +53,6 @@ _PASS = "forward_backward"
 _INTERPRETED = "in Triton's CPU interpreter, whose times say nothing"
 
 
-PRESETS = {"smoke": {"board": ["2026"]}, "cpu": {"board": ["2026"]}, "full": {"board": ["2025", "2026"]}}
-
-
 def check(p: Parameters) -> None:
     """Raises ValueError: an unknown board or implementation of it, a number out of range."""
     from lmsys.bench import board_2026
@@ -67,7 +64,7 @@ def check(p: Parameters) -> None:
     require_numbers(p, {"warmup_ms": 1, "rep_ms": 1})
 
 
-NOTEBOOK = Notebook("leaderboard", PRESETS, check)
+NOTEBOOK = Notebook("leaderboard", check)
 
 
 def points(p: Parameters) -> list[Point]:

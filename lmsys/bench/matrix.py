@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -51,20 +50,6 @@ KERNELS: dict[str, dict[str, list[str]]] = {  # the same of kernels; of other si
     "cpu": {"tiny": ["vectorized_torch", "flash_attention_torch"]},
     "full": {"gpt2": ["flash_attention_triton", "vectorized_torch"]},
 }
-_CPU = {"vocab_size": 1024, "dtype": "fp32", "compile": False, "learning_rate": 3e-3, "steps": 6, "timed_steps": 5}
-PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": _CPU
-    | {"vocab_size": 256, "steps": 3, "timed_steps": 3, "wrappers": ["naive", "flashddp", "flashddp+zero1"]},
-    "cpu": _CPU | {"wrappers": _WRAPPERS},
-    "full": {
-        "wrappers": _WRAPPERS,
-        "dtype": "bf16",
-        "compile": True,
-        "learning_rate": 3e-4,
-        "steps": 6,
-        "timed_steps": 15,
-    },
-}
 
 
 def check(p: Parameters) -> None:
@@ -78,6 +63,9 @@ def check(p: Parameters) -> None:
     own = any(getattr(p, name) is not None for name in _OWN_SHAPE)
     require(not own or p.sizes is None, f"give sizes or a shape of your own ({', '.join(_OWN_SHAPE)}), not both")
     p.sizes = ["custom"] if own else list(SHAPES[p.scale]) if p.sizes is None else p.sizes
+    if p.wrappers is None:  # all of several processes, and replicas with a sharded optimizer
+        several = [name for name, wrapper in parallel.WRAPPERS.items() if wrapper.many_processes]
+        p.wrappers = [*several, "flashddp+zero1"]
     require(p.sizes != [] and p.kernels != [] and p.wrappers != [], "sizes, kernels and wrappers must not be empty")
     for name in p.wrappers:
         steps.wrapped(name)
@@ -126,7 +114,7 @@ def model_of(p: Parameters, size: str) -> ModelConfig:
     return ModelConfig(context_length=length, vocab_size=p.vocab_size or 10_000, **shape)
 
 
-NOTEBOOK = Notebook("lm_matrix", PRESETS, check)
+NOTEBOOK = Notebook("lm_matrix", check)
 
 
 def points(p: Parameters) -> list[Point]:

@@ -53,45 +53,6 @@ MODES = ("forward", "full_step")
 _CACHED = " cached"
 _SCORES = ("vectorized_torch",)  # kernels whose T x T tensors cost.block_residuals counts; those of _FUSED keep none
 _FUSED = ("flash_attention_triton",)
-PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": {
-        "size": "tiny",
-        "vocab_size": 256,
-        "batch": 2,
-        "contexts": [32],
-        "timeline_contexts": [32],
-        "kernels": ["vectorized_torch"],
-        "dtypes": ["fp32"],
-        "dtype": "fp32",
-        "strategies": ["none", "1"],
-        "steps": 2,
-    },
-    "cpu": {
-        "size": "mini",
-        "vocab_size": 1024,
-        "batch": 2,
-        "contexts": [64, 128],
-        "timeline_contexts": [32, 128],
-        "kernels": ["vectorized_torch"],
-        "dtypes": list(DTYPES),
-        "dtype": "fp32",
-        "strategies": ["none", "1", "2", "nested"],
-        "steps": 3,
-        "backend": "aot_eager_decomp_partition",
-    },
-    "full": {
-        "size": "2.7b",
-        "batch": 4,
-        "contexts": [128, 256, 512, 2048],
-        "timeline_contexts": [128, 2048],
-        "kernels": ["vectorized_torch", "flash_attention_triton"],
-        "dtypes": list(DTYPES),
-        "dtype": "bf16",
-        "strategies": ["none", "1", "1 cached", "2", "4", "nested"],
-        "steps": 3,
-        "backend": "inductor",
-    },
-}
 
 
 def check(p: Parameters) -> None:
@@ -106,7 +67,7 @@ def check(p: Parameters) -> None:
     resolve_device(p.device)
 
 
-NOTEBOOK = Notebook("memory", PRESETS, check)
+NOTEBOOK = Notebook("memory", check)
 
 
 def model_of(p: Parameters) -> ModelConfig:

@@ -42,12 +42,6 @@ LOW = ("fp16", "bf16")
 EPS = 1e-5  # of layer norm, PyTorch's own
 STATISTICS = ("all low", "sums fp32", "inside fp32")
 
-PRESETS = {
-    "smoke": {"width": 64, "rows": 2},
-    "cpu": {"width": 1024, "rows": 16},
-    "full": {"width": 1024, "rows": 64},
-}
-
 
 def check(p: Parameters) -> None:
     """Raises ValueError: a number out of range, or a device that is not here."""
@@ -55,7 +49,7 @@ def check(p: Parameters) -> None:
     resolve_device(p.device)
 
 
-NOTEBOOK = Notebook("mixed_precision", PRESETS, check)
+NOTEBOOK = Notebook("mixed_precision", check)
 
 # --- Sums -----------------------------------------------------------------------------------------
 

@@ -56,18 +56,6 @@ _SOFTMAX_FLOPS = 5  # an element: maximum, difference, exponential, sum, quotien
 
 # --- What is profiled -----------------------------------------------------------------------------
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": {"sizes": ["tiny"], "contexts": [16, 32], "dtypes": ["fp32"], "batch": 1, "samples": 3},
-    "cpu": {"sizes": ["tiny", "mini"], "contexts": [64, 128, 256], "dtypes": ["fp32"], "batch": 2, "samples": 3},
-    "full": {
-        "sizes": ["small", "2.7b"],
-        "contexts": [256, 512, 1024],
-        "dtypes": ["fp32", "bf16"],
-        "batch": 4,
-        "samples": 3,
-    },
-}
-
 
 def check(p: Parameters) -> None:
     """Raises ValueError: an unknown name or a number out of range."""
@@ -79,7 +67,7 @@ def check(p: Parameters) -> None:
     require(gpu or "tf32" not in p.dtypes, "tf32 is a format of GPUs; give dtypes fp32 or bf16")
 
 
-NOTEBOOK = Notebook("profiling", PRESETS, check)
+NOTEBOOK = Notebook("profiling", check)
 
 
 # --- Ranges ---------------------------------------------------------------------------------------

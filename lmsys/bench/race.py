@@ -53,43 +53,6 @@ _VOCABULARY_MULTIPLE = 128  # rows of the embedding and the head, for the tensor
 
 # --- Parameters -----------------------------------------------------------------------------------
 
-_CPU = {
-    "size": "tiny",
-    "valid_fraction": 0.1,
-    "dtype": "fp32",
-    "compile": False,
-    "attention_kernel": "vectorized_torch",
-    "learning_rate": 5e-3,
-    "min_learning_rate": 1e-4,
-}
-PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": _CPU
-    | {"minutes": 0.2, "steps": 12, "batch_size": 4, "context_length": 32, "vocab_size": 300, "text_mb": 0.1}
-    | {"warmup_steps": 2, "log_interval": 2, "eval_interval": 4, "eval_batches": 1},
-    "cpu": _CPU
-    | {"minutes": 0.03, "steps": 75, "batch_size": 8, "context_length": 64, "vocab_size": 512, "text_mb": 0.5}
-    | {"warmup_steps": 10, "log_interval": 5, "eval_interval": 5, "eval_batches": 2},
-    "full": {
-        "minutes": 4.0,
-        "steps": 3000,
-        "size": "gpt2",
-        "batch_size": 32,
-        "context_length": 1024,
-        "vocab_size": 2048,
-        "text_mb": 400.0,
-        "valid_fraction": 0.01,
-        "dtype": "bf16",
-        "compile": True,
-        "attention_kernel": "flash_attention_triton",
-        "learning_rate": 1e-3,
-        "min_learning_rate": 1e-5,
-        "warmup_steps": 150,
-        "log_interval": 25,
-        "eval_interval": 50,
-        "eval_batches": 3,
-    },
-}
-
 
 def check(p: Parameters) -> None:
     """Raises ValueError: an unknown name, a number out of range, or settings that the trainer does not take."""
@@ -114,7 +77,7 @@ def check(p: Parameters) -> None:
             training.check_setup(pipeline_config(p, arm), processes(p, arm))
 
 
-NOTEBOOK = Notebook("race", PRESETS, check)
+NOTEBOOK = Notebook("race", check)
 
 
 def processes(p: Parameters, arm: str) -> int:

@@ -117,15 +117,7 @@ def check(p: Parameters) -> None:
     require(p.text is None or Path(p.text).is_file(), f"no text file at {p.text}; give --text a UTF-8 file")
 
 
-NOTEBOOK = Notebook(
-    "tokenizer_benchmark",
-    {
-        "smoke": {"text_mb": 0.2, "encode_mb": 0.1, "vocab_size": 300, "repeats": 1},
-        "cpu": {"text_mb": 5.0, "encode_mb": 2.0, "vocab_size": 1000, "repeats": 3},
-        "full": {"text_mb": 52.0, "encode_mb": 20.0, "vocab_size": 10_000, "repeats": 3},
-    },
-    check,
-)
+NOTEBOOK = Notebook("tokenizer_benchmark", check)
 
 
 def points(p: Parameters) -> list[Point]:

@@ -50,29 +50,6 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 WHERE_NAMED = ("autotune", "cuda_graph")  # takes minutes; is for a GPU that waits for its host, as these do not
 
-_CPU = {
-    "sizes": ["tiny"],
-    "dtype": "fp32",
-    "compile": False,
-    "attention_kernel": "flash_attention_torch",
-    "compile_ahead": 0,
-    "learning_rate": 1e-3,
-}
-PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": _CPU | {"batch_size": 2, "context_length": 32, "vocab_size": 256, "loss_steps": 2, "timed_steps": 3},
-    "cpu": _CPU | {"batch_size": 4, "context_length": 64, "vocab_size": 2048, "loss_steps": 12, "timed_steps": 9},
-    "full": {
-        "sizes": ["gpt2", "gpt2-medium"],
-        "context_length": 1024,
-        "dtype": "bf16",
-        "compile": True,
-        "attention_kernel": "flash_attention_triton",
-        "loss_steps": 20,
-        "timed_steps": 15,
-        "compile_ahead": 6,  # processes whose models fit an H200 together
-        "learning_rate": 3e-4,
-    },
-}
 _BATCH = {"gpt2": 32, "gpt2-medium": 16}  # of 1,024 tokens, as nanoGPT's results have it; 8 of other sizes
 
 
@@ -101,7 +78,7 @@ def check(p: Parameters) -> None:
             check_setup(config_of(p, point), 1)
 
 
-NOTEBOOK = Notebook("train_step", PRESETS, check)
+NOTEBOOK = Notebook("train_step", check)
 
 
 def _is_possible(p: Parameters, option: str) -> bool:
