@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lmsys import parallel
 from lmsys.attention import get_kernel
 from lmsys.bench import steps
 from lmsys.bench.experiment import (

@@ -127,11 +127,7 @@ def check(p: Parameters) -> None:
     config_of(p)
 
 
-NOTEBOOK = Notebook(
-    "speedrun_tinystories",
-    {"smoke": {"minutes": 0.01}, "cpu": {"minutes": 0.05}, "full": {"minutes": 20.0}},
-    check,
-)
+NOTEBOOK = Notebook("speedrun_tinystories", check)
 
 
 def config_of(p: Parameters) -> PipelineConfig:
