@@ -11,7 +11,7 @@ MACHINE ?= local
 # torch.compile on a CPU takes the C++ compiler to know the CPU's vector instructions: else it tries each, for 8 s in all.
 export TORCHINDUCTOR_VEC_ISA_OK ?= 1
 # Threads that spin while they wait take each other's core on a busy machine.
-export OMP_WAIT_POLICY ?= passive
+export GOMP_SPINCOUNT ?= 1000
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed

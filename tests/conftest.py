@@ -12,6 +12,7 @@ import pytest
 PRELOADED = ("torch._inductor.compile_fx", "torch.distributed.fsdp", "lmsys.bench.steps", "lmsys.pipeline")
 
 os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is imported, as lmsys.__main__ does
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a worker a core: more threads would wait for each other
 _set_preload = forkserver.set_forkserver_preload
