@@ -164,8 +164,9 @@ class _Buffers:
             here = parameter.device == first.device
             if parameter.dtype != torch.float32 or not parameter.is_contiguous() or not here:
                 raise ValueError(
-                    f"FusedAdamW takes contiguous parameters in float32, a group on one device ({first.device}); "
-                    f"one is {tuple(parameter.shape)}, {parameter.dtype}, {parameter.device}, strides {parameter.stride()}"
+                    "FusedAdamW takes contiguous parameters in float32, a group on one device; one is "
+                    f"{tuple(parameter.shape)}, {parameter.dtype}, with strides {parameter.stride()}, on "
+                    f"{parameter.device}, the first on {first.device}"
                 )
         self.parameters, self.fused = parameters, not parameters or resolve_path(path, first) == "triton"
         blocks = [-(-parameter.numel() // _BLOCK) for parameter in parameters]
