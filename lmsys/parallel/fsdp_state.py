@@ -92,7 +92,7 @@ class Flat(FlatLayout):
             self.work = None
 
     def free(self) -> None:
-        """Give the memory of the whole parameters back."""
+        """Give the memory back."""
         if self.gathered:
             self.wait()
             self.point_to(self.nothing)
@@ -246,10 +246,7 @@ class ShardedState(nn.Module):
     # --- The optimizer's state --------------------------------------------------------------------
 
     def gather_optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """The state_dict of the optimizer over whole parameters, on rank 0 and its CPU; on others, without states.
-
-        optimizer: of parameters of this wrapper. All ranks call it.
-        """
+        """The state_dict of the optimizer over whole parameters, on rank 0 and its CPU. All ranks call it."""
         states = shards.gather_states(self._states(optimizer), self._group, self._device)
         return {"state": states, "param_groups": optimizer.state_dict()["param_groups"]}
 

@@ -228,20 +228,13 @@ class Piece(NamedTuple):
         return whole.reshape(-1)[self.start : self.run[2]].view(self.tensor.shape)
 
 
-class _Entry(NamedTuple):
-    """A piece without its elements."""
-
-    name: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-    dtype: torch.dtype
+_Entry = tuple[str, tuple[int, ...], int, int, torch.dtype]  # a piece's name, shape, start, stop, dtype
 
 
 def _exchange_entries(pieces: Mapping[str, Piece], group: dist.ProcessGroup | None) -> list[dict[str, _Entry]]:
     """By rank and key the pieces of all ranks; what several have whole is the first one's. Empty ones are left out."""
     entries = {
-        key: _Entry(piece.name, tuple(piece.shape), piece.start, piece.run[2], piece.tensor.dtype)
+        key: (piece.name, tuple(piece.shape), *piece.run[1:], piece.tensor.dtype)
         for key, piece in pieces.items()
         if piece.tensor.numel() or piece.is_whole
     }

@@ -174,10 +174,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
-        """Update this rank's part and get the others'. Returns the closure's loss, if one is given.
-
-        kwargs: passed on to the inner optimizer.
-        """
+        """Update this rank's part and get the others'. Returns the closure's loss. kwargs: the inner optimizer's."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -277,11 +274,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return self._packed() | {"state": shards.gather_states(self._states(), self._group, device)}
 
     def load_full_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take the options and this rank's part of a whole state_dict, which every rank is given.
-
-        Raises:
-            ValueError: it is of other groups or parameters.
-        """
+        """Take the options and this rank's part of a whole state_dict; ValueError where it is of other groups."""
         self._load(state_dict["param_groups"], shards.cut_states(state_dict["state"], self._pieces()))
 
     def save_sharded(self, folder: str | Path) -> None:
@@ -444,9 +437,6 @@ class _Bucket:
                     leaf.tensor.grad = None  # a view that would keep the gradient alive
 
 
-# --- Gradients ------------------------------------------------------------------------------------
-
-
 class _GradientExchange:
     """Reduce-scatters each bucket's gradients when the last of them has arrived, in an order that all ranks share.
 
@@ -537,9 +527,6 @@ class _GradientExchange:
         return [self.buckets[index] for index in gather_objects(order, self.group)[0]]
 
 
-# --- The inner optimizer --------------------------------------------------------------------------
-
-
 def _unique(params: Iterable[Any]) -> list[dict[str, Any]]:
     """Parameters or groups as groups, in each of which a parameter that is given twice (tied) is once."""
     params = [params] if isinstance(params, (Tensor, dict)) else list(params)
@@ -565,11 +552,7 @@ def _options(group: Mapping[str, Any]) -> dict[str, Any]:
 def _try_out(
     optimizer_cls: type[torch.optim.Optimizer], device: torch.device, kwargs: Mapping[str, Any]
 ) -> tuple[dict[str, Any], bool]:
-    """The optimizer's defaults, and whether it updates a matrix as it would two flat slices of it.
-
-    Raises:
-        what the optimizer raises for its options.
-    """
+    """The optimizer's defaults, and whether it updates a matrix as it would two flat slices of it."""
     defaults = optimizer_cls([nn.Parameter(torch.zeros(4, 6, device=device))], **kwargs).defaults
     trial = dict(kwargs)
     if isinstance(trial.get("lr"), (int, float)):
