@@ -173,10 +173,7 @@ def import_llama(source: str | Path, folder: str | Path) -> Path:
     with _new_folder(folder) as temporary:
         tokenizer.save(temporary / TOKENIZER_FILE)
         untrained = {"state": {}, "param_groups": []}
-        rng = checkpoint.rng_state()
-        content = checkpoint.snapshot(
-            0, weights=weights, optimizer=untrained, sampler_state={}, rng=rng, config=settings
-        )
+        content = checkpoint.snapshot(0, weights=weights, optimizer=untrained, config=settings)
         checkpoint.write(temporary / "checkpoints", content)
     return Path(folder)
 

@@ -39,7 +39,7 @@ from lmsys.data import (
 from lmsys.data.tokenizer import Tokenizer
 from lmsys.device import device_name, resolve_device
 from lmsys.generate import generate_text
-from lmsys.parallel import WRAPPERS, group
+from lmsys.parallel import get_wrapper, group
 from lmsys.train import CHECKPOINTS, History, check_setup, checkpoint, init_wandb, logged, train
 from lmsys.train.engine import autocast
 from lmsys.train.engine import evaluate as mean_loss
@@ -238,9 +238,7 @@ def _processes(config: PipelineConfig) -> int:
         ValueError: more than there are GPUs, or one with a wrapper that needs more.
     """
     wrapper, count = config.train.ddp_wrapper, config.train.processes
-    if wrapper not in WRAPPERS:
-        raise cfg.unknown_name("ddp_wrapper", wrapper, WRAPPERS)
-    needs_several = WRAPPERS[wrapper].many_processes
+    needs_several = get_wrapper(wrapper).many_processes
     gpus = torch.cuda.device_count() if resolve_device(config.train.device).type == "cuda" else 0
     if count is None:
         count = max(1, gpus) if needs_several else 1

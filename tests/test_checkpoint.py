@@ -34,7 +34,7 @@ def trained(tied: bool = False):
 
 def save(folder, step, parts=None, **options):
     model, optimizer, config = parts or trained()
-    state = {"sampler_state": SAMPLER, "rng": checkpoint.rng_state(), "config": config, "extra": {"steps": 9}}
+    state = {"sampler_state": SAMPLER, "config": config, "extra": {"steps": 9}}
     state |= {"weights": checkpoint.model_weights(model), "optimizer": optimizer.state_dict()}
     kept = {name: options.pop(name) for name in ("keep_last", "keep_best") if name in options}
     return checkpoint.write(folder, checkpoint.snapshot(step, **(state | options)), **kept)

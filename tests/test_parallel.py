@@ -6,7 +6,8 @@ import sys
 import pytest
 from torch import nn
 
-from lmsys.parallel import WRAPPERS, check_wrapper, wrap
+from lmsys.config import TrainConfig
+from lmsys.parallel import WRAPPERS, check_wrapper, drawn_as, wrap
 
 MANY = [name for name in WRAPPERS if name != "none"]
 
@@ -35,6 +36,13 @@ def test_none_is_for_one_process():
 def test_the_registry_imports_no_torch():
     script = "import sys, lmsys.parallel; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_wrapper_says_what_it_takes_and_how_it_is_drawn():
+    assert all(hasattr(TrainConfig, option) for wrapper in WRAPPERS.values() for option in wrapper.options)
+    shown = [drawn_as(name) for name in (*WRAPPERS, "flashddp+zero1")]
+    assert len({wrapper.colour for wrapper in shown}) == len({wrapper.label for wrapper in shown}) == len(shown)
+    assert [name for name, wrapper in WRAPPERS.items() if wrapper.peer] == ["torch_ddp", "torch_fsdp2"]
 
 
 def test_unknown_names_list_the_known():

@@ -99,9 +99,9 @@ def snapshot(
     *,
     weights: Mapping[str, Tensor],
     optimizer: Mapping[str, Any],
-    sampler_state: Mapping[str, Any],
-    rng: Mapping[str, Any],
     config: Any,
+    sampler_state: Mapping[str, Any] | None = None,
+    rng: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
     valid_loss: float | None = None,
 ) -> Snapshot:
@@ -109,8 +109,8 @@ def snapshot(
 
     Args:
         weights: as model_weights() gives them. optimizer: an optimizer's state_dict.
-        sampler_state, rng, extra: JSON-ready; rng as rng_state() gives it.
         config: a dataclass with a `model` section.
+        sampler_state, rng, extra: JSON-ready; rng: that of another moment than this, as rng_state() gave it.
         valid_loss: the validation loss at this step, by which keep_best chooses.
     """
     config = to_dict(config)
@@ -119,8 +119,8 @@ def snapshot(
         "step": step,
         "valid_loss": valid_loss,
         "optimizer": rest,
-        "sampler": dict(sampler_state),
-        "rng": dict(rng),
+        "sampler": dict(sampler_state or {}),
+        "rng": dict(rng_state() if rng is None else rng),
         "config": config,
         "extra": dict(extra or {}),
     }

@@ -175,23 +175,13 @@ def train(
     def save(valid_loss: float | None, window: list[tuple[float, float]]) -> None:
         """Save on rank 0, in the background if so set; all processes give their part."""
         weights, optimizer = engine.strategy.whole_state()
-        content = {"steps": steps, "train_tokens": fingerprint(train_tokens), "world_size": world_size}
-        content |= {"scaler": engine.scaler.state_dict(), "guard": guard.state_dict(), "since_row": window}
+        extra = {"steps": steps, "train_tokens": fingerprint(train_tokens), "world_size": world_size}
+        extra |= {"scaler": engine.scaler.state_dict(), "guard": guard.state_dict(), "since_row": window}
+        content = {"sampler_state": sampler.state_dict(), "extra": extra, "valid_loss": valid_loss}
 
         def save_here() -> None:
-            saver.save(
-                checkpoint.snapshot(
-                    step,
-                    weights=weights,
-                    optimizer=optimizer,
-                    sampler_state=sampler.state_dict(),
-                    rng=checkpoint.rng_state(),
-                    config=config,
-                    extra=content,
-                    valid_loss=valid_loss,
-                ),
-                owned=engine.strategy.copies_state,
-            )
+            snapshot = checkpoint.snapshot(step, weights=weights, optimizer=optimizer, config=config, **content)
+            saver.save(snapshot, owned=engine.strategy.copies_state)
 
         group.from_rank0(save_here)
 
