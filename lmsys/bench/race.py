@@ -35,12 +35,12 @@ import torch
 import torch._dynamo  # now and not in the first step
 from torch import Tensor
 
-from lmsys import cost, pipeline, records
+from lmsys import cost, records
 from lmsys import train as training
 from lmsys.bench.experiment import Experiment, Notebook, Parameters, Point, Row, require_names, require_numbers
 from lmsys.bench.measure import failure, one_thread
 from lmsys.config import MODEL_SIZES, PipelineConfig, build, model_size, require
-from lmsys.data import load_tokens, stories
+from lmsys.data import load_tokens, stages, stories
 from lmsys.data.workers import map_in_order, resolve_workers
 from lmsys.device import resolve_device
 from lmsys.options import STEP_PRESETS
@@ -136,8 +136,8 @@ def prepare(p: Parameters, *, progress: bool = True) -> tuple[tuple[Path, Path],
         if progress:
             print(f"[{name}] {'skipped: ' if status == 'skipped' else ''}{detail}", flush=True)
 
-    stages = pipeline.Stages(run_dir, report, frozen=False)
-    tokenizer, train_tokens, valid_tokens, bytes_per_token = pipeline.prepare(config, run_dir, stages, False)
+    done = stages.Stages(run_dir, report, frozen=False)
+    tokenizer, train_tokens, valid_tokens, bytes_per_token = stages.prepare(config, run_dir, done, False)
     found = {
         "text": Path(text).name,
         "vocabulary": tokenizer.vocab_size,
