@@ -51,8 +51,6 @@ SCHEMAS: dict[str, tuple[str, ...]] = {
         *("arm", "gpus", "status", "step", "tokens", "seconds", "train_loss", "valid_loss", "learning_rate"),
         *("tokens_per_s", "mfu", "elapsed_s"),
     ),
-    "data_parallel_results": ("study", "options", *_STEP_COLUMNS),
-    "data_parallel_timeline": _TIMELINE_COLUMNS,
     "sharding_results": ("sharding", *_STEP_COLUMNS),
     "sharding_memory": ("sharding", "wrapper", "gpus", "size", "point", "status", "measured_mib", "predicted_mib"),
     "sharding_timeline": _TIMELINE_COLUMNS,
@@ -256,7 +254,7 @@ def cell(value: Any) -> Any:
 
 def option_text(options: Iterable[tuple[str, Any]]) -> str:
     """Options, pairs of a name and a value, as a cell: layout=flat communication_dtype=bf16."""
-    return " ".join(f"{name}={value}" for name, value in options)
+    return " ".join(f"{name}={value:g}" if type(value) is float else f"{name}={value}" for name, value in options)
 
 
 CAPTURED = (("captured", True),)  # before a wrapper's options: the step is one CUDA graph

@@ -42,7 +42,7 @@ def check(p: Parameters) -> None:
     Raises:
         ValueError: an unknown name, more processes than GPUs, a number out of range.
     """
-    _, p.device = processes.several(p.scale, p.device)
+    processes.settle(p, NOTEBOOK)
     p.ops = list(cost.COLLECTIVES) if p.ops is None else p.ops
     require_names(p, {"ops": cost.COLLECTIVES})
     require(len(p.sizes_mib) > 0 and min(p.sizes_mib) > 0, f"sizes_mib are {p.sizes_mib}; each must be positive")

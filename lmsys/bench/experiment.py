@@ -240,7 +240,7 @@ class Experiment:
             and rank 0's result, JSON values, counts. A point may take limit_s.
         prepare: called with a group's points before the first is measured, to compile and to check. before: once,
             before all.
-        derive: (row, earlier ok rows of the group) -> columns that compare them.
+        derive: (row, earlier ok rows of the group) -> columns that compare them; a list of them makes a row of each.
     """
 
     name: str
@@ -254,7 +254,7 @@ class Experiment:
     limit_s: float = 600.0
     prepare: Callable[[list[Point], Parameters], None] | None = None
     before: Callable[[Parameters], None] | None = None
-    derive: Callable[[Row, list[Row]], Row] | None = None
+    derive: Callable[[Row, list[Row]], Row | list[Row]] | None = None
 
 
 def run(
@@ -305,7 +305,8 @@ def run(
         for point, measured in _measure_all(experiment, missing, parameters, device, journal):
             rows = [_row(point, row, experiment, device) for row in measured.rows]
             if experiment.derive is not None:
-                rows = [row | experiment.derive(row, _siblings(journal, experiment, point)) for row in rows]
+                siblings = _siblings(journal, experiment, point)
+                rows = [row | more for row in rows for more in _as_list(experiment.derive(row, siblings))]
             journal.add(point, rows, measured.tables)
             progress.tell(rows or [point])
     entries = [journal.entry(point) for point in points]
@@ -394,7 +395,11 @@ def _measured(call: Callable[[], Any], point: Point, device: Any) -> Measured:
 def _as_measured(result: Row | Sequence[Row] | Measured) -> Measured:
     if isinstance(result, Measured):
         return result
-    return Measured([result] if isinstance(result, dict) else list(result))
+    return Measured(_as_list(result))
+
+
+def _as_list(rows: Row | Sequence[Row]) -> list[Row]:
+    return [rows] if isinstance(rows, dict) else list(rows)
 
 
 def _row(point: Point, measured: Row, experiment: Experiment, device: Any) -> Row:

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from lmsys.bench import measure as measuring
+from lmsys.bench.experiment import Notebook, Parameters
 from lmsys.config import require, resolve_scale
 from lmsys.device import resolve_device
 from lmsys.parallel import group
@@ -60,6 +61,16 @@ def several(scale: str, device: str) -> tuple[str, str]:
     if device == "auto" and torch.cuda.device_count() == 1:
         return ("cpu" if scale == "full" else scale), "cpu"
     return scale, device
+
+
+def settle(p: Parameters, notebook: Notebook) -> None:
+    """several() of a notebook's parameters; those that the user did not give are then that scale's."""
+    scale, p.device = several(p.scale, p.device)
+    if scale != p.scale:
+        for name, value in notebook.presets[scale].items():
+            if not p.is_given(name):
+                setattr(p, name, value)
+        p.scale = scale
 
 
 # --- Points, one after the other ------------------------------------------------------------------

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lmsys import cost, parallel
 from lmsys.bench import timeline
+from lmsys.bench.experiment import Measured
 from lmsys.bench.measure import failure, live_bytes, one_thread, peak_bytes_cpu, quantiles, release
 from lmsys.bench.power import PowerWatch
 from lmsys.bench.processes import Clock, largest
@@ -357,6 +358,7 @@ COLUMNS = (  # of the result files of training steps
     *("step_ms", "p20_ms", "p80_ms", "samples", "tokens_per_s", "mfu", "exposed_comm_ms", "peak_mib"),
     *("scaling_efficiency", "final_loss"),
 )
+TIMELINE_COLUMNS = ("wrapper", "lane", "name", "start_ms", "duration_ms")
 
 
 def step_point(config: PipelineConfig, size: str, *, gpus: int, processes: int, **more: Any) -> dict[str, Any]:
@@ -413,6 +415,15 @@ def measure_point(
     return step_columns(config, result, device=process.device, gpus=point["gpus"]), result
 
 
+def with_timeline(point: Mapping[str, Any], columns: dict[str, Any], result: Mapping[str, Any], name: str) -> Measured:
+    """The columns with what a traced step shows of communication, and its intervals as rows of the table `name`."""
+    if not result.get("timeline"):
+        return Measured([columns])
+    overlap = timeline.overlap(result["timeline"])
+    columns |= {"traced_comm_ms": overlap["communication_ms"], "traced_hidden_ms": overlap["hidden_ms"]}
+    return Measured([columns], {name: [{"wrapper": point["wrapper"]} | row for row in result["timeline"]]})
+
+
 def one_gpu_of(row: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """The row of one GPU that a row is compared with: itself, or the last of the earlier ones."""
     return row if row["gpus"] == 1 else next((one for one in reversed(earlier) if one["gpus"] == 1), None)
@@ -442,7 +453,7 @@ def table(frame, keys: Sequence[str], more: Sequence[str] = ()) -> str:
 def beside_peers(frame, keys: Sequence[str]):
     """Each wrapper of ours beside PyTorch's of its kind (replicas, or fully sharded) among rows that agree in the keys.
 
-    Returns a DataFrame: keys, wrapper, peer, speed (the peer's time over ours), memory (our peak over the peer's),
+    Returns a DataFrame: keys, wrapper, options where there are some, peer, speed (the peer's time over ours), memory (our peak over the peer's),
     verdict.
     """
     import pandas as pd
@@ -453,7 +464,8 @@ def beside_peers(frame, keys: Sequence[str]):
         for (peer, other), (entry, ours) in itertools.product(entries, entries):
             if peer.peer and not entry.peer and peer.sharded == entry.sharded:
                 speed, memory = other.step_ms / ours.step_ms, ours.peak_mib / other.peak_mib
-                line = dict(zip(keys, key, strict=True)) | {"wrapper": ours.wrapper, "peer": other.wrapper}
+                line = dict(zip(keys, key, strict=True)) | {"wrapper": ours.wrapper}
+                line |= {name: ours[name] for name in ("options",) if name in frame} | {"peer": other.wrapper}
                 judged = verdict(other, ours, "step_ms")
                 lines.append(line | {"speed": speed, "memory": memory, "verdict": judged})
     return pd.DataFrame(lines)

@@ -39,6 +39,7 @@ class Wrapper:
             and its no_sync() still communicates, as it gathers parameters.
         plain_tensors: its parameters are plain tensors, as kernels of our own read them.
         captured_options: defaults of its options where the pass is captured as a CUDA graph.
+        message: the gradients that travel together: of a parameter, all, or a bucket. overlaps: during backward.
     """
 
     description: str
@@ -51,6 +52,8 @@ class Wrapper:
     sharded: bool = False
     plain_tensors: bool = True
     captured_options: Mapping[str, Any] = field(default_factory=dict)
+    message: str = "bucket"
+    overlaps: bool = True
 
     @property
     def replicated(self) -> bool:
@@ -81,10 +84,20 @@ WRAPPERS: dict[str, Wrapper] = {
         many_processes=False,
     ),
     "naive": Wrapper(
-        "one all-reduce a parameter, after backward", _lazy("ddp", "Naive"), label="naive", colour="#56B4E9"
+        "one all-reduce a parameter, after backward",
+        _lazy("ddp", "Naive"),
+        label="naive",
+        colour="#56B4E9",
+        message="parameter",
+        overlaps=False,
     ),
     "flat": Wrapper(
-        "one all-reduce of all gradients, after backward", _lazy("ddp", "Flat"), label="flat", colour="#0072B2"
+        "one all-reduce of all gradients, after backward",
+        _lazy("ddp", "Flat"),
+        label="flat",
+        colour="#0072B2",
+        message="all",
+        overlaps=False,
     ),
     "overlap": Wrapper(
         "one asynchronous all-reduce a parameter, during backward",
@@ -92,6 +105,7 @@ WRAPPERS: dict[str, Wrapper] = {
         label="overlap",
         colour="#009E73",
         options=("communication_dtype",),
+        message="parameter",
     ),
     "flashddp": Wrapper(
         "buckets in order of arrival, during backward",
