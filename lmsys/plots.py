@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from lmsys.records import atomic_path, captured, significant, units
+from lmsys.records import atomic_path, significant, units
 
 
 def save(figure: Figure, path: str | Path, *, dpi: int = 140) -> Path:
@@ -61,7 +61,6 @@ WRAPPER_COLOURS = {
     "torch_fsdp2": "#E69F00",
 }
 PEER_WRAPPERS = ("torch_ddp", "torch_fsdp2")
-_OP_MARKERS = {"all_reduce": "o", "reduce_scatter": "s", "all_gather": "^"}
 _STRATEGY_COLOURS = {"DP": "#0072B2", "FSDP": "#D55E00", "TP": "#009E73", "FSDP + TP": "#CC79A7"}
 
 
@@ -78,27 +77,6 @@ def _setting(frame) -> str:
 def _memory_unit(values_mib) -> tuple[int, str]:
     """What to divide MiB by, and the unit that it gives."""
     return (1024, "GiB") if values_mib.max() >= 1024 else (1, "MiB")
-
-
-def collectives(frame) -> Figure:
-    """Bus bandwidth and time of each collective against the size; a colour a number of processes."""
-    ok = frame[frame.status == "ok"]
-    figure, axes = _figure(11.0, 4.4, 1, 2)
-    colours = dict(zip(sorted(set(ok.gpus)), ["#D55E00", "#0072B2", "#009E73", "#CC79A7"], strict=False))
-    for (op, gpus), group in ok.groupby(["op", "gpus"], sort=False):
-        group = group.sort_values("size_mib")
-        style = {"color": colours.get(gpus, "#444444"), "marker": _OP_MARKERS[op], "markersize": 4, "linewidth": 1.3}
-        axes[0, 0].plot(group.size_mib, group.busbw_gb_s, label=f"{op}, {gpus} processes", **style)
-        axes[0, 1].plot(group.size_mib, group.median_ms, label=f"{op}, {gpus} processes", **style)
-    for axis, label in ((axes[0, 0], "bus bandwidth, GB/s"), (axes[0, 1], "time, ms")):
-        axis.set_xscale("log", base=2)
-        axis.set_xlabel("size, MiB")
-        axis.set_ylabel(label)
-    axes[0, 1].set_yscale("log")
-    axes[0, 0].set_ylim(bottom=0)
-    _legend(figure, axes.flat)
-    figure.suptitle(f"{ok.backend.iloc[0]}; {ok.device.iloc[0]}" if len(ok) else "", fontsize=9, color="#555555")
-    return figure
 
 
 def step_timeline(traces) -> Figure:
@@ -122,84 +100,6 @@ def step_timeline(traces) -> Figure:
         axis.grid(False, axis="y")
         axis.set_title(name, loc="left", fontsize=10)
     axes[-1, 0].set_xlabel("ms from the beginning of the forward pass, under the profiler")
-    return figure
-
-
-def step_breakdown(frame) -> Figure:
-    """The step under each wrapper: what it takes without communication, and what communication adds, measured and by the model."""
-    figure, axes = _figure(8.4, 0.5 * len(frame) + 1.5)
-    axis = axes[0, 0]
-    for y, row in enumerate(frame.itertuples()):
-        exposed = 0.0 if np.isnan(row.exposed_comm_ms) else max(0.0, row.exposed_comm_ms)
-        axis.barh(y, row.step_ms - exposed, 0.6, color="#bbbbbb")
-        axis.barh(y, exposed, 0.6, left=row.step_ms - exposed, color=_wrapper_colour(row.wrapper))
-        if not np.isnan(row.model_ms) and row.gpus > 1:
-            axis.plot([row.step_ms - exposed + row.model_ms] * 2, [y - 0.4, y + 0.4], color="black")
-        axis.annotate(f" {row.step_ms:.4g} ms", (row.step_ms, y), va="center", fontsize=8)
-    names = [f"one {units(frame)[0]}" if row.gpus == 1 else row.wrapper for row in frame.itertuples()]
-    axis.set_yticks(range(len(frame)), names)
-    axis.set_ylim(len(frame) - 0.5, -0.5)
-    axis.set_xlim(0, 1.15 * frame.step_ms.max())
-    axis.grid(False, axis="y")
-    axis.set_xlabel(
-        "time of a step, ms (the bar's coloured end: what communication adds; black: what the model says it adds)"
-    )
-    graph = ", as one CUDA graph" if captured(frame).all() else ""
-    axis.set_title(f"{frame['size'].iloc[0]}, {_setting(frame)}{graph}", loc="left", fontsize=10)
-    return figure
-
-
-def bucket_sizes(frame) -> Figure:
-    """Time of flashddp's step, and the communication exposed in it and by the model, against the bucket size."""
-    several = frame[frame.gpus > 1].sort_values("bucket_mb")
-    figure, axes = _figure(11.0, 4.0, 1, 2)
-    step, exposed = axes[0]
-    step.errorbar(
-        several.bucket_mb,
-        several.step_ms,
-        yerr=[several.step_ms - several.p20_ms, several.p80_ms - several.step_ms],
-        color="#D55E00",
-        marker="o",
-        capsize=3,
-    )
-    step.set_ylabel("time of a step, ms")
-    exposed.plot(several.bucket_mb, several.exposed_comm_ms, color="#D55E00", marker="o", label="measured")
-    exposed.plot(several.bucket_mb, several.model_ms, color="black", linestyle="--", marker="x", label="by the model")
-    exposed.set_ylabel("communication exposed, ms")
-    exposed.legend(frameon=False, fontsize=8)
-    for axis in (step, exposed):
-        axis.set_xscale("symlog", linthresh=0.1)
-        axis.set_xlabel("bucket size, MB")
-    return figure
-
-
-def scaling(frame) -> Figure:
-    """Tokens a second against the number of GPUs, beside linear scaling from one."""
-    figure, axes = _figure(6.4, 4.4)
-    axis = axes[0, 0]
-    one = frame[frame.gpus == 1]
-    counts = sorted(set(frame.gpus))
-    if len(one):
-        rate = one.tokens_per_s.iloc[0]
-        axis.plot(counts, [rate * n / 1e3 for n in counts], color="#999999", linestyle=":", label="linear")
-    several = frame[frame.gpus > 1]
-    for (wrapper, options), rows in several.groupby(["wrapper", several.options.fillna("")], sort=False):
-        points = [*one.itertuples(), *rows.sort_values("gpus").itertuples()]
-        axis.plot(
-            [row.gpus for row in points],
-            [row.tokens_per_s / 1e3 for row in points],
-            color=_wrapper_colour(wrapper),
-            linestyle="--" if wrapper in PEER_WRAPPERS else "-." if options else "-",
-            marker="s" if options else "o",
-            markerfacecolor="none" if options else None,
-            label=f"{wrapper} {options}".strip(),
-        )
-    axis.set_xticks(counts)
-    axis.set_ylim(bottom=0)
-    axis.set_xlabel(units(frame)[1])
-    axis.set_ylabel("thousand tokens/s")
-    axis.legend(frameon=False, fontsize=8)
-    axis.set_title(f"{frame['size'].iloc[0]}, {_setting(frame)}", loc="left", fontsize=10)
     return figure
 
 
