@@ -7,7 +7,6 @@ import nbformat
 import pytest
 
 from lmsys import records, report
-from lmsys.bench import data_parallel
 from lmsys.records import REPOSITORY
 
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
@@ -28,12 +27,6 @@ def test_notebooks_are_stripped_and_parameterized(path):
     parameters: dict = {}
     exec(code[0].source, parameters)
     assert parameters["scale"] == "auto" and parameters["machine"] is None
-
-
-def test_options_are_shown_as_names_and_values():
-    shown = report.show(data_parallel.settings("smoke", device="cpu")).data
-    assert "| options | `layout=flat`, `layout=flat communication_dtype=bf16` |" in shown
-    assert "| wrappers | `naive`, `flat`" in shown
 
 
 def test_unknown_names_are_errors():
