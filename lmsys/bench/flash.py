@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lmsys.attention import KERNELS
 from lmsys.attention.reference import own_code, scaled_dot_prod_attention
-from lmsys.bench import ahead, leaderboard
+from lmsys.bench import ahead
 from lmsys.bench import attention as sweeps
 from lmsys.bench.experiment import Experiment, Notebook, Parameters, Point, Row, require_names, require_numbers
 from lmsys.bench.measure import DTYPES, allocations, measure, method
@@ -207,37 +207,6 @@ class Case(sweeps.Case):
 
 # --- Parameters -----------------------------------------------------------------------------------
 
-_NOT_COMPILED = [name for name in STEPS if name != "compiled"]  # compiling takes longer than small scales may
-PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": {
-        **{"steps": _NOT_COMPILED, "step_batch": 1, "step_width": 16, "step_seq_len": 32, "step_head_dims": [16]},
-        **{"step_dtype": "fp32", "implementations": ["naive", "flash"], "past_seq_lens": []},
-        **{"course_batch": 2, "course_dtype": "fp32", "course_seq_lens": [16, 32], "course_head_dims": [16]},
-        **{"bench_seq_lens": [16, 32], "bench_head_dims": [16], "bench_dtypes": ["fp32"]},
-        **{"board_kernels": ["torch_sdpa_flash"], "iterations": 3, "budget_s": 0.05},
-    },
-    "cpu": {
-        **{"steps": _NOT_COMPILED, "step_batch": 1, "step_width": 64, "step_seq_len": 128, "step_head_dims": [64]},
-        **{"step_dtype": "fp32", "implementations": list(IMPLEMENTATIONS), "past_seq_lens": []},
-        **{"course_batch": 1, "course_dtype": "fp32", "course_seq_lens": [64], "course_head_dims": [64]},
-        **{"bench_seq_lens": [32, 64], "bench_head_dims": [64], "bench_dtypes": ["fp32"]},
-        **{"board_kernels": [_TRITON, "torch_sdpa_flash"], "iterations": 20, "budget_s": 0.05},
-    },
-    "full": {
-        **{
-            "steps": list(STEPS),
-            "step_batch": 4,
-            "step_width": 2048,
-            "step_seq_len": 4096,
-            "step_head_dims": [64, 128],
-        },
-        **{"step_dtype": "bf16", "implementations": list(IMPLEMENTATIONS), "past_seq_lens": [32768, 65536]},
-        **{"course_batch": 8, "course_dtype": "fp32", "course_seq_lens": [256, 1024, 4096, 8192, 16384]},
-        **{"course_head_dims": [16, 32, 64, 128], "bench_head_dims": [16, 32, 64, 128]},
-        **{"bench_seq_lens": [2**i for i in range(7, 17)], "bench_dtypes": ["bf16", "fp32"]},
-        **{"board_kernels": list(leaderboard.IMPLEMENTATIONS), "iterations": 100, "budget_s": 0.15},
-    },
-}
 _LISTS = ("step_head_dims", "course_seq_lens", "course_head_dims", "bench_seq_lens", "bench_head_dims", "bench_dtypes")
 
 
@@ -257,7 +226,7 @@ def check(p: Parameters) -> None:
     resolve_device(p.device)
 
 
-NOTEBOOK = Notebook("flash_attention", PRESETS, check)
+NOTEBOOK = Notebook("flash_attention", check)
 
 # --- Points ---------------------------------------------------------------------------------------
 

@@ -163,7 +163,9 @@ def of_board(frame, board: str):
 def table(frame):
     """The 2025 board, fastest first; `ours beside it`: a peer's time over that of the fastest of ours, with a verdict."""
     frame = frame.sort_values("median_ms", na_position="last")
-    frame = frame.assign(path=frame.path.astype(object).fillna("").astype(str), note=frame.note.astype(object).fillna("").astype(str))
+    frame = frame.assign(
+        path=frame.path.astype(object).fillna("").astype(str), note=frame.note.astype(object).fillna("").astype(str)
+    )
     timed = (frame.status == "ok") & ~frame.note.str.contains(_INTERPRETED)
     ours = frame.implementation.map(lambda name: KERNELS[name].ours)
     best = next(frame[ours & timed].itertuples(), None)
