@@ -107,7 +107,7 @@ def state_of(folder: Path) -> dict[str, str]:
 
 
 def scrambled(generator: random.Random, content: bytes) -> bytes:
-    """Bytes with one of: a bit flipped, a byte replaced, a stretch cut out, doubled or moved, an end cut off, or more."""
+    """Bytes with one of: a bit flipped, a byte replaced, a stretch cut out, doubled or moved, an end cut off."""
     result = bytearray(content)
     at = generator.randrange(len(result)) if result else 0
     length = min(generator.choice((1, 2, 7, 64, 1024)), len(result) - at)
