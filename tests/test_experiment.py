@@ -20,7 +20,7 @@ rate: float = None  # of learning
 steps = 3
 device = "cpu"
 """
-PRESETS = {"smoke": {"rate": 0.5, "kernels": ("a", "b")}, "cpu": {"rate": 1.0}, "full": {"rate": 2.0}}
+PRESETS = {"smoke": {"rate": 0.5, "kernels": ["a", "b"]}, "cpu": {"rate": 1.0}, "full": {"rate": 2.0}}
 
 
 @pytest.fixture

@@ -1,12 +1,15 @@
-"""Named ranges in a training step for Nsight Systems and PyTorch's profiler: step, phases, blocks, parts of attention, and their backward.
+"""Named ranges in a training step for Nsight Systems and PyTorch's profiler: step, phases, blocks, parts of attention,
+and their backward.
 
-A range is pushed as an NVTX range on a GPU and as a record_function of PyTorch's profiler, so that one set of names serves both.
-Autograd runs the backward pass in a thread of its own, where no range of the caller is open. So each part's inputs and output pass
-through an identity with a gradient: that of the output runs first of the part's backward pass, and opens `backward PART` in the thread
-that computes it; that of the inputs runs last, and closes it.
+A range is pushed as an NVTX range on a GPU and as a record_function of PyTorch's profiler, so that one set of names
+serves both. Autograd runs the backward pass in a thread of its own, where no range of the caller is open. So each
+part's inputs and output pass
+through an identity with a gradient: that of the output runs first of the part's backward pass, and opens `backward
+PART` in the thread that computes it; that of the inputs runs last, and closes it.
 
-Parts of attention (scores, softmax, values) are found by the call of softmax between them, for the kernels that make one. A kernel that is one
-operation, and a compiled block, is one range. Names cost microseconds each on the host: time without them.
+Parts of attention (scores, softmax, values) are found by the call of softmax between them, for the kernels that make
+one. A kernel that is one operation, and a compiled block, is one range. Names cost microseconds each on the host: time
+without them.
 """
 
 from __future__ import annotations
@@ -125,7 +128,10 @@ def _attend_whole(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor
 
 
 def name_parts(model: TransformerLM) -> None:
-    """Give the parts of a model their ranges, from now on: `block N`, in it `attention` and `feed-forward`; `final norm`, `head`."""
+    """Give the parts of a model their ranges, from now on.
+
+    `block N`, in it `attention` and `feed-forward`; `final norm`, `head`.
+    """
     for index, layer in enumerate(model.layers):
         _name_module(layer, f"block {index}")
         _name_module(layer.attn, "attention")
