@@ -566,6 +566,11 @@ def build(cls: type, values: Mapping[str, Any], source: str = "config") -> Any:
     )
 
 
+def with_train(config: PipelineConfig, **settings: Any) -> PipelineConfig:
+    """The config with other settings of its train section."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **settings))
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """The config as JSON-ready nested dicts; build(type(config), to_dict(config)) == config."""
     return json.loads(json.dumps(dataclasses.asdict(config)))

@@ -26,10 +26,6 @@ _STEP_COLUMNS = (
     *("step_ms", "p20_ms", "p80_ms", "samples", "tokens_per_s", "mfu", "exposed_comm_ms", "peak_mib"),
     *("scaling_efficiency", "final_loss"),
 )
-_MODEL_COLUMNS = (
-    *("size", "context_length", "batch", "dtype", "compiled", "mode", "warmup", "status"),
-    *("mean_ms", "std_ms", "median_ms", "samples", "tokens_per_s", "mfu", "peak_mib"),
-)
 _METRICS_COLUMNS = (
     *("step", "tokens", "train_loss", "valid_loss", "learning_rate", "grad_norm", "tokens_per_s", "elapsed_s", "mfu"),
 )
@@ -38,19 +34,6 @@ _TIMELINE_COLUMNS = ("wrapper", "lane", "name", "start_ms", "duration_ms")
 SCHEMAS: dict[str, tuple[str, ...]] = {
     "leaderboard_results": (*("board", "implementation", "gpus", "status", "median_ms", "samples", "mfu", "peak_mib"),),
     "pipeline_metrics": _METRICS_COLUMNS,
-    "model_benchmark_results": _MODEL_COLUMNS,
-    "model_benchmark_repeat": _MODEL_COLUMNS,
-    "model_benchmark_warmup": ("size", "context_length", "batch", "dtype", "mode", "step", "time_ms"),
-    "model_benchmark_first_step": ("name", "first_ms", "later_ms", "first_calls", "later_calls"),
-    "train_step_results": (
-        *("size", "implementation", "option", "context_length", "local_batch", "dtype", "status"),
-        *("step_ms", "p20_ms", "p80_ms", "samples", "tokens_per_s", "mfu", "peak_mib", "loss"),
-    ),
-    "train_step_losses": ("size", "implementation", "option", "step", "loss"),
-    "race_results": (
-        *("arm", "gpus", "status", "step", "tokens", "seconds", "train_loss", "valid_loss", "learning_rate"),
-        *("tokens_per_s", "mfu", "elapsed_s"),
-    ),
     "sharding_results": ("sharding", *_STEP_COLUMNS),
     "sharding_memory": ("sharding", "wrapper", "gpus", "size", "point", "status", "measured_mib", "predicted_mib"),
     "sharding_timeline": _TIMELINE_COLUMNS,

@@ -146,7 +146,7 @@ def _timed_call(function: Callable, arguments: Callable[[], tuple], device: torc
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception, or the process that it speaks of, says that a GPU's or the CPU's memory ran out."""
-    signs = ("DefaultCPUAllocator", "OutOfMemoryError", "CUDA out of memory")
+    signs = ("DefaultCPUAllocator", "OutOfMemoryError", "out of memory", "ALLOC_FAILED")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(sign in str(error) for sign in signs)
 
 

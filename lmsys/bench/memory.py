@@ -44,7 +44,17 @@ from lmsys.bench.experiment import (
 )
 from lmsys.bench.measure import Repeated, one_thread, quantiles, release
 from lmsys.bench.processes import Clock
-from lmsys.config import DTYPES, MODEL_SIZES, ModelConfig, PipelineConfig, build, model_size, require, unknown_name
+from lmsys.config import (
+    DTYPES,
+    MODEL_SIZES,
+    ModelConfig,
+    PipelineConfig,
+    build,
+    model_size,
+    require,
+    unknown_name,
+    with_train,
+)
 from lmsys.device import device_name, fp32_products, resolve_device
 from lmsys.model import RMSNorm, TransformerLM
 from lmsys.train.engine import Engine, autocast
@@ -95,7 +105,7 @@ class Subject:
     def set(self, dtype: str, kernel: str | None = None, cached: bool = True) -> Iterator[None]:
         """Within the block, steps of this precision and kernel. Autocast's cache, unless cached is False, keeps every
         weight that it has cast until the forward pass ends."""
-        self.engine.autocast_dtype = dtype
+        self.engine.config = with_train(self.engine.config, dtype=dtype)
         self.model.set_attention_kernel(kernel or self.p.kernels[-1])
         before = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(cached)
@@ -128,7 +138,7 @@ class Subject:
                 mark(ends[name])
 
         if mode == "forward":
-            with phase("forward"), torch.no_grad(), autocast(self.device, self.engine.autocast_dtype):
+            with phase("forward"), torch.no_grad(), autocast(self.device, self.engine.config.train.dtype):
                 return self.model(batch[0]).new_zeros(())
         self.engine.phase = phase
         loss = self.engine.accumulate(Repeated(batch))

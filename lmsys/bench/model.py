@@ -58,7 +58,7 @@ from lmsys.bench.measure import (
     release,
     time_steps,
 )
-from lmsys.config import MODEL_SIZES, ModelConfig, PipelineConfig, build, model_size, require
+from lmsys.config import MODEL_SIZES, ModelConfig, PipelineConfig, build, model_size, require, with_train
 from lmsys.device import device_name, fp32_products, peak_flops, resolve_device
 from lmsys.model import cross_entropy
 from lmsys.parallel import group
@@ -251,7 +251,7 @@ class Subject:
         if compiled and self.shape != (point["context_length"], point["dtype"]):
             torch._dynamo.reset()  # its limit on recompilations is one for all shapes
             self.shape = point["context_length"], point["dtype"]
-        engine.autocast_dtype = point["dtype"] if point["dtype"] in ("bf16", "fp16") else "fp32"
+        engine.config = with_train(engine.config, dtype="fp32" if point["dtype"] == "tf32" else point["dtype"])
         scaled = point["dtype"] == "fp16"
         engine.scaler = torch.amp.GradScaler(self.device.type, init_scale=_FIRST_SCALE, enabled=scaled)
         if self.p.nvtx:
@@ -274,7 +274,7 @@ class Subject:
         numbers, batches = itertools.count(), Repeated((ids, targets))
 
         def forward() -> None:
-            with engine.phase("forward"), torch.no_grad(), autocast(self.device, engine.autocast_dtype):
+            with engine.phase("forward"), torch.no_grad(), autocast(self.device, engine.config.train.dtype):
                 engine.module(ids)
 
         def train() -> None:

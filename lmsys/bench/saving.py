@@ -24,7 +24,7 @@ from lmsys import cost
 from lmsys import train as training
 from lmsys.bench.experiment import Experiment, Parameters, Point, Row
 from lmsys.bench.measure import one_thread, quantiles
-from lmsys.config import PipelineConfig, build, model_size, to_dict
+from lmsys.config import PipelineConfig, build, model_size, to_dict, with_train
 from lmsys.device import device_name
 from lmsys.parallel import group
 from lmsys.train import checkpoint
@@ -88,7 +88,7 @@ def _time_a_run(
         "checkpointing_interval": 0 if mode == "none" else interval,
         "async_checkpoints": mode == "asynchronous",
     }
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, **settings))
+    config = with_train(config, **settings)
     vocabulary = config.model.vocab_size
     tokens = np.random.default_rng(config.train.seed).integers(vocabulary, size=200_000).astype(np.uint16)
     last: float | None = None

@@ -29,7 +29,7 @@ from lmsys.bench.experiment import (
     require_names,
     require_numbers,
 )
-from lmsys.config import PipelineConfig, require
+from lmsys.config import PipelineConfig, require, with_train
 from lmsys.train.log import COLUMNS
 
 _MARGIN = 0.97  # of the minutes: evaluations, samples and checkpoints on the way
@@ -149,8 +149,7 @@ def config_of(p: Parameters) -> PipelineConfig:
     config = cfg.pipeline_config(base, pipeline.DEFAULT_CONFIG, (*preset, *(p.overrides or ())), flags)
     if p.minutes is None:
         return config
-    train = dataclasses.replace(config.train, steps=max(1, config.optim.warmup_steps))
-    return dataclasses.replace(config, train=train)
+    return with_train(config, steps=max(1, config.optim.warmup_steps))
 
 
 def preset_here() -> str:
@@ -218,8 +217,7 @@ def run(p: Parameters, *, progress: bool = True) -> pipeline.PipelineResult:
             f"[plan] a step takes {1e3 * planned['step_s']:.4g} ms: {planned['steps']:,} steps in {p.minutes:g} "
             f"minutes, {planned['warmup_s']:.3g} s of which are gone"
         )
-    train = dataclasses.replace(config.train, steps=planned["steps"], resume=True)
-    return pipeline.run(dataclasses.replace(config, train=train), progress=progress)
+    return pipeline.run(with_train(config, steps=planned["steps"], resume=True), progress=progress)
 
 
 def measure_point(point: Point, p: Parameters) -> Measured:
