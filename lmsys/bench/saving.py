@@ -6,7 +6,6 @@ The runs have a process of their own, which has nothing else on the device; the 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import shutil
 import statistics
 import tempfile
