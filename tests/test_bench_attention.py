@@ -11,7 +11,6 @@ from lmsys import cost
 from lmsys.attention import Explanation
 from lmsys.attention.reference import reference_attention
 from lmsys.bench import ahead, attention, experiment, standings
-from lmsys.records import REPOSITORY, read_results
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU Triton runs nothing on the CPU")
 TRITON, PORTABLE = "flash_attention_triton", "flash_attention_triton (portable)"
@@ -128,11 +127,10 @@ def test_a_sweep_has_every_point_and_its_report(tmp_path):
     )
 
 
-@pytest.mark.parametrize("heads", [1, 4], ids=["plain", "grouped"])
-def test_a_wrong_kernel_is_an_error_row_and_not_a_time(monkeypatch, tmp_path, heads):
+def test_a_wrong_kernel_is_an_error_row_and_not_a_time(monkeypatch, tmp_path):
     """The check before the clock: a kernel that forgets the mask is caught, and one that is wrong in dv alone."""
-    shape = {"custom_tiers": ["32:32"], "heads": heads, "kv_heads": 1}
-    p = parameters(kernels=["vectorized_torch"], passes=["forward", "backward"], **shape)
+    passes = ["forward", "backward"]
+    p = parameters(kernels=["vectorized_torch"], passes=passes, custom_tiers=["32:32"], heads=4, kv_heads=1)
 
     def unmasked(q, k, v, *, causal, kernel):
         return reference_attention(q, k, v, causal=False)[0]
@@ -248,25 +246,12 @@ def test_compiling_ahead_covers_each_compilation_once(monkeypatch):
     assert attention._current.shape["q_len"] == 16
 
 
-def test_committed_results_are_whole():
-    frame = read_results(REPOSITORY / "artifacts" / "h200" / "attention_sweep_results.csv")
-    assert set(frame.dtype) == {"bf16"} and set(frame["pass"]) >= {"forward"} and not (frame.status == "error").any()
-    square = frame[(frame.q_len == frame.k_len) & (frame.head_dim == 64) & (frame.batch == 4) & (frame.heads == 12)]
-    assert {2048, 4096, 8192, 16384} <= set(square.q_len)
-
-
 # --- Standings ------------------------------------------------------------------------------------
 
-SPEEDS = {
-    "hopper": 525.0,
-    "portable": 410.0,
-    "torch_flex": 400.0,
-    "torch_sdpa_cudnn": 450.0,
-    "flash_attention_4": 500.0,
-}
+SPEEDS = {"hopper": 525, "portable": 410, "torch_flex": 400, "torch_sdpa_cudnn": 450, "flash_attention_4": 500}
 
 
-def full_frame(speed=lambda series, which, shape: SPEEDS.get(series, 300.0)):
+def full_frame(speed=lambda series, which, shape: SPEEDS.get(series, 300)):
     """Rows of a full sweep as on a Hopper GPU. speed: (path or kernel, pass, shape) -> TFLOP/s, or a status."""
     found = []
     p = parameters("full")
@@ -306,16 +291,14 @@ def test_slow_points_and_points_without_a_time():
         slow = shape["tier"] == "throughput" and (shape["q_len"], shape["head_dim"], shape["causal"]) == (512, 64, True)
         if series == "hopper" and slow:
             return 450.0 if which == "forward" else "error"
-        return SPEEDS.get(series, 300.0)
+        return SPEEDS.get(series, 300)
 
     rows = judged(full_frame(speed))
     forward, backward = (rows[TRITON, "flash_attention_4", which] for which in ("forward", "backward"))
     assert forward["geomean"] == pytest.approx(math.exp((35 * math.log(1.05) + math.log(0.9)) / 36))
     assert forward["least"] == pytest.approx(0.9) and forward["least_at"] == "512 tokens, head_dim 64, causal"
     assert backward["lost"] == 1 and backward["points"] == 35
-    no_peer = full_frame(
-        lambda series, *_: "unsupported" if series == "flash_attention_4" else SPEEDS.get(series, 300.0)
-    )
+    no_peer = full_frame(lambda series, *_: "oom" if series == "flash_attention_4" else SPEEDS.get(series, 300))
     assert not any(peer == "flash_attention_4" for _, peer, _ in judged(no_peer))
 
 

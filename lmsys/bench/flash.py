@@ -93,10 +93,7 @@ STEPS: dict[str, Step] = {
         ),
         Step("portable Triton", "one kernel: a tile's scores never leave the chip", _TRITON, {"path": "portable"}),
         Step(
-            "TMA",
-            "tiles are fetched by the TMA unit, through tensor descriptors",
-            _TRITON,
-            {"function": "tma_forward"},
+            "TMA", "tiles are fetched by the TMA unit, through tensor descriptors", _TRITON, {"function": "tma_forward"}
         ),
         Step(
             "warp specialization",
