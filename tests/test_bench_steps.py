@@ -285,7 +285,7 @@ class Event:
 
 
 def test_a_gpus_trace_tells_nccl_from_the_rest():
-    """Phases are those of the host when it launches, in any thread and in annotations within; shadows count for nothing."""
+    """Phases are those of the host when it launches, in any thread and in annotations within; shadows do not count."""
     launches = {1: 100, 2: 600, 3: 700, 4: 1050}
     events = [
         Event("lmsys.forward", 0, 500, gpu=False),

@@ -235,7 +235,7 @@ def spoiled(monkeypatch, draws: set[int], factor: float = math.nan):
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_skipped_steps_change_nothing_but_the_batch(tmp_path, monkeypatch, dtype):
-    """Skipping a step is training without it: the weights and the moments stay, later steps are the same after a resume."""
+    """Skipping a step is training without it: weights and moments stay, later steps are the same after a resume."""
     settings = {"on_bad_step": "skip", "steps": 12, "dtype": dtype, "checkpointing_interval": 4, "keep_checkpoints": 9}
     spoiled(monkeypatch, {2, 3, 7})
     whole = run(tmp_path / "whole", train=settings)
@@ -362,7 +362,7 @@ def test_an_error_at_the_end_is_told_and_one_beside_another_is_warned_of(tmp_pat
 
 
 def test_every_operation_of_a_save_can_be_the_last(tmp_path):
-    """A process that is killed ahead of any operation, in a new step and in one that is replaced, leaves a good checkpoint.
+    """A process killed ahead of any operation, in a new step and in one that is replaced, leaves a good checkpoint.
 
     Each kill is of a forked child: the save alone, its tensors ready.
     """

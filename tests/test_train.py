@@ -111,7 +111,7 @@ def test_only_the_newest_checkpoints_stay(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_exact_resume(tmp_path, dtype):
-    """An interrupted run, resumed, equals an uninterrupted one bit for bit; samples and evaluation do not disturb it."""
+    """An interrupted run, resumed, equals an uninterrupted one bit for bit; samples and evaluation disturb nothing."""
     settings = {"dtype": dtype, "gradient_accumulation_steps": 2}
     tokenizer = ByteTokenizer()
     whole = run(tmp_path / "whole", tokenizer=tokenizer, train=settings)
@@ -250,7 +250,7 @@ def test_settings_reach_the_optimizer():
 
 
 def test_fp16_skips_a_step_whose_gradients_overflow(tmp_path):
-    """A loss scale beyond fp16 makes the first gradients infinite: the weights stay, the scale halves, training goes on."""
+    """A loss scale beyond fp16 makes the first gradients infinite: weights stay, the scale falls, training goes on."""
     scales, weights = [], []
     make = loop.Engine
 

@@ -1,6 +1,6 @@
-"""Training in several processes: it computes what one process does on the whole batch; a fault ends it and spares the checkpoint.
+"""Training in several processes computes what one does on the whole batch; a fault ends it and spares the checkpoint.
 
-Real processes with Gloo. What leaves the group whole shares one start of two processes; a process that dies needs its own.
+Real processes with Gloo. What leaves the group whole shares a start of two processes; one that dies needs its own.
 """
 
 import functools
@@ -93,7 +93,7 @@ def alone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def together(alone, tmp_path_factory):
-    """What two processes did, by case: (history of rank 0, of rank 1) or (error of rank 0, of rank 1); and their folder."""
+    """What two processes did, by case: histories of ranks 0 and 1, or their errors; and their folder."""
     folder = tmp_path_factory.mktemp("together")
     for name in RESUMED:  # from step 9 of the one process
         shutil.copytree(alone[1], folder / name)
@@ -193,8 +193,7 @@ def test_bf16_reaches_the_wrapper(alone, together):
 
 
 def test_processes_skip_the_same_overflows(alone, together, monkeypatch):
-    """fp16 in two processes: both skip the same steps, one more than one process, as a token's gradient is twice as large in a batch
-    of half the size."""
+    """Both skip the same steps, one more than one process: a token's gradient is twice as large in half the batch."""
     monkeypatch.setattr(torch.amp.GradScaler, "__init__", large_scale(torch.amp.GradScaler.__init__))
     one = run(dtype="fp16")
     first, second = together[0]["fp16"]
@@ -207,7 +206,7 @@ def test_processes_skip_the_same_overflows(alone, together, monkeypatch):
 
 
 def test_a_run_goes_on_in_another_number_of_processes_and_after_a_kill(alone, together, tmp_path):
-    """Two processes up to step 3, one up to step 6, two up to step 9, where one is killed in mid-step; one to the end."""
+    """Two processes to step 3, one to step 6, two to step 9, where one is killed in mid-step; one to the end."""
     folder = together[1] / "resumed"
     with pytest.raises(Interrupted):
         run(folder, interrupt_at(7))
@@ -241,7 +240,7 @@ def killed_in_a_step(process, folder):
     [
         (
             "another global batch",
-            "ValueError: cannot resume from .*: a step has 16 sequences and had 8 .the number of processes is 2 and was 1;",
+            "ValueError: cannot resume from .*: a step has 16 sequences and had 8 .the number of processes is 2",
         ),
         ("another model on a rank", "ValueError: what train.. was given differs between processes: rank.s. 1 .*d_ff"),
         ("none", "ValueError: ddp_wrapper 'none' is for one process and this run has 2"),

@@ -537,8 +537,8 @@ def load_model(path: str | Path, *, attention_kernel: str = "vectorized_torch") 
     require(config.vocab_size is not None, f"{file} is damaged: its model_config has no vocab_size")
     require(
         config.num_layers <= len(weights) and model_parameters(config) <= 2 * sum(map(Tensor.numel, weights.values())),
-        f"the weights do not fit the model: {file} holds {len(weights)} tensors, too few for {config.num_layers} layers "
-        f"of d_model {config.d_model}",
+        f"the weights do not fit the model: {file} holds {len(weights)} tensors, too few for {config.num_layers} "
+        f"layers of d_model {config.d_model}",
     )  # before a model of any size is made
     model = TransformerLM(config, attention_kernel=attention_kernel)
     load_weights(model, weights)

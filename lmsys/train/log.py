@@ -93,8 +93,9 @@ def logged(run_dir: Path | None, step: float = math.inf) -> tuple[list[dict[str,
 def init_wandb(config: PipelineConfig, run_dir: str | Path) -> Any:
     """Start a Weights & Biases run whose files lie under run_dir.
 
-    WANDB_MODE decides, then wandb.mode; `auto` is online where the user is logged in and the server answers, else offline.
-    wandb reads its key from its own places; none passes through here. None where it is disabled, or not installed and not asked
+    WANDB_MODE decides, then wandb.mode; `auto` is online where the user is logged in and the server answers, else
+    offline. wandb reads its key from its own places; none passes through here. None where it is disabled, or not
+    installed and not asked
     to be online: the rows are in metrics.csv either way.
 
     Raises:
