@@ -24,13 +24,8 @@ import torch
 from lmsys import config as cfg
 from lmsys import cost, records
 from lmsys.config import PipelineConfig, require
-from lmsys.data import (
-    RandomTokenDataset,
-    TextFileDataset,
-    choose_mode,
-    input_file,
-    load_tokens,
-)
+from lmsys.data import RandomTokenDataset, TextFileDataset, load_tokens
+from lmsys.data.corpora import choose_mode, input_file
 from lmsys.data.stages import Stages, existing, prepare
 from lmsys.data.tokenizer import Tokenizer
 from lmsys.device import device_name, resolve_device

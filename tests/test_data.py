@@ -547,13 +547,3 @@ def test_text_file_dataset(tmp_path, text, tokenizer):
         data.TextFileDataset(tmp_path / "short.txt", tokenizer, context_length=64)
     with pytest.raises(ValueError, match=r"gone\.txt"):
         data.TextFileDataset(tmp_path / "gone.txt", tokenizer)
-
-
-def test_shards_are_contiguous_equal_views():
-    shards = [data.shard(TOKENS, rank, 3) for rank in range(3)]
-    assert [len(shard) for shard in shards] == [333] * 3
-    assert np.array_equal(np.concatenate(shards), TOKENS[:999]) and np.shares_memory(shards[1], TOKENS)
-    with pytest.raises(ValueError, match="rank 3"):
-        data.shard(TOKENS, 3, 3)
-    with pytest.raises(ValueError, match="cannot be shared"):
-        data.shard(TOKENS[:2], 0, 3)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
+from tqdm import tqdm
 
 from lmsys import records
 from lmsys.config import END_OF_TEXT, DataConfig, require
@@ -86,12 +87,11 @@ def choose_mode(config: DataConfig) -> tuple[str, str]:
     Raises:
         ValueError: a configured input is missing or empty.
     """
-    mode = config.dataset_mode
+    mode, text = config.dataset_mode, config.text_path
     if mode == "local_npy":
-        input_file(config.train_tokens_path, "data.train_tokens_path")
-        input_file(config.valid_tokens_path, "data.valid_tokens_path")
+        _token_inputs(config)
     if mode == "local_text":
-        _check_text_inputs(config)
+        _text_inputs(config)
     if mode != "auto":
         return mode, f"dataset_mode is '{mode}'"
 
@@ -99,29 +99,32 @@ def choose_mode(config: DataConfig) -> tuple[str, str]:
     missing = [path for path in token_paths if find_input(path) is None]
     if len(token_paths) == 2 and not missing:
         return "local_npy", f"dataset_mode is 'auto' and the token files {' and '.join(token_paths)} are there"
-    because = []
+    reason = "dataset_mode is 'auto', "
     if missing:
-        because.append(f"there is no token file {' or '.join(missing)}")
-    elif token_paths:
-        because.append(f"{token_paths[0]} is only one of the two token files")
+        reason += f"there is no token file {' or '.join(missing)}"
     else:
-        because.append("no token files are configured")
-
-    if config.text_path is not None and find_input(config.text_path) is not None:
-        _check_text_inputs(config)
-        return "local_text", f"dataset_mode is 'auto', {because[0]} and the text {config.text_path} is there"
-    because.append("no text is configured" if config.text_path is None else f"there is no text {config.text_path}")
-
+        reason += (
+            f"{token_paths[0]} is only one of the two token files" if token_paths else "no token files are configured"
+        )
+    if text is not None and find_input(text) is not None:
+        _text_inputs(config)
+        return "local_text", f"{reason} and the text {text} is there"
+    reason += ", no text is configured" if text is None else f", there is no text {text}"
     unreachable = tinystories_unreachable()
     if unreachable is None:
-        return "tinystories", f"dataset_mode is 'auto', {', '.join(because)} and TinyStories can be reached"
-    return "stories", f"dataset_mode is 'auto', {', '.join(because)} and TinyStories cannot be reached ({unreachable})"
+        return "tinystories", f"{reason} and TinyStories can be reached"
+    return "stories", f"{reason} and TinyStories cannot be reached ({unreachable})"
 
 
-def _check_text_inputs(config: DataConfig) -> None:
-    input_file(config.text_path, "data.text_path")
-    if config.valid_text_path is not None:
-        input_file(config.valid_text_path, "data.valid_text_path")
+def _token_inputs(config: DataConfig) -> tuple[Path, Path]:
+    return tuple(
+        input_file(getattr(config, name), f"data.{name}") for name in ("train_tokens_path", "valid_tokens_path")
+    )
+
+
+def _text_inputs(config: DataConfig) -> tuple[Path, Path | None]:
+    valid = config.valid_text_path
+    return input_file(config.text_path, "data.text_path"), valid and input_file(valid, "data.valid_text_path")
 
 
 def tinystories_unreachable(timeout_s: float = PROBE_SECONDS) -> str | None:
@@ -169,20 +172,19 @@ def prepare_corpus(config: DataConfig, folder: str | Path, *, progress: bool = T
     folder = Path(folder)
     mode, reason = choose_mode(config)
     if mode == "local_npy":
-        train = input_file(config.train_tokens_path, "data.train_tokens_path")
-        valid = input_file(config.valid_tokens_path, "data.valid_tokens_path")
+        train, valid = _token_inputs(config)
         load_tokens(train)
         load_tokens(valid)
         return Corpus(mode, reason, train_tokens=train, valid_tokens=valid)
     train, valid = folder / "train.txt", folder / "valid.txt"
     if mode == "local_text":
-        text = input_file(config.text_path, "data.text_path")
+        text, valid_text = _text_inputs(config)
         check_text(text)
-        if config.valid_text_path is not None:
-            train, valid = text, input_file(config.valid_text_path, "data.valid_text_path")
-            check_text(valid)
-        else:
+        if valid_text is None:
             _split_text(text, train, valid, config.valid_fraction)
+        else:
+            check_text(valid_text)
+            train, valid = text, valid_text
     elif mode == "tinystories":
         _download_tinystories(config, train, valid, progress)
     else:
@@ -310,9 +312,7 @@ def _stream_tinystories(split: str) -> Iterator[str]:
         ) from error
 
 
-def _bar(total: float | None, what: str, progress: bool):
-    from tqdm import tqdm
-
+def _bar(total: float | None, what: str, progress: bool) -> tqdm:
     total = None if total is None else round(total)
     return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=not progress)
 
@@ -445,23 +445,18 @@ class BatchSampler:
         rank: int = 0,
         world_size: int = 1,
     ):
-        require(batch_size >= 1, f"batch_size is {batch_size}; it must be at least 1")
-        require(context_length >= 1, f"context_length is {context_length}; it must be at least 1")
-        require(micro_batches >= 1, f"micro_batches is {micro_batches}; it must be at least 1")
+        sizes = {"batch_size": batch_size, "context_length": context_length, "micro_batches": micro_batches}
+        for name, size in sizes.items():
+            require(size >= 1, f"{name} is {size}; it must be at least 1")
         require(seed >= 0, f"the sampler's seed is {seed}; it must be 0 or more")
-        _check_rank(rank, world_size)
+        require(0 <= rank < world_size, f"rank {rank} is not one of the {world_size} ranks 0 to world_size - 1")
         _check_length(tokens, context_length, getattr(tokens, "filename", None) or "the token array")
-        self.tokens = tokens
-        self.batch_size = batch_size
-        self.context_length = context_length
-        self.micro_batches = micro_batches
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
+        self.tokens, self.batch_size, self.context_length = tokens, batch_size, context_length
+        self.micro_batches, self.seed, self.rank, self.world_size = micro_batches, seed, rank, world_size
         self.draws = 0
         self._blocks: list[
             np.ndarray
-        ] = []  # this rank's of the current draw that next() has still to give, the last first
+        ] = []  # of this rank and draw, those that next() has still to give, the last first
 
     def next(self) -> tuple[np.ndarray, np.ndarray]:
         """(inputs, targets), int64, shape (B, T) each; targets are inputs one token later."""
@@ -519,7 +514,7 @@ def sequential_batches(
     )
 
 
-# --- In memory, and by rank -----------------------------------------------------------------------
+# --- In memory ----------------------------------------------------------------------------------
 
 
 class RandomTokenDataset:
@@ -559,15 +554,3 @@ class TextFileDataset:
 
     def __len__(self) -> int:
         return len(self.tokens)
-
-
-def shard(tokens: np.ndarray, rank: int, world_size: int) -> np.ndarray:
-    """Rank's contiguous part of a token array, a view; all parts are len(tokens) // world_size long."""
-    _check_rank(rank, world_size)
-    size = len(tokens) // world_size
-    require(size >= 1, f"{len(tokens)} tokens cannot be shared among {world_size} ranks")
-    return tokens[rank * size : (rank + 1) * size]
-
-
-def _check_rank(rank: int, world_size: int) -> None:
-    require(0 <= rank < world_size, f"rank {rank} is not one of the {world_size} ranks 0 to world_size - 1")
