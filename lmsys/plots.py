@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from lmsys.records import atomic_path, significant, units
+from lmsys.records import atomic_path, significant
 
 
 def save(figure: Figure, path: str | Path, *, dpi: int = 140) -> Path:
@@ -47,135 +46,9 @@ def _log_lengths(axis, lengths) -> None:
     axis.set_xlabel("sequence length")
 
 
-# --- notebooks/lm_matrix, data_parallel, sharding -----------------------------------------------------
-
-WRAPPER_COLOURS = {
-    "none": "#999999",
-    "naive": "#56B4E9",
-    "flat": "#0072B2",
-    "overlap": "#009E73",
-    "flashddp": "#D55E00",
-    "flashddp+zero1": "#882255",
-    "torch_ddp": "#F0C808",
-    "fsdp": "#CC79A7",
-    "torch_fsdp2": "#E69F00",
-}
-PEER_WRAPPERS = ("torch_ddp", "torch_fsdp2")
-_STRATEGY_COLOURS = {"DP": "#0072B2", "FSDP": "#D55E00", "TP": "#009E73", "FSDP + TP": "#CC79A7"}
-
-
-def _wrapper_colour(name: str) -> str:
-    return WRAPPER_COLOURS.get(name, "#444444")
-
-
-def _setting(frame) -> str:
-    """What the rows of a training step have in common."""
-    compiled = "compiled block by block" if frame.compiled.all() else "eager"
-    return f"{', '.join(dict.fromkeys(frame['dtype']))}, {compiled}; {frame.device.iloc[0]}"
-
-
 def _memory_unit(values_mib) -> tuple[int, str]:
     """What to divide MiB by, and the unit that it gives."""
     return (1024, "GiB") if values_mib.max() >= 1024 else (1, "MiB")
-
-
-def step_timeline(traces) -> Figure:
-    """One traced step of each wrapper: its phases, when something computes and when something communicates."""
-    names = list(dict.fromkeys(traces.wrapper))
-    figure, axes = _figure(11.0, 1.35 * len(names) + 0.8, len(names))
-    lanes = {"phase": 2, "compute": 1, "communication": 0}
-    colours = {"forward": "#cccccc", "backward": "#999999", "optimizer": "#666666"}
-    longest = (traces.start_ms + traces.duration_ms).max()
-    for axis, name in zip(axes[:, 0], names, strict=True):
-        rows = traces[traces.wrapper == name]
-        for row in rows.itertuples():
-            own = colours.get(row.name, "#0072B2" if row.lane == "compute" else "#D55E00")
-            axis.broken_barh([(row.start_ms, row.duration_ms)], (lanes[row.lane] - 0.4, 0.8), facecolors=own)
-            if row.lane == "phase" and row.duration_ms > 0.04 * longest:
-                middle = row.start_ms + row.duration_ms / 2
-                axis.annotate(row.name, (middle, lanes["phase"]), ha="center", va="center", fontsize=7)
-        axis.set_yticks(list(lanes.values()), list(lanes), fontsize=8)
-        axis.set_ylim(-0.6, 2.6)
-        axis.set_xlim(0, longest)
-        axis.grid(False, axis="y")
-        axis.set_title(name, loc="left", fontsize=10)
-    axes[-1, 0].set_xlabel("ms from the beginning of the forward pass, under the profiler")
-    return figure
-
-
-def sharding_memory(memory) -> Figure:
-    """Memory of each sharding at each point of a step: bars as measured, a line as the formula says."""
-    points = list(dict.fromkeys(memory.point))
-    series = list(dict.fromkeys(zip(memory.sharding, memory.gpus, strict=True)))
-    colours = ["#999999", "#D55E00", "#882255", "#0072B2", "#CC79A7", "#E69F00", "#56B4E9", "#009E73"]
-    figure, axes = _figure(10.0, 4.6)
-    axis, width = axes[0, 0], 0.84 / max(1, len(series))
-    per, unit = _memory_unit(memory.measured_mib)
-    for i, (name, gpus) in enumerate(series):
-        rows = memory[(memory.sharding == name) & (memory.gpus == gpus)].set_index("point")
-        for j, point in enumerate(points):
-            if point not in rows.index:
-                continue
-            x = j + (i - (len(series) - 1) / 2) * width
-            label = name if gpus == 1 else f"{name}, {gpus} {units(memory)[1]}"
-            axis.bar(x, rows.measured_mib[point] / per, 0.92 * width, color=colours[i % len(colours)], label=label)
-            if not np.isnan(rows.predicted_mib[point]):
-                height = rows.predicted_mib[point] / per
-                axis.plot(
-                    [x - width / 2, x + width / 2], [height] * 2, color="black", linewidth=1.6, label="by formula"
-                )
-    axis.set_xticks(range(len(points)), points)
-    axis.set_ylabel(f"memory a {units(memory)[0]}, {unit}")
-    axis.set_title(memory["size"].iloc[0], loc="left", fontsize=10)
-    _legend(figure, axes.flat)
-    return figure
-
-
-def sharding_speed(frame) -> Figure:
-    """Time of a step and peak memory of each sharding, one against the other."""
-    ok = frame[frame.status == "ok"]
-    figure, axes = _figure(7.2, 4.6)
-    axis = axes[0, 0]
-    per, unit = _memory_unit(ok.peak_mib)
-    for row in ok.itertuples():
-        x, y = row.peak_mib / per, row.step_ms
-        axis.plot(x, y, "o", color=_wrapper_colour(row.wrapper), markersize=8)
-        name = row.sharding if row.gpus == 1 else f"{row.sharding}, {row.gpus} {units(frame)[1]}"
-        axis.annotate(f" {name}", (x, y), fontsize=8, va="bottom")
-    axis.set_xlim(0, 1.25 * ok.peak_mib.max() / per)
-    axis.set_ylim(0, 1.15 * ok.step_ms.max())
-    axis.set_xlabel(f"peak memory a {units(frame)[0]}, {unit}")
-    axis.set_ylabel("time of a step, ms")
-    axis.set_title(f"{ok['size'].iloc[0]}, {_setting(ok)}", loc="left", fontsize=10)
-    return figure
-
-
-def parallelism(frame) -> Figure:
-    """Calculated time of communication of each strategy beside that of computation, against the number of devices."""
-    passes = list(dict.fromkeys(frame["pass"]))
-    figure, axes = _figure(5.4 * len(passes), 4.4, 1, len(passes))
-    for axis, which in zip(axes[0], passes, strict=True):
-        rows = frame[frame["pass"] == which]
-        compute = rows.drop_duplicates("devices").sort_values("devices")
-        axis.plot(compute.devices, compute.compute_ms, color="black", linewidth=2, label="computation")
-        for strategy, group in rows[rows.communication_ms > 0].groupby("strategy", sort=False):
-            group = group.sort_values("devices")
-            axis.plot(
-                group.devices,
-                group.communication_ms,
-                color=_STRATEGY_COLOURS.get(strategy, "#444444"),
-                linestyle="--" if strategy == "DP" else "-",
-                marker="o",
-                markersize=3,
-                label=f"communication, {strategy}",
-            )
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
-        axis.set_xlabel("devices")
-        axis.set_ylabel("ms")
-        axis.set_title(f"{which.capitalize()}, {rows.tokens.iloc[0]:,.0f} tokens", loc="left", fontsize=10)
-    _legend(figure, axes.flat)
-    return figure
 
 
 _PRECISION_COLOURS = {

@@ -21,23 +21,13 @@ from typing import Any
 
 STATUSES = ("ok", "oom", "oom_skipped", "unsupported", "error")
 
-_STEP_COLUMNS = (
-    *("kernel", "wrapper", "gpus", "size", "context_length", "local_batch", "dtype", "compiled", "status"),
-    *("step_ms", "p20_ms", "p80_ms", "samples", "tokens_per_s", "mfu", "exposed_comm_ms", "peak_mib"),
-    *("scaling_efficiency", "final_loss"),
-)
 _METRICS_COLUMNS = (
     *("step", "tokens", "train_loss", "valid_loss", "learning_rate", "grad_norm", "tokens_per_s", "elapsed_s", "mfu"),
 )
-_TIMELINE_COLUMNS = ("wrapper", "lane", "name", "start_ms", "duration_ms")
 
 SCHEMAS: dict[str, tuple[str, ...]] = {
     "leaderboard_results": (*("board", "implementation", "gpus", "status", "median_ms", "samples", "mfu", "peak_mib"),),
     "pipeline_metrics": _METRICS_COLUMNS,
-    "sharding_results": ("sharding", *_STEP_COLUMNS),
-    "sharding_memory": ("sharding", "wrapper", "gpus", "size", "point", "status", "measured_mib", "predicted_mib"),
-    "sharding_timeline": _TIMELINE_COLUMNS,
-    "sharding_parallelism": ("strategy", "pass", "tokens", "devices", "compute_ms", "communication_ms", "bound"),
 }
 
 
