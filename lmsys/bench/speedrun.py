@@ -15,99 +15,21 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from lmsys import config as cfg
 from lmsys import cost, pipeline, records
-from lmsys.bench.experiment import (
-    Experiment,
-    Measured,
-    Notebook,
-    Parameters,
-    Point,
-    require_names,
-    require_numbers,
-)
+from lmsys.bench.experiment import Experiment, Measured, Notebook, Parameters, Point, require_names, require_numbers
 from lmsys.config import PipelineConfig, require, with_train
 from lmsys.train.log import COLUMNS
 
 _MARGIN = 0.97  # of the minutes: evaluations, samples and checkpoints on the way
 
-# Preset -> the pipeline's settings. t4 keeps to what a GPU of 16 GB and compute capability 7.5 can do: fp16 with a
-# gradient scaler in place of bf16, nothing that Triton compiles (it wants 8.0), and about 9 GB by the shapes: 0.6 of
-# state, 2.3 of logits, 6 of activations.
-PRESETS: dict[str, dict[str, Any]] = {
-    "h200": {
-        "data": {"text_mb": None},
-        "tokenizer": {"vocab_size": 10_000},
-        "model": {"d_model": 768, "d_ff": 2048, "num_layers": 12, "num_heads": 12, "context_length": 512},
-        "optim": {"learning_rate": 1e-3, "min_learning_rate": 1e-5, "warmup_steps": 200},
-        "train": {
-            "batch_size": 128,
-            "dtype": "bf16",
-            "step_preset": "fused",
-            "attention_kernel": "flash_attention_triton",
-            "eval_interval": 500,
-            "eval_batches": 10,
-            "sample_interval": 2000,
-            "checkpointing_interval": 2000,
-        },
-    },
-    "t4": {
-        "data": {"text_mb": None},
-        "tokenizer": {"vocab_size": 10_000},
-        "model": {"d_model": 512, "d_ff": 1344, "num_layers": 8, "num_heads": 8, "context_length": 256},
-        "optim": {"learning_rate": 1e-3, "min_learning_rate": 1e-5, "warmup_steps": 100},
-        "train": {
-            "batch_size": 64,
-            "dtype": "fp16",
-            "compile": False,
-            "attention_kernel": "vectorized_torch",
-            "eval_interval": 250,
-            "eval_batches": 10,
-            "sample_interval": 1000,
-            "checkpointing_interval": 500,
-        },
-    },
-    "cpu": {
-        "data": {"dataset_mode": "stories", "text_mb": 1.0},
-        "tokenizer": {"vocab_size": 512},
-        "model": {"d_model": 64, "d_ff": 192, "num_layers": 2, "num_heads": 2, "context_length": 64},
-        "optim": {"learning_rate": 5e-3, "min_learning_rate": 1e-4, "warmup_steps": 20},
-        "train": {
-            "batch_size": 8,
-            "dtype": "fp32",
-            "compile": False,
-            "attention_kernel": "vectorized_torch",
-            "eval_interval": 50,
-            "eval_batches": 4,
-            "sample_interval": 0,
-            "log_interval": 5,
-            "checkpointing_interval": 0,
-        },
-        "generate": {"max_new_tokens": 80, "temperature": 0.6},
-    },
-    "smoke": {
-        "data": {"dataset_mode": "stories", "text_mb": 0.1},
-        "tokenizer": {"vocab_size": 300},
-        "model": {"d_model": 16, "d_ff": 32, "num_layers": 2, "num_heads": 2, "context_length": 32},
-        "optim": {"learning_rate": 5e-3, "min_learning_rate": 1e-4, "warmup_steps": 5},
-        "train": {
-            "batch_size": 4,
-            "dtype": "fp16",
-            "compile": False,
-            "attention_kernel": "vectorized_torch",
-            "eval_interval": 10,
-            "eval_batches": 2,
-            "sample_interval": 0,
-            "log_interval": 1,
-            "checkpointing_interval": 0,
-        },
-        "generate": {"max_new_tokens": 16},
-    },
-}
-# --- Parameters -----------------------------------------------------------------------------------
+# Preset -> the pipeline's settings by section. t4 keeps to what a GPU of 16 GB and compute capability 7.5 can do: fp16
+# with a gradient scaler in place of bf16, nothing that Triton compiles (it wants 8.0), and about 9 GB by the shapes:
+# 0.6 of state, 2.3 of logits, 6 of activations.
+PRESETS: dict[str, dict[str, Any]] = cfg.read_json(Path(cfg.__file__).with_name("configs") / "speedrun_presets.json")
 
 
 def check(p: Parameters) -> None:
@@ -132,9 +54,8 @@ NOTEBOOK = Notebook("speedrun_tinystories", check)
 
 def config_of(p: Parameters) -> PipelineConfig:
     """The pipeline's config; with minutes, of the warm-up, from which the rest is planned."""
-    preset = [
-        f"{section}.{k}={json.dumps(v)}" for section, values in PRESETS[p.preset].items() for k, v in values.items()
-    ]
+    sections = PRESETS[p.preset]
+    preset = [f"{section}.{k}={json.dumps(v)}" for section in sections for k, v in sections[section].items()]
     flags: dict[str, Any] = {
         "run_dir": p.run_dir or f"runs/speedrun-{p.preset}",
         "data.dataset_mode": "local_text" if p.text_path else None,
@@ -153,10 +74,7 @@ def config_of(p: Parameters) -> PipelineConfig:
 
 
 def preset_here() -> str:
-    """The preset for this machine's GPU.
-
-    H200 from compute capability 8.0 and 40 GiB on, else t4; cpu where there is none.
-    """
+    """The preset of this machine: h200 for a GPU of compute capability 8.0 and 40 GiB or more, else t4; cpu without."""
     import torch
 
     if not torch.cuda.is_available():
@@ -168,8 +86,7 @@ def preset_here() -> str:
 # --- The run --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """How many steps the minutes are."""
 
     minutes: float
@@ -180,11 +97,9 @@ class Plan:
 
 
 def plan(minutes: float, warmup_steps: int, rows: Sequence[dict[str, Any]], *, compiles_again: bool = True) -> Plan:
-    """The plan from the rows of the warm-up's metrics.
+    """The plan from the rows of the warm-up's metrics, of which the first has the compilation and counts only if alone.
 
-    The first row, which has the compilation, does not count for a step's time where there are more. What the warm-up
-    took beyond its steps comes once more when the run goes on in new processes, which compile again; this one keeps
-    what it compiled.
+    What the warm-up took beyond its steps comes once more when the run goes on in new processes, which compile again.
     """
     seconds = []
     steps = [0, *(row["step"] for row in rows)]
@@ -210,8 +125,8 @@ def run(p: Parameters, *, progress: bool = True) -> pipeline.PipelineResult:
     if planned is None or planned["minutes"] != p.minutes:
         warm = pipeline.run(config, progress=progress)
         new_processes = (config.train.processes or 1) > 1
-        steps = plan(p.minutes, config.optim.warmup_steps, warm.history.rows, compiles_again=new_processes)
-        planned = dataclasses.asdict(steps)
+        warmup_steps, rows = config.optim.warmup_steps, warm.history.rows
+        planned = plan(p.minutes, warmup_steps, rows, compiles_again=new_processes)._asdict()
         records.write_json(path, planned)
         print(
             f"[plan] a step takes {1e3 * planned['step_s']:.4g} ms: {planned['steps']:,} steps in {p.minutes:g} "
@@ -259,8 +174,5 @@ SPEEDRUN = Experiment(
         "timer": "time.perf_counter around training, with its evaluations, samples and checkpoints",
         "config": cfg.to_dict(config_of(p)),
     },
-    tables={
-        "speedrun_metrics": COLUMNS,
-        "speedrun_samples": ("step", "prompt", "text"),
-    },
+    tables={"speedrun_metrics": COLUMNS, "speedrun_samples": ("step", "prompt", "text")},
 )
