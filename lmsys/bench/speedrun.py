@@ -12,7 +12,6 @@ their sizes, not tuned.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
