@@ -27,17 +27,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lmsys import cost, parallel, records
-from lmsys.bench import processes, steps
-from lmsys.bench.experiment import (
-    Experiment,
-    Measured,
-    Notebook,
-    Parameters,
-    Point,
-    Row,
-    require_names,
-    require_numbers,
-)
+from lmsys.bench import experiment, processes, steps
+from lmsys.bench.experiment import Experiment, Measured, Notebook, Parameters, Point, Row
 from lmsys.bench.measure import quantiles
 from lmsys.config import TrainConfig, model_size, require
 from lmsys.device import resolve_device
@@ -70,9 +61,9 @@ def check(p: Parameters) -> None:
     processes.settle(p, NOTEBOOK)
     p.studies = p.studies or [name for name in STUDIES if name != "captured" or on_gpus(p)]
     p.wrappers = p.wrappers or list(WRAPPERS)
-    require_names(p, {"studies": STUDIES, "wrappers": WRAPPERS})
-    require_numbers(p, dict.fromkeys(("batch", "context_length", "vocab_size", "steps", "timed_steps"), 1))
-    require_numbers(p, {"bucket_sizes_mb": 0})
+    experiment.require_names(p, {"studies": STUDIES, "wrappers": WRAPPERS})
+    experiment.require_numbers(p, dict.fromkeys(("batch", "context_length", "vocab_size", "steps", "timed_steps"), 1))
+    experiment.require_numbers(p, {"bucket_sizes_mb": 0})
     p.gpus = list(processes.process_counts(p.device, p.gpus))
     require(p.gpus[-1] > 1, f"gpus are {p.gpus}: data parallelism needs two or more, which this machine does not have")
 

@@ -11,6 +11,7 @@ learn, or token files.
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
@@ -18,17 +19,8 @@ import numpy as np
 
 from lmsys import parallel
 from lmsys.attention import get_kernel
-from lmsys.bench import steps
-from lmsys.bench.experiment import (
-    Experiment,
-    Measured,
-    Notebook,
-    Parameters,
-    Point,
-    Row,
-    require_names,
-    require_numbers,
-)
+from lmsys.bench import experiment, steps
+from lmsys.bench.experiment import Experiment, Measured, Notebook, Parameters, Point, Row
 from lmsys.bench.processes import process_counts
 from lmsys.config import DTYPES, ModelConfig, model_size, require
 from lmsys.device import device_name, resolve_device
@@ -36,7 +28,6 @@ from lmsys.parallel.group import Process
 
 LOSSES = "lm_matrix_losses"
 BRIEF = ("naive", "flashddp", "torch_ddp")  # wrappers of the kernels after a size's first, where none are given
-_WRAPPERS = ["naive", "flat", "overlap", "flashddp", "torch_ddp", "flashddp+zero1", "fsdp", "torch_fsdp2"]
 _TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}  # of a final loss, relative to that of one GPU
 _OWN_SHAPE = ("d_model", "d_ff", "num_layers", "num_heads")
 _OTHER = (4, 512)  # batch and context of sizes that SHAPES does not name
@@ -59,8 +50,10 @@ def check(p: Parameters) -> None:
     Raises:
         ValueError: an unknown name, a number out of range, tokens that do not fit the model.
     """
-    require_names(p, {"dtype": DTYPES})
-    require_numbers(p, dict.fromkeys(("steps", "timed_steps", "batch_size", "context_length", "vocab_size"), 1))
+    experiment.require_names(p, {"dtype": DTYPES})
+    experiment.require_numbers(
+        p, dict.fromkeys(("steps", "timed_steps", "batch_size", "context_length", "vocab_size"), 1)
+    )
     own = any(getattr(p, name) is not None for name in _OWN_SHAPE)
     require(not own or p.sizes is None, f"give sizes or a shape of your own ({', '.join(_OWN_SHAPE)}), not both")
     p.sizes = ["custom"] if own else list(SHAPES[p.scale]) if p.sizes is None else p.sizes
@@ -73,9 +66,9 @@ def check(p: Parameters) -> None:
     for kernel in p.kernels or ():
         get_kernel(kernel)
     p.gpus = list(process_counts(p.device, p.gpus))
-    batches = {size: (*_shape(p, size), model_of(p, size)) for size in p.sizes}
-    for path in filter(None, (p.train_path, p.val_path)):
-        _check_tokens(path, batches)
+    models = {size: model_of(p, size) for size in p.sizes}
+    for size, path in itertools.product(models, filter(None, (p.train_path, p.val_path))):
+        _check_tokens(path, models[size], _shape(p, size)[0])
     require(not (p.is_given("steps") and p.epochs is not None), "give steps or epochs, not both")
     if p.epochs is not None:
         require(p.train_path is not None, "epochs are passes over train_path, which is not given; give steps")
@@ -85,20 +78,15 @@ def check(p: Parameters) -> None:
         p.steps = max(1, math.ceil(p.epochs * tokens / (batch * length * max(p.gpus))))
 
 
-def _check_tokens(path: str, batches: dict[str, tuple[int, int, ModelConfig]]) -> None:
+def _check_tokens(path: str, model: ModelConfig, batch: int) -> None:
     require(Path(path).is_file(), f"no token file at {path}")
-    tokens = np.load(path, mmap_mode="r")
-    highest = int(tokens.max())
-    for batch, length, model in batches.values():
-        vocabulary = model.vocab_size
-        require(
-            highest < vocabulary,
-            f"{path} holds token id {highest}, outside the vocabulary of {vocabulary}; raise vocab_size",
-        )
-        require(
-            len(tokens) > batch * length,
-            f"{path} has {len(tokens)} tokens, no more than one batch of {batch} x {length}",
-        )
+    tokens, length = np.load(path, mmap_mode="r"), model.context_length
+    require(
+        (highest := int(tokens.max())) < model.vocab_size,
+        f"{path} holds token id {highest}, outside the vocabulary of {model.vocab_size}; raise vocab_size",
+    )
+    few = f"{path} has {len(tokens)} tokens, no more than one batch of {batch} x {length}"
+    require(len(tokens) > batch * length, few)
 
 
 def _shape(p: Parameters, size: str) -> tuple[int, int]:

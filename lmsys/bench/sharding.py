@@ -22,16 +22,7 @@ import torch
 
 from lmsys import cost, parallel, records
 from lmsys.bench import collectives, experiment, processes, steps, timeline
-from lmsys.bench.experiment import (
-    Experiment,
-    Measured,
-    Notebook,
-    Parameters,
-    Point,
-    Row,
-    require_names,
-    require_numbers,
-)
+from lmsys.bench.experiment import Experiment, Measured, Notebook, Parameters, Point, Row
 from lmsys.bench.measure import DTYPES, measure
 from lmsys.config import ModelConfig, model_size, require
 from lmsys.device import device_name, resolve_device
@@ -60,8 +51,8 @@ def check(p: Parameters) -> None:
     """
     processes.settle(p, NOTEBOOK)
     p.variants = [name for name in VARIANTS if name != ONE] if p.variants is None else p.variants
-    require_names(p, {"variants": [name for name in VARIANTS if name != ONE]})
-    require_numbers(p, dict.fromkeys(("batch", "context_length", "vocab_size", "steps", "timed_steps"), 1))
+    experiment.require_names(p, {"variants": [name for name in VARIANTS if name != ONE]})
+    experiment.require_numbers(p, dict.fromkeys(("batch", "context_length", "vocab_size", "steps", "timed_steps"), 1))
     p.gpus = list(processes.process_counts(p.device, p.gpus))
     require(p.gpus[-1] > 1, f"gpus are {p.gpus}: sharding needs two or more, which this machine does not have")
 
