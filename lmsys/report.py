@@ -5,9 +5,7 @@ As a Sphinx extension (named in _config.yml) this module writes formulas as Math
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import inspect
 import json
 import os
 import re
@@ -15,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -185,43 +183,17 @@ def without_paths(text: str) -> str:
     return re.sub(rf"{re.escape(str(Path.home()))}(?=/|\b)", "~", text) if Path.home() != Path("/") else text
 
 
-def take_parameters(
-    function: Callable, namespace: Mapping[str, Any], also: Sequence[str] = ("machine",)
-) -> dict[str, Any]:
-    """A notebook's parameters, as arguments of a function of the package.
-
-    Args:
-        function: its argument names are the parameters that the notebook may be given.
-        namespace: the notebook's globals().
-        also: parameters that the notebook uses by itself.
-    Raises:
-        ValueError: papermill was given a parameter that the function does not have.
-    """
-    known = list(inspect.signature(function).parameters)
-    for source in namespace.get("In", ()):
-        if source.startswith("# Parameters"):  # the cell that papermill injects
-            for statement in ast.parse(source).body:
-                for target in getattr(statement, "targets", ()):
-                    if target.id not in (*known, *also):
-                        raise unknown_name("notebook parameter", target.id, [*known, *also])
-    return {name: namespace[name] for name in known if name in namespace}
-
-
-def show(settings: Any) -> Any:
+def show(config: Any) -> Any:
     """A config dataclass as what a notebook displays: a Markdown table, a line for each setting or section."""
     from IPython.display import Markdown
 
     def text(value: Any) -> str:
-        if dataclasses.is_dataclass(value):
-            pairs = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
-            return ", ".join(f"{name} {text(item)}" for name, item in pairs if item is not None)
-        if isinstance(value, tuple):  # of values, or of options, each of them pairs
-            return ", ".join(f"`{records.option_text(item) if isinstance(item, tuple) else item}`" for item in value)
-        return f"`{value}`"
+        if isinstance(value, dict):
+            return ", ".join(f"{name} {text(item)}" for name, item in value.items() if item is not None)
+        return ", ".join(f"`{item}`" for item in (value if isinstance(value, tuple) else (value,)))
 
-    values = [(field.name, getattr(settings, field.name)) for field in dataclasses.fields(settings)]
-    lines = [{"setting": name, "value": text(value)} for name, value in values if value is not None]
-    return Markdown(records.markdown_table(lines))
+    values = dataclasses.asdict(config).items()
+    return Markdown(records.markdown_table({"setting": name, "value": text(value)} for name, value in values))
 
 
 def say(sentences: Iterable[str]) -> None:
