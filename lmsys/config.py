@@ -411,8 +411,8 @@ def pipeline_preset(scale: str) -> dict[str, Any]:
             "data": {"text_mb": 5.0},
             "tokenizer": {"vocab_size": 1024},
             # Some 80 s on two cores, to a validation loss of 0.79 (300 steps of 3 layers of 96 at a context of 128: 2.10,
-            # and few sentences are whole). Beside it, at 1,500 steps: learning rate 1e-2 0.77, 1.5e-2 0.84; 3 layers of
-            # 96 0.80; 2,600 steps of batch 2 0.81; width 160, 1,300 steps 0.79; 1,200 steps 0.85, with tied embeddings 1.06.
+            # and few sentences are whole). Beside it, 1,500 steps: learning rate 1e-2 0.77, 1.5e-2 0.84; 3 layers of 96
+            # 0.80. 1,300 steps, width 160: 0.79. 2,600 steps of batch 2: 0.81. 1,200 steps: 0.85, embeddings tied 1.06.
             "model": {"d_model": 128, "d_ff": 344, "num_layers": 2, "num_heads": 4, "context_length": 256},
             "optim": {"learning_rate": 6e-3, "min_learning_rate": 3e-4, "warmup_steps": 60},
             "train": {
