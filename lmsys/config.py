@@ -410,7 +410,7 @@ def pipeline_preset(scale: str) -> dict[str, Any]:
             "run_dir": "runs/pipeline-cpu",
             "data": {"text_mb": 5.0},
             "tokenizer": {"vocab_size": 1024},
-            # Some 80 s on two cores, to a validation loss of 0.79 (300 steps of 3 layers of 96 at a context of 128: 2.10,
+            # 80 s on two cores, to a validation loss of 0.79 (300 steps of 3 layers of 96 at a context of 128: 2.1,
             # and few sentences are whole). Beside it, 1,500 steps: learning rate 1e-2 0.77, 1.5e-2 0.84; 3 layers of 96
             # 0.80. 1,300 steps, width 160: 0.79. 2,600 steps of batch 2: 0.81. 1,200 steps: 0.85, embeddings tied 1.06.
             "model": {"d_model": 128, "d_ff": 344, "num_layers": 2, "num_heads": 4, "context_length": 256},
