@@ -438,10 +438,3 @@ def test_compare_refuses_what_it_cannot_compare(tmp_path, capsys):
         assert main(["compare", a, str(tmp_path / other)]) == 2
         assert message in capsys.readouterr().err
     assert main(["compare", a, a, "--threshold", "-1"]) == 2
-
-
-@pytest.mark.parametrize("command", ["benchmark", "compare"])
-def test_help(command, capsys):
-    with pytest.raises(SystemExit) as ended:
-        main([command, "--help"])
-    assert ended.value.code == 0 and f"python -m lmsys {command}" in capsys.readouterr().out

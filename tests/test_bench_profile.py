@@ -251,7 +251,8 @@ def test_the_commands_for_nsight_systems_are_commands(monkeypatch):
     With the CPU for a GPU, each names the ranges of the step, attention and its backward pass.
     """
     from lmsys import __main__ as cli
-    from lmsys.bench import ranges
+    from lmsys import report
+    from lmsys.bench import experiment, model, ranges
 
     profiled, *stats = profile.nsys_commands(parameters(contexts=[8, 16]))
     assert profiled.startswith("nsys profile --trace=cuda,nvtx ") and len(stats) == 2
@@ -259,5 +260,9 @@ def test_the_commands_for_nsight_systems_are_commands(monkeypatch):
     push = ranges.push
     monkeypatch.setattr(ranges, "push", lambda name: (pushed.append(name), push(name)))
     arguments = profiled.split("python -m lmsys ")[1].split()
+    given = {}
+    monkeypatch.setattr(report, "run_notebook", lambda name, **options: given.update(options, name=name))
     assert cli.main([*arguments, "--warmup", "1", "--steps", "1", "--device", "cpu", "--scale", "smoke"]) == 0
+    assert given["name"] == model.NOTEBOOK.name
+    experiment.run(model.RESULTS, model.NOTEBOOK.parameters(given["parameters"]))
     assert {"attention", "scores", "softmax", "values", "backward softmax", "backward scores", "block 0"} <= set(pushed)

@@ -15,7 +15,7 @@ import pytest
 from lmsys import records, report
 from lmsys.__main__ import main
 
-COMMANDS = ["pipeline", "train", "generate", "attention-sweep", "bench-tokenizer", "report"]
+COMMANDS = ["pipeline", "compare", "benchmark", "train", "generate", "attention-sweep", "bench-tokenizer", "report"]
 SMOKE = ["pipeline", "--scale", "smoke"]
 
 
