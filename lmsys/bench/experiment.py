@@ -413,8 +413,8 @@ def _row(point: Point, measured: Row, experiment: Experiment, device: Any) -> Ro
 
 
 def _kept(path: Path, experiment: Experiment, device: Any, keep: Callable[[Row], bool]) -> list[Row]:
-    """Rows of the earlier results that stay. ValueError where they are of another device or version."""
-    from lmsys.device import device_name
+    """Rows of the earlier results that stay. ValueError where they are of another machine's device or version."""
+    from lmsys.device import device_name, resolve_device
 
     if not path.exists():
         return []
@@ -424,7 +424,8 @@ def _kept(path: Path, experiment: Experiment, device: Any, keep: Callable[[Row],
         list(frame.columns) == list(experiment.columns), f"the columns of {path} are not those of this version; {again}"
     )
     rows = [row for row in frame.to_dict("records") if keep(row)]
-    devices = {row["device"] for row in rows if "device" in row} - {device_name(device)}
+    here = {device_name(one) for one in (device, resolve_device("auto"), resolve_device("cpu"))}
+    devices = {row["device"] for row in rows if "device" in row} - here
     require(
         not devices, f"{path} was measured on {', '.join(map(str, devices))}, this is {device_name(device)}; {again}"
     )

@@ -15,11 +15,7 @@ shows that all of this works; such rows say that they are not the board's.
 
 from __future__ import annotations
 
-import contextlib
-import csv
-import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,8 +56,12 @@ def check(p: Parameters) -> None:
     known = {BOARD: tuple(KERNELS), board_2026.BOARD: board_2026.IMPLEMENTATIONS}
     require_names(p, {"board": known})
     require_names(p, {"implementations": [name for board in p.board for name in known[board]]})
+    require_numbers(p, {"warmup_ms": 1, "rep_ms": 1, "timed_steps": 1, "margin_gib": 0})
     p.board_kernels = [name for name in p.implementations or () if name in KERNELS]
-    require_numbers(p, {"warmup_ms": 1, "rep_ms": 1})
+    if p.plan:
+        p.board = []
+    if board_2026.BOARD in p.board:
+        board_2026.parameters(p)
 
 
 NOTEBOOK = Notebook("leaderboard", check)
@@ -161,64 +161,30 @@ def of_board(frame, board: str):
 
 
 def table(frame):
-    """The 2025 board, fastest first; `ours beside it`: a peer's time over that of the fastest of ours, with a verdict."""
+    """A board, fastest first; `ours beside it`: a peer's time over that of the fastest of ours, with a verdict."""
+    ours = {name for name, kernel in KERNELS.items() if kernel.ours} | {"lmsys"}
     frame = frame.sort_values("median_ms", na_position="last")
-    frame = frame.assign(
-        path=frame.path.astype(object).fillna("").astype(str), note=frame.note.astype(object).fillna("").astype(str)
-    )
+    frame = frame.assign(**frame[["path", "note"]].astype(object).fillna(""))
     timed = (frame.status == "ok") & ~frame.note.str.contains(_INTERPRETED)
-    ours = frame.implementation.map(lambda name: KERNELS[name].ours)
-    best = next(frame[ours & timed].itertuples(), None)
+    best = next((row for _, row in frame[frame.implementation.isin(ours) & timed].iterrows()), None)
 
     def beside(row: Any) -> str:
-        if KERNELS[row.implementation].ours or best is None or row.status != "ok":
-            return "ours" if KERNELS[row.implementation].ours else ""
-        within = records.within_spread(best.median_ms - row.median_ms, best, row)
-        word = "within noise" if within else "ahead" if best.median_ms < row.median_ms else "behind"
-        return f"{row.median_ms / best.median_ms:.2f}, {word}"
+        if row.implementation in ours or best is None or row.status != "ok":
+            return "ours" if row.implementation in ours else ""
+        return f"{row.median_ms / best.median_ms:.2f}, {records.verdict(row, best)}"
 
-    steps = [
-        records.spread(r.median_ms, r.p20_ms, r.p80_ms) if r.status == "ok" else r.status for r in frame.itertuples()
+    rows = [row for _, row in frame.iterrows()]
+    steps = [records.spread(r.median_ms, r.p20_ms, r.p80_ms) if r.status == "ok" else r.status for r in rows]
+    frame = frame.assign(**{"step, ms": steps, "ours beside it": [beside(row) for row in rows]})
+    columns = [
+        "implementation",
+        "path",
+        "step, ms",
+        "ours beside it",
+        "predicted_ms",
+        "bare_ms",
+        "tokens_per_s",
+        "tflops",
     ]
-    frame = frame.assign(**{"step, ms": steps, "ours beside it": [beside(row) for row in frame.itertuples()]})
-    columns = ["implementation", "path", "step, ms", "ours beside it", "bare_ms", "tflops", "mfu", "peak_mib", "note"]
+    columns += ["mfu", "peak_mib", "predicted_peak_mib", "loss", "error", "error_pytorch", "plan", "rates", "note"]
     return frame[columns].dropna(axis=1, how="all")
-
-
-# --- For board_2026, until it stands on the engine ------------------------------------------------
-
-EXTRA_COLUMNS = COLUMNS[8:]
-
-
-@contextlib.contextmanager
-def writer(
-    board: str, folder: str | Path, *, method: dict[str, Any], parameters: dict[str, Any]
-) -> Iterator[records.ResultWriter]:
-    """Write a board's rows to leaderboard_results.csv; those of the other boards stay, their stamp goes to `others`."""
-    path = Path(folder) / f"{NAME}.csv"
-    stays, others = [], {}
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            stays = [row for row in csv.DictReader(file) if row["board"] != board]
-        if stays and path.with_suffix(".json").exists():
-            stamp = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-            earlier = stamp["parameters"].pop("others", {})
-            others = {name: earlier.get(name, stamp) for name in sorted({row["board"] for row in stays})}
-    if others:
-        parameters = parameters | {"others": others}
-    with records.ResultWriter(NAME, folder, method=method, parameters=parameters, extra_columns=EXTRA_COLUMNS) as out:
-        for row in stays:
-            out.write({name: value for name, value in row.items() if name in out.columns})
-        yield out
-
-
-def read(folder: str | Path, board: str):
-    """A board's rows of a folder's leaderboard_results.csv, as a DataFrame."""
-    frame = of_board(records.read_results(Path(folder) / f"{NAME}.csv"), board)
-    return frame.assign(compiled=frame.compiled.map(lambda value: str(value).lower() == "true"))
-
-
-def public(board: str) -> str:
-    """The public board's best entry, in a sentence."""
-    time_ms, hardware = PUBLIC[board]
-    return f"Context: the best verified entry of the public board of {board} takes {time_ms:,.6g} ms, on {hardware}.\n"

@@ -8,15 +8,20 @@ that either loads the other's weights.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
+from lmsys import parallel
 from lmsys.config import ModelConfig, PipelineConfig
 from lmsys.data import BatchSampler
 from lmsys.model import TransformerLM
 from lmsys.step.optimizer import parameter_groups
-from lmsys.train.engine import autocast, to_device
+from lmsys.train.engine import AUTOCAST, autocast, to_device
 
 
 class Attention(nn.Module):
@@ -81,7 +86,10 @@ class NativeLM(nn.Module):
         x = self.token_embeddings(ids)
         for layer in self.layers:
             x = layer(x, self.cos[: ids.shape[1]], self.sin[: ids.shape[1]])
-        logits = self.lm_head(self.ln_final(x))
+        return self.loss(self.ln_final(x), targets)
+
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        logits = self.lm_head(x)
         return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1))
 
 
@@ -96,18 +104,25 @@ class NativeStep:
         torch.manual_seed(config.train.seed)
         with device:
             weights = TransformerLM(config.model).state_dict()
-            self.model = NativeLM(config.model)
+            self.model = self.make_model(config)
         self.model.load_state_dict(weights)
-        self.module = self.model
-        self.forward = torch.compile(self.model, dynamic=False) if config.train.compile else self.model
+        del weights
+        self.module, self.forward = self.prepared(config)
         optim = config.optim
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, optim.weight_decay),
+            parameter_groups(self.module, optim.weight_decay),
             lr=optim.learning_rate,
             betas=(optim.beta1, optim.beta2),
             eps=optim.eps,
             fused=True,
         )
+
+    def make_model(self, config: PipelineConfig) -> NativeLM:
+        return NativeLM(config.model)
+
+    def prepared(self, config: PipelineConfig) -> tuple[nn.Module, nn.Module]:
+        """What holds the parameters, and what is called."""
+        return self.model, torch.compile(self.model, dynamic=False) if config.train.compile else self.model
 
     def accumulate(self, sampler: BatchSampler) -> Tensor:
         inputs, targets = (to_device(array, self.device) for array in sampler.next())
@@ -117,12 +132,70 @@ class NativeStep:
         return loss.detach()
 
     def update(self, learning_rate: float) -> Tensor:
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.max_grad_norm)
+        norm = self.clip(self.config.optim.max_grad_norm)
         for options in self.optimizer.param_groups:
             options["lr"] = learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
+    def clip(self, max_norm: float) -> Tensor:
+        return nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
+
     def close(self) -> None:
         """Nothing is kept from step to step."""
+
+
+class ChunkedLM(NativeLM):
+    """NativeLM whose loss never has more than `chunk` tokens' logits."""
+
+    chunk = 4096
+
+    def __init__(self, config: ModelConfig, compiled: bool = False):
+        super().__init__(config)
+        self.chunk_loss = torch.compile(chunk_loss, dynamic=False) if compiled else chunk_loss
+
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        parts = (tensor.flatten(0, 1).split(self.chunk) for tensor in (x, targets))
+        losses = [
+            checkpoint(self.chunk_loss, hidden, self.lm_head.weight, target, use_reentrant=False)
+            for hidden, target in zip(*parts, strict=True)
+        ]
+        return torch.stack(losses).sum() / targets.numel()
+
+
+def chunk_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
+
+
+class FullyShardedStep(NativeStep):
+    """The peer's training on several GPUs, for a model that one does not hold.
+
+    FSDP2, cuDNN attention, each block compiled and checkpointed, the loss in compiled chunks; weights, gradients and
+    moments in the config's dtype.
+    """
+
+    def make_model(self, config: PipelineConfig) -> NativeLM:
+        return ChunkedLM(config.model, bool(config.train.compile))
+
+    def prepared(self, config: PipelineConfig) -> tuple[nn.Module, nn.Module]:
+        from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.to(AUTOCAST.get(config.train.dtype, torch.float32))
+        for index, layer in enumerate(self.model.layers):
+            layer = checkpoint_wrapper(layer, preserve_rng_state=False)
+            self.model.layers[index] = torch.compile(layer, dynamic=False) if config.train.compile else layer
+        module = parallel.wrap(self.model, "torch_fsdp2")
+        return module, module
+
+    def accumulate(self, sampler: BatchSampler) -> Tensor:
+        on_gpu = self.device.type == "cuda"
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if on_gpu else nullcontext():  # forward and backward
+            loss = self.module(*(to_device(array, self.device) for array in sampler.next()))
+            loss.backward()
+        self.module.finish_gradient_synchronization()
+        return loss.detach()
+
+    def clip(self, max_norm: float) -> Tensor:
+        return self.module.clip_grad_norm_(max_norm)

@@ -108,7 +108,7 @@ def measure_step(
         options: further arguments of the engine (prepare, options of the wrapper) or of the peer.
     Returns:
         on rank 0 (elsewhere the same or None), JSON values: losses (of the loss steps, means over the whole batch),
-        valid_loss, times_ms; backward_ms and finish_ms of uncaptured steps, the backward pass and the wait after it;
+        ready_s, from here to their end; valid_loss, times_ms; backward_ms and finish_ms of uncaptured steps, the backward pass and the wait after it;
         quiet_ms, steps without communication, of replicas; memory (bytes by POINTS) and peak_bytes, both over what was
         there before; host_ms, of a step that begins on an idle GPU; clock and power (PowerWatch); timeline. A time is
         the largest over the ranks; a loss step sees as many sequences on one GPU as on all.
@@ -164,6 +164,7 @@ class Subject:
         **options: Any,
     ):
         self.process, self.config, self.device, self.shares = process, config, process.device, shares
+        self._start = time.perf_counter()
         _forget_compiled(config, make)
         release(self.device)
         gc.freeze()  # what was imported and compiled, which the collector and live_bytes() need not look through
@@ -191,7 +192,7 @@ class Subject:
         self.engine.capture_after = max(graphs.WARMUP, plan.loss_steps)
         watched = self.device if self.process.rank == 0 else torch.device("cpu")
         with PowerWatch(watched) as watch:
-            result = self._losses(plan)
+            result = self._losses(plan) | {"ready_s": time.perf_counter() - self._start}
             if valid_tokens is not None:
                 count = plan.eval_batches * self.process.world_size * self.shares
                 result["valid_loss"] = self.engine.evaluate(_loaded(valid_tokens), count)
