@@ -26,7 +26,6 @@ _METRICS_COLUMNS = (
 )
 
 SCHEMAS: dict[str, tuple[str, ...]] = {
-    "leaderboard_results": (*("board", "implementation", "gpus", "status", "median_ms", "samples", "mfu", "peak_mib"),),
     "pipeline_metrics": _METRICS_COLUMNS,
 }
 
