@@ -224,24 +224,6 @@ def cell(value: Any) -> Any:
     return value
 
 
-def option_text(options: Iterable[tuple[str, Any]]) -> str:
-    """Options, pairs of a name and a value, as a cell: layout=flat communication_dtype=bf16."""
-    return " ".join(f"{name}={value:g}" if type(value) is float else f"{name}={value}" for name, value in options)
-
-
-CAPTURED = (("captured", True),)  # before a wrapper's options: the step is one CUDA graph
-
-
-def captured(frame):
-    """Which rows are of captured steps."""
-    return frame.options.fillna("").astype(str).str.startswith(option_text(CAPTURED))
-
-
-def own_options(options: Any) -> str:
-    """The wrapper's options in a cell, which is NaN where it is empty."""
-    return options.removeprefix(option_text(CAPTURED)).strip() if isinstance(options, str) else ""
-
-
 def significant(value: float, digits: int = 3) -> str:
     """A number with so many significant digits or, where that is more, all before the point; never in exponent form: 0.00812, 3.50, 1,084."""
     if value == 0 or not math.isfinite(value):

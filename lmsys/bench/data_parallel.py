@@ -26,7 +26,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from lmsys import cost, parallel, records
+from lmsys import cost, parallel
 from lmsys.bench import experiment, processes, steps
 from lmsys.bench.experiment import Experiment, Measured, Notebook, Parameters, Point, Row
 from lmsys.bench.measure import quantiles
@@ -163,7 +163,8 @@ def _point(
         **settings,
     )
     point = steps.step_point(config, size, gpus=gpus, processes=in_processes)
-    point["options"] = records.option_text((*(records.CAPTURED * captured), *options.items()))
+    named = [f"{name}={value:g}" if type(value) is float else f"{name}={value}" for name, value in options.items()]
+    point["options"] = " ".join(["captured=True"] * captured + named)
     point["wrapper_options"] = {name: value for name, value in options.items() if name not in settings}
     if "transport" in takes:
         point["bucket_mb"] = float(options.get("bucket_size_mb", BUCKET_MB[settings["transport"]]))
