@@ -54,7 +54,7 @@ class Engine:
         model, module, optimizer: the plain model, the wrapped one, and what updates it.
         phase: a context around each part of a step, by name: forward, backward, synchronize, optimizer (clipping too).
         capture_after: steps before the passes are captured, where train.cuda_graph is set.
-        autocast_dtype: train.dtype, which a benchmark of several may change between steps.
+        config: a benchmark may change train.dtype between steps (lmsys.config.with_train).
     """
 
     def __init__(
@@ -68,8 +68,8 @@ class Engine:
     ):
         settings = config.train
         self.config, self.device = config, device
+        self.capture_after = graphs.WARMUP
         self.phase: Callable[[str], AbstractContextManager] = lambda name: nullcontext()
-        self.capture_after, self.autocast_dtype = graphs.WARMUP, settings.dtype
         self._passes: dict[_Part, graphs.GraphedPass] = {}
         self._steps = 0  # that this engine has taken
         if settings.cuda_graph:
@@ -142,7 +142,7 @@ class Engine:
     def _pass(self, part: _Part, inputs: Tensor, targets: Tensor) -> Tensor:
         """Forward and backward over a batch, and the synchronization of gradients. Returns its share of the loss."""
         with self.strategy.sync() if part.communicates else self.strategy.no_sync():
-            with self.phase("forward"), autocast(self.device, self.autocast_dtype):
+            with self.phase("forward"), autocast(self.device, self.config.train.dtype):
                 loss = self._loss(inputs, targets) / part.share
             with self.phase("backward"):
                 self.scaler.scale(loss).backward()
