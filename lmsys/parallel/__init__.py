@@ -2,17 +2,15 @@
 
 A wrapper makes replicas of a module in several processes train as one: it broadcasts parameters and buffers from rank
 0, and its finish_gradient_synchronization(), called after backward and before the optimizer step, leaves every process
-with the gradients' mean. `none` is one process and leaves the module as it is.
-
-What others need to know of a wrapper is data in its entry; nobody tests its name. A new wrapper is an entry here and a
-module beside this one. Importing this imports no torch.
+with the gradients' mean. What others need to know of a wrapper is data in its entry; nobody tests its name. A new
+wrapper is an entry here and a module beside this one. Importing this imports no torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +28,7 @@ class Wrapper:
     """One entry of WRAPPERS.
 
     Attributes:
-        wrap: (module, **options) -> the module to train.
+        source: MODULE.NAME of lmsys.parallel: (module, **options) -> the module to train; empty: the module as it is.
         label, colour: in tables and figures. peer: PyTorch's own, which ours are compared with.
         many_processes: True: needs more than one process; False: is for exactly one.
         options: settings of train that are arguments of its own.
@@ -43,7 +41,7 @@ class Wrapper:
     """
 
     description: str
-    wrap: Callable[..., nn.Module]
+    source: str
     label: str
     colour: str
     peer: bool = False
@@ -66,80 +64,35 @@ class Wrapper:
         return not self.sharded
 
 
-def _lazy(module: str, name: str) -> Callable[..., nn.Module]:
-    """What `name` of lmsys.parallel.MODULE makes of a module; imported with its first call, torch.distributed too."""
-
-    def wrap(wrapped: nn.Module, **options: Any) -> nn.Module:
-        return getattr(importlib.import_module(f"lmsys.parallel.{module}"), name)(wrapped, **options)
-
-    return wrap
-
-
 WRAPPERS: dict[str, Wrapper] = {
-    "none": Wrapper(
-        "one process, nothing to synchronize",
-        lambda module: module,
-        label="one process",
-        colour="#999999",
-        many_processes=False,
-    ),
+    "none": Wrapper("one process, nothing to synchronize", "", "one process", "#999999", many_processes=False),
     "naive": Wrapper(
-        "one all-reduce a parameter, after backward",
-        _lazy("ddp", "Naive"),
-        label="naive",
-        colour="#56B4E9",
-        message="parameter",
-        overlaps=False,
+        "one all-reduce a parameter, after backward", "ddp.Naive", "naive", "#56B4E9", message="parameter", overlaps=False
     ),
     "flat": Wrapper(
-        "one all-reduce of all gradients, after backward",
-        _lazy("ddp", "Flat"),
-        label="flat",
-        colour="#0072B2",
-        message="all",
-        overlaps=False,
+        "one all-reduce of all gradients, after backward", "ddp.Flat", "flat", "#0072B2", message="all", overlaps=False
     ),
     "overlap": Wrapper(
-        "one asynchronous all-reduce a parameter, during backward",
-        _lazy("ddp", "Overlap"),
-        label="overlap",
-        colour="#009E73",
-        options=("communication_dtype",),
-        message="parameter",
+        "one asynchronous all-reduce a parameter, during backward", "ddp.Overlap", "overlap", "#009E73",
+        options=("communication_dtype",), message="parameter",
     ),
     "flashddp": Wrapper(
-        "buckets in order of arrival, during backward",
-        _lazy("ddp", "FlashDDP"),
-        label="FlashDDP",
-        colour="#D55E00",
+        "buckets in order of arrival, during backward", "ddp.FlashDDP", "FlashDDP", "#D55E00",
         options=("bucket_size_mb", "communication_dtype", "transport"),
         captured_options={"transport": "auto"},  # copies are the fastest once the host does not launch each
     ),
     "torch_ddp": Wrapper(
-        "torch's DistributedDataParallel",
-        _lazy("ddp", "TorchDDP"),
-        label="PyTorch DDP",
-        colour="#F0C808",
-        peer=True,
-        options=("bucket_size_mb", "communication_dtype"),
+        "torch's DistributedDataParallel", "ddp.TorchDDP", "PyTorch DDP", "#F0C808",
+        peer=True, options=("bucket_size_mb", "communication_dtype"),
     ),
     "fsdp": Wrapper(
-        "fully sharded parameters, gradients and optimizer state",
-        _lazy("fsdp", "fully_shard"),
-        label="FSDP",
-        colour="#CC79A7",
-        sharded=True,
+        "fully sharded parameters, gradients and optimizer state", "fsdp.fully_shard", "FSDP", "#CC79A7", sharded=True
     ),
     "torch_fsdp2": Wrapper(
-        "torch's fully_shard",
-        _lazy("fsdp", "torch_fsdp2"),
-        label="PyTorch FSDP2",
-        colour="#E69F00",
-        peer=True,
-        sharded=True,
-        plain_tensors=False,
+        "torch's fully_shard", "fsdp.torch_fsdp2", "PyTorch FSDP2", "#E69F00",
+        peer=True, sharded=True, plain_tensors=False,
     ),
-}
+}  # fmt: skip
 
 
 def get_wrapper(name: str) -> Wrapper:
@@ -180,4 +133,8 @@ def check_wrapper(name: str, world_size: int) -> None:
 
 def wrap(module: nn.Module, wrapper: str, **options: Any) -> nn.Module:
     """The module under a wrapper of WRAPPERS; for `none`, the module itself. Call check_wrapper first."""
-    return get_wrapper(wrapper).wrap(module, **options)
+    source = get_wrapper(wrapper).source
+    if not source:
+        return module
+    file, name = source.split(".")
+    return getattr(importlib.import_module(f"lmsys.parallel.{file}"), name)(module, **options)

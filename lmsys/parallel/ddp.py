@@ -1,21 +1,15 @@
 """Data parallel training: replicas of a module that average their gradients, four ways, each one idea beyond the last.
 
-    naive     after backward, one blocking all-reduce a parameter
-    flat      after backward, all gradients copied into one buffer, one all-reduce
-    overlap   during backward, one asynchronous all-reduce a parameter, started when its gradient is there
-    flashddp  overlap with buckets: one launch for some 25 MB of gradients
-    torch_ddp torch's DistributedDataParallel behind the same interface: the peer
-
-Sources: Li et al., "PyTorch Distributed", arXiv 2006.15704 (buckets, overlap, unused parameters). Different here:
+Naive, Flat, Overlap and FlashDDP are ours; TorchDDP is the peer. Source: Li et al., "PyTorch Distributed", arXiv
+2006.15704 (buckets, overlap, unused parameters). Different here:
 - Buckets are filled in the order in which gradients arrived in the first backward pass of rank 0, not of registration.
 - The memory of gradients is autograd's own. A bucket of layout "grouped" is one NCCL launch over tensors that stay
-  where they are; no buffer outlives the step or is zeroed for the next. Layout "flat" copies a full bucket once, into
-  one buffer that then holds its gradients.
-- Among GPUs of one machine their copy engines can carry the bytes (lmsys.parallel.copy_engine), in place of kernels of
-  NCCL, which take SMs from backward.
+  where they are; no buffer outlives the step. Layout "flat" copies a full bucket once, into a buffer that is then its
+  gradients.
+- Among GPUs of one machine their copy engines can carry the bytes (lmsys.parallel.copy_engine).
 - Whether any rank used a parameter travels with the last bucket; only a rank that left one unused waits to read it.
 
-What all of them do. Parameters and buffers are broadcast from rank 0 at the start, after checking that all ranks have
+Parameters and buffers are broadcast from rank 0 at the start, after checking that all ranks have
 the same ones. finish_gradient_synchronization(), called after backward and before clipping or the optimizer step,
 leaves every rank with the mean over ranks in .grad; a rank that did not use a parameter counts as zero; where no rank
 used it, .grad is None, as with one process. All but the last backward pass of a step run under no_sync(), whose
@@ -43,8 +37,7 @@ from torch import Tensor, nn
 from lmsys.config import TRANSPORTS
 from lmsys.parallel import copy_engine, shards
 from lmsys.parallel.copy_engine import CopyEngine
-from lmsys.parallel.group import broadcast_from_rank0, check_initialized, check_same_everywhere
-from lmsys.parallel.hooks import on_gradient
+from lmsys.parallel.group import broadcast_from_rank0, check_initialized, check_same_everywhere, gather_objects
 
 LAYOUTS = ("grouped", "flat")
 BUCKET_MB = {"nccl": 25.0, "copy_engine": 100.0}  # of flashddp by default; a copy engine's message costs the host more
@@ -77,12 +70,8 @@ class AllReduce:
             work.wait()
         return work
 
-    def close(self) -> AllReduce:
-        """End a step. Unlike copy engines this has no rounds: to wait for the end is nothing."""
-        return self
-
-    def wait(self) -> None:
-        """See close."""
+    def close(self) -> None:
+        """Nothing: unlike copy engines this has no rounds to end."""
 
 
 class DataParallel(nn.Module):
@@ -99,54 +88,46 @@ class DataParallel(nn.Module):
         check_initialized(type(self).__name__)
         self.group = dist.group.WORLD if group is None else group
         self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self._check(module)
+        self._device = self._check(module)
         make_replicas(module, self.group)
         self.module = module
         self._synchronizes = True
         self._check_batches = check_batches
         self._batch_shape: torch.Size | None = None  # of the first forward pass
         self._batch_agreed = not check_batches
-        self._device = self.trained[0].device
         self._transport: AllReduce | CopyEngine = AllReduce(self.group)
         self._arrived = bytearray(len(self.trained))  # gradients of this step, by index
         for index, parameter in enumerate(self.trained):
-            on_gradient(parameter, self._on_gradient, index)
+            shards.on_gradient(parameter, self._on_gradient, index)
 
-    def _check(self, module: nn.Module) -> None:
+    def _check(self, module: nn.Module) -> torch.device:
+        """The module's one device."""
         name = type(self).__name__
         if not self.trained:
             raise ValueError(f"{name}: the module has no parameter that requires a gradient")
         devices = {parameter.device for parameter in module.parameters()}
-        if len(devices) > 1:
-            raise ValueError(f"{name}: the parameters lie on {', '.join(map(str, devices))}; move them to one device")
-        (device,) = devices
-        if dist.get_backend(self.group) == "nccl" and device.type != "cuda":
-            raise ValueError(
-                f"{name}: the process group is NCCL's and the module is on {device}; move it to the process's GPU"
-            )
+        is_nccl = dist.get_backend(self.group) == "nccl"
+        if len(devices) > 1 or (is_nccl and next(iter(devices)).type != "cuda"):
+            where = ", ".join(map(str, devices))
+            raise ValueError(f"{name}: the parameters lie on {where}; move them to one device, with NCCL a GPU")
         for path, part in module.named_modules():
             if getattr(part, "sparse", False) is True:
-                raise ValueError(
-                    f"{name}: '{path}' has sparse gradients, which are not averaged here; build it with sparse=False"
-                )
+                raise ValueError(f"{name}: '{path}' has sparse gradients; build it with sparse=False")
+        return devices.pop()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's."""
         if self._check_batches and torch.is_grad_enabled():
-            self._check_batch([*args, *kwargs.values()])
+            shapes = (value.shape for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            shape = next(shapes, self._batch_shape)
+            if self._batch_shape not in (None, shape):
+                raise ValueError(
+                    f"this batch has shape {tuple(shape)}, the first had {tuple(self._batch_shape)}: all ranks weigh "
+                    "alike in the mean of gradients; drop an incomplete last batch, or give check_batches=False if "
+                    "every rank changes shape in the same step"
+                )
+            self._batch_shape = shape
         return self.module(*args, **kwargs)
-
-    def _check_batch(self, values: list[Any]) -> None:
-        shape = next((value.shape for value in values if isinstance(value, Tensor)), None)
-        if shape is None or shape == self._batch_shape:
-            return
-        if self._batch_shape is not None:
-            raise ValueError(
-                f"this batch has shape {tuple(shape)}, the first had {tuple(self._batch_shape)}: all ranks weigh "
-                "alike in the mean of gradients, so their batches must have one shape; drop an incomplete last batch, "
-                "or give check_batches=False if every rank changes shape in the same step"
-            )
-        self._batch_shape = shape
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -163,9 +144,8 @@ class DataParallel(nn.Module):
             return
         if self._arrived[index]:
             raise RuntimeError(
-                "a second backward pass reached a gradient that may be on its way: call "
-                "finish_gradient_synchronization() after each, or put all but the last backward pass of a step under "
-                "no_sync()"
+                "a second backward pass: call finish_gradient_synchronization() after each, or put all but the last of "
+                "a step under no_sync()"
             )
         self._arrived[index] = 1
         self._gradient_arrived(index)
@@ -184,7 +164,7 @@ class DataParallel(nn.Module):
             check_same_everywhere(str(shape), "the shape of the batch", self.group, "drop an incomplete last batch")
             self._batch_agreed = True
         self._synchronize()
-        self._arrived[:] = bytes(len(self._arrived))
+        self._arrived = bytearray(len(self.trained))
 
     def _synchronize(self) -> None:
         used, flags = self._use()
@@ -193,7 +173,6 @@ class DataParallel(nn.Module):
         self._drop_unused(used, flags)
 
     def _average(self) -> None:
-        """Average all gradients."""
         raise NotImplementedError
 
     def _use(self) -> tuple[list[bool], Tensor]:
@@ -253,10 +232,13 @@ class _Bucket:
 
     def __init__(self, parameters: list[nn.Parameter]):
         self.parameters = parameters
-        self.missing = len(parameters)  # gradients that this step's backward has not delivered yet
+        self.reset()
+
+    def reset(self) -> None:
+        self.missing = len(self.parameters)  # gradients that this step's backward has not delivered yet
         self.sent: list[Tensor] = []  # what the collective works on, kept until it has ended
         self.views: list[Tensor] = []  # the gradients therein; after them, in the last bucket, the parameters used
-        self.work: Any = None  # its wait() orders the current stream after the collective
+        self.work: Any = None  # the collective
 
 
 class FlashDDP(DataParallel):
@@ -267,9 +249,9 @@ class FlashDDP(DataParallel):
     leaves at once, after those before it: all ranks must start collectives in one order, so a bucket that waits for a
     parameter unused on this rank holds back those after it until finish_gradient_synchronization().
 
-    Streams. The collective waits for what was enqueued on the stream of backward, runs on NCCL's own stream beside the
-    rest of backward, and finish makes the current stream, not the host, wait for it. Until then the Work and the bucket
-    hold the tensors, so the allocator cannot hand their memory to anyone; after it, the stream orders reuse.
+    The collective waits for what was enqueued on the stream of backward, runs on NCCL's own stream, and finish makes
+    the current stream, not the host, wait for it. Until then the bucket holds the tensors; after it, the stream orders
+    the reuse of their memory.
 
     Args:
         bucket_size_mb: in 10^6 bytes of gradients as they travel: a bucket is full once it holds that many; 0: a
@@ -303,15 +285,11 @@ class FlashDDP(DataParallel):
             if value not in known:
                 raise ValueError(f"{name} is '{value}'; it must be {' or '.join(known)}")
         if communication_dtype is not None and not communication_dtype.is_floating_point:
-            raise ValueError(
-                f"communication_dtype is {communication_dtype}; it must be a floating-point dtype, or None"
-            )
+            raise ValueError(f"communication_dtype is {communication_dtype}; give a floating-point dtype, or None")
         super().__init__(module, group=group, check_batches=check_batches)
         tuned = min_ctas is not None or max_ctas is not None or high_priority
         if tuned and transport == "copy_engine":
-            raise ValueError(
-                "min_ctas, max_ctas and high_priority are NCCL's; leave them out, or give transport='nccl'"
-            )
+            raise ValueError("min_ctas, max_ctas and high_priority are NCCL's; give transport='nccl'")
         if tuned:
             self.group = _tuned_group(self.group, min_ctas, max_ctas, high_priority)
             self._transport = AllReduce(self.group)
@@ -327,7 +305,7 @@ class FlashDDP(DataParallel):
         self._in_place = layout == "grouped"
         self._communication_dtype = communication_dtype
         self._arrivals: list[int] = []  # of the first backward pass
-        self._bucket_of: list[_Bucket] = []  # by a parameter's index; empty until the first step's end
+        self._bucket_of: dict[int, _Bucket] = {}  # by a parameter's index; empty until the first step's end
         self._buckets: list[_Bucket] = []  # in the order in which they leave
         self._sent: list[_Bucket] = []  # the first of them, which have left in this step
 
@@ -373,7 +351,6 @@ class FlashDDP(DataParallel):
     def _synchronize(self) -> None:
         if not self._buckets:
             self._make_buckets()
-        used: list[bool] = []
         left = self._buckets[len(self._sent) :]
         if left:
             used, flags = self._use()
@@ -385,23 +362,22 @@ class FlashDDP(DataParallel):
             if bucket.views[0].dtype != bucket.parameters[0].dtype:
                 gradients = [parameter.grad for parameter in bucket.parameters]
                 torch._foreach_copy_(gradients, bucket.views[: len(gradients)])
-        closed.wait()
+        if closed is not None:
+            closed.wait()
         if left:
             self._drop_unused(used, self._buckets[-1].views[-1])
         for bucket in self._buckets:
-            bucket.missing, bucket.work = len(bucket.parameters), None
-            bucket.sent, bucket.views = [], []
+            bucket.reset()
         self._sent.clear()
 
     def _make_buckets(self) -> None:
         """Cut rank 0's order of arrival into buckets. What did not arrive there comes last, later registered first."""
         arrived = set(self._arrivals)
         order = self._arrivals + [index for index in reversed(range(len(self.trained))) if index not in arrived]
-        agreed = torch.tensor(order, device=self._device)
-        broadcast_from_rank0([agreed], self.group)
+        order = gather_objects(order, self.group)[0]
         parts: list[list[int]] = []
         filling: dict[torch.dtype, tuple[list[int], int]] = {}  # the bucket that a dtype fills, and its bytes
-        for index in agreed.tolist():
+        for index in order:
             parameter = self.trained[index]
             size = parameter.numel() * (self._communication_dtype or parameter.dtype).itemsize
             part, filled = filling.get(parameter.dtype, ([], 0))
@@ -410,15 +386,9 @@ class FlashDDP(DataParallel):
                 parts.append(part)
             part.append(index)
             filling[parameter.dtype] = part, filled + size
-        place = {index: position for position, index in enumerate(agreed.tolist())}
-        parts.sort(key=lambda part: place[part[-1]])  # a bucket leaves when its last gradient is there
-        self._bucket_of = [None] * len(self.trained)
-        for part in parts:
-            bucket = _Bucket([self.trained[index] for index in part])
-            self._buckets.append(bucket)
-            for index in part:
-                self._bucket_of[index] = bucket
-        self._arrivals = []
+        parts.sort(key=lambda part: order.index(part[-1]))  # a bucket leaves when its last gradient is there
+        self._buckets = [_Bucket([self.trained[index] for index in part]) for part in parts]
+        self._bucket_of = {index: bucket for part, bucket in zip(parts, self._buckets, strict=True) for index in part}
 
 
 class Overlap(FlashDDP):
@@ -426,14 +396,6 @@ class Overlap(FlashDDP):
 
     def __init__(self, module: nn.Module, **options: Any):
         super().__init__(module, bucket_size_mb=0, **options)
-
-
-# How torch's wrapper is told not to broadcast buffers at each forward pass: renamed in torch 2.13.
-_NO_BUFFERS = (
-    "forward_sync_buffers"
-    if "forward_sync_buffers" in inspect.signature(nn.parallel.DistributedDataParallel).parameters
-    else "broadcast_buffers"
-)
 
 
 class TorchDDP(nn.parallel.DistributedDataParallel):
@@ -456,18 +418,13 @@ class TorchDDP(nn.parallel.DistributedDataParallel):
     ):
         from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
-        hooks = {
-            None: None,
-            torch.bfloat16: default_hooks.bf16_compress_hook,
-            torch.float16: default_hooks.fp16_compress_hook,
-        }
-        if communication_dtype not in hooks:
-            raise ValueError(
-                f"torch_ddp: communication_dtype is {communication_dtype}; it must be bfloat16, float16 or None"
-            )
+        hooks = {torch.bfloat16: default_hooks.bf16_compress_hook, torch.float16: default_hooks.fp16_compress_hook}
+        if communication_dtype not in (None, *hooks):
+            raise ValueError(f"torch_ddp: communication_dtype is {communication_dtype}; give bfloat16, float16 or None")
         if communication_dtype == torch.bfloat16 and dist.get_backend(group) != "nccl":
             raise ValueError("torch_ddp communicates in bfloat16 with NCCL only, on GPUs; give float16 or None")
         make_replicas(module, group)  # torch before 2.13 leaves buffers alone where it does not send them at each step
+        is_new = "forward_sync_buffers" in inspect.signature(nn.parallel.DistributedDataParallel).parameters
         device = next(module.parameters()).device
         super().__init__(
             module,
@@ -476,7 +433,7 @@ class TorchDDP(nn.parallel.DistributedDataParallel):
             bucket_cap_mb=bucket_size_mb,
             gradient_as_bucket_view=True,
             find_unused_parameters=find_unused,
-            **{_NO_BUFFERS: False},
+            **{"forward_sync_buffers" if is_new else "broadcast_buffers": False},  # not at each step
         )
         if communication_dtype is not None:
             self.register_comm_hook(group, hooks[communication_dtype])
@@ -498,12 +455,9 @@ def _pack(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[T
     sizes = [-(-tensor.numel() // unit) * unit for tensor in tensors]
     buffer = torch.empty(sum(sizes), dtype=dtype, device=tensors[0].device)
     views = []
-    for piece, tensor, size in zip(buffer.split(sizes), tensors, sizes, strict=True):
-        count = tensor.numel()
-        if count < size:
-            piece[count:].zero_()
-            piece = piece[:count]
-        views.append(piece.view_as(tensor))
+    for piece, tensor in zip(buffer.split(sizes), tensors, strict=True):
+        piece[tensor.numel() :].zero_()
+        views.append(piece[: tensor.numel()].view_as(tensor))
     torch._foreach_copy_(views, list(tensors))
     return buffer, views
 

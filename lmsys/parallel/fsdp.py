@@ -51,7 +51,6 @@ from torch import Tensor, nn
 from lmsys.parallel import shards
 from lmsys.parallel.fsdp_state import Flat, ShardedState
 from lmsys.parallel.group import broadcast_from_rank0, check_initialized, check_same_everywhere, gather_objects
-from lmsys.parallel.hooks import on_gradient
 from lmsys.parallel.shards import MeanInFlight
 
 # Vector-only modules of torch that do not take an input of another dtype than their weights' on every device.
@@ -174,7 +173,7 @@ class FullyShardedModule(ShardedState):
         self._trained = [flat for flat in self._flats if flat.requires_grad]
         for flat in self._trained:
             for parameter in flat.parameters:
-                on_gradient(parameter, self._gradient_arrived)
+                shards.on_gradient(parameter, self._gradient_arrived)
 
         self._order: list[_Unit] = []  # blocks as the last forward pass called them
         self._called: list[_Unit] = []  # in the pass that runs

@@ -1,11 +1,9 @@
 """Processes: the group that trains together, how it is started, and how it ends when one of its processes fails.
 
-process_group() is for a program under torchrun, on one node or several; spawn() starts processes on this machine and
-returns what they computed; launch() runs torchrun itself and streams what it prints. Each process has one device: GPU
-LOCAL_RANK with NCCL, or the CPU with Gloo. A process that fails tells its error once, before it leaves the group: the
-others then lose a peer, which is a consequence and is not reported beside the cause. Nobody waits for a peer that is
-gone: Gloo's sockets close, NCCL's communicators are aborted, and spawn() and torchrun end what is left. Only a process
-that hangs without failing is found by timeout_s alone.
+Each process has one device: GPU LOCAL_RANK with NCCL, or the CPU with Gloo. A process that fails tells its error once,
+before it leaves the group: the others then lose a peer, a consequence that is not reported beside the cause. Nobody
+waits for a peer that is gone: Gloo's sockets close, NCCL's communicators are aborted, and spawn() and torchrun end what
+is left. Only a process that hangs without failing is found by timeout_s alone.
 """
 
 from __future__ import annotations
@@ -42,7 +40,6 @@ TIMEOUT_S = 600.0  # of one collective operation; torch's own for NCCL
 _GRACE_S = 1.0  # how long spawn collects other ranks' errors after the first, to report the one that came first
 _EXIT_S = 20.0  # a process that failed is gone after this, whatever its threads and its GPU do
 _LAST_LINES = 20  # of a failed run's output, in the error where nothing better is known
-_DEVICES = ("auto", "cpu", "cuda")
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 # In the output of a run that failed: our line; where torchrun's own report begins, and its root cause.
 _FAILED = re.compile(r"rank (\d+) of \d+ failed: .*")
@@ -74,9 +71,7 @@ class RankError(RuntimeError):
 
 def current(group: dist.ProcessGroup | None = None) -> tuple[int, int]:
     """Rank and number of processes in a group (None: all); 0 and 1 where no group has been initialized."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(group), dist.get_world_size(group)
-    return 0, 1
+    return (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
 
 
 # --- Under torchrun -------------------------------------------------------------------------------
@@ -99,9 +94,8 @@ def process_group(device: str = "auto", timeout_s: float = TIMEOUT_S) -> Iterato
     if process.world_size == 1:
         yield process
         return
-    store, _, _ = next(
-        dist.rendezvous("env://", process.rank, process.world_size, timeout=timedelta(seconds=timeout_s))
-    )
+    limit = timedelta(seconds=timeout_s)
+    store, _, _ = next(dist.rendezvous("env://", process.rank, process.world_size, timeout=limit))
     try:
         _join(process, store, timeout_s)
         yield process
@@ -115,29 +109,23 @@ def process_group(device: str = "auto", timeout_s: float = TIMEOUT_S) -> Iterato
 
 def _from_environment(device: str) -> Process:
     """The process that torchrun's variables describe. ValueError where they or the device cannot work."""
-    if dist.is_initialized():
-        raise ValueError(
-            "this process already has a process group; call process_group once, or destroy the other first"
-        )
     if "RANK" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":
         return Process(0, 0, 1, 1, _device(device, 0, 1), "")
     needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in needed if name not in os.environ]
+    fix = "start the program with torchrun, which sets all of them, or unset them for one process"
+    given = {name: os.environ[name] for name in needed if name in os.environ}
+    missing = [name for name in needed if name not in given]
     if missing:
-        present = ", ".join(name for name in needed if name in os.environ)
-        raise ValueError(
-            f"the environment has {present} but not {', '.join(missing)}; start the program with torchrun, which sets "
-            "all of them, or unset them for one process"
-        )
+        raise ValueError(f"the environment has {', '.join(given)} but not {', '.join(missing)}; {fix}")
     try:
-        rank, world_size, local_rank, local_world_size = (int(os.environ[name]) for name in needed[:4])
+        rank, world_size, local_rank, local_world_size = (int(given[name]) for name in needed[:4])
     except ValueError:
-        given = ", ".join(f"{name}={os.environ[name]!r}" for name in needed[:4])
-        raise ValueError(f"{given}: these must be integers; start the program with torchrun, which sets them") from None
+        numbers = ", ".join(f"{name}={given[name]!r}" for name in needed[:4])
+        raise ValueError(f"{numbers}: these must be integers; {fix}") from None
     if not (0 <= rank < world_size and 0 <= local_rank < local_world_size <= world_size):
         raise ValueError(
             f"RANK={rank} of WORLD_SIZE={world_size} and LOCAL_RANK={local_rank} of "
-            f"LOCAL_WORLD_SIZE={local_world_size} do not go together; start the program with torchrun, which sets them"
+            f"LOCAL_WORLD_SIZE={local_world_size} do not go together; {fix}"
         )
     try:
         where = _device(device, local_rank, local_world_size)
@@ -151,10 +139,10 @@ def _from_environment(device: str) -> Process:
 
 def _device(device: str, local_rank: int, local_world_size: int) -> torch.device:
     """The device of a local rank. ValueError where there is none, or fewer GPUs than processes."""
-    if device not in _DEVICES:
+    if device not in ("auto", "cpu", "cuda"):
         raise ValueError(
             f"device '{device}' cannot be given to {local_world_size} process(es), each of which takes the GPU of its "
-            f"local rank; give {', '.join(_DEVICES)}"
+            "local rank; give auto, cpu, cuda"
         )
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cuda" and count == 0:
@@ -276,7 +264,7 @@ def spawn(
     notebook), and arguments and results must pickle. Processes on the CPU share its threads.
 
     Args:
-        device: auto (GPUs if there are any), cpu or cuda.
+        device: as process_group's.
         timeout_s: of the whole call and, if it is shorter than TIMEOUT_S, of a collective operation; None: no limit.
     Raises:
         ValueError: more processes than GPUs, or a function that another process cannot import.
@@ -306,7 +294,7 @@ def spawn(
             ours, theirs = starts.Pipe(duplex=False)
             process = Process(rank, rank, world_size, world_size, where, _BACKENDS[where.type])
             arguments = (payload, theirs, process, store.port, collective_s, threads)
-            processes.append(starts.Process(target=_rank_main, args=arguments, name=f"rank {rank}"))
+            processes.append(starts.Process(target=_rank_main, args=arguments))
             processes[-1].start()
             theirs.close()
             connections[ours] = rank
@@ -344,7 +332,7 @@ def _collect(
         if not ready:
             if failures:
                 break
-            running = ", ".join(str(rank) for rank in connections.values())
+            running = ", ".join(map(str, connections.values()))
             raise TimeoutError(
                 f"rank(s) {running} of {world_size} were still running after {timeout_s:g} s; all are stopped"
             )
@@ -369,9 +357,8 @@ def _collect(
 
 def _ended(rank: int, world_size: int, process: Any) -> _Failure:
     """What to say of a process that ended without a word."""
-    at = time.monotonic()
+    at, name = time.monotonic(), f"rank {rank} of {world_size}"
     process.join()
-    name = f"rank {rank} of {world_size}"
     if process.exitcode < 0:
         return _Failure(False, at, rank, _killed(name, -process.exitcode), -process.exitcode)
     return _Failure(False, at, rank, f"{name} exited with code {process.exitcode} and no result")
@@ -436,21 +423,18 @@ def launch(
         RankError: the run failed; says the first error, or the last lines where none was recognized.
     """
     if processes < 1 or nodes < 1 or not 0 <= node_rank < nodes:
-        raise ValueError(
-            f"{processes} processes on node {node_rank} of {nodes}: each must be 1 or more, ranks count from 0"
-        )
+        raise ValueError(f"{processes} processes on node {node_rank} of {nodes}: give 1 or more, ranks count from 0")
     if (nodes > 1) != (rendezvous is not None):
         raise ValueError(
-            f"{nodes} node(s) with rendezvous {rendezvous}: several nodes need the HOST:PORT where they meet, one "
-            "needs none"
+            f"{nodes} node(s) with rendezvous {rendezvous}: several nodes need the HOST:PORT, one needs none"
         )
     where = ["--standalone"] if nodes == 1 else [f"--nnodes={nodes}", f"--node_rank={node_rank}"]
     if nodes > 1:
         where += ["--rdzv_backend=c10d", f"--rdzv_endpoint={rendezvous}"]
-    command = [sys.executable, "-m", "torch.distributed.run", *where, f"--nproc_per_node={processes}", "-m", module]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *where, f"--nproc_per_node={processes}"]
     threads = max(1, torch.get_num_threads() // processes)  # torchrun's own choice is 1
     run = subprocess.Popen(
-        [*command, *arguments],
+        [*torchrun, "-m", module, *arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -497,9 +481,7 @@ def launch(
 def check_initialized(what: str) -> None:
     """Raise ValueError unless there is a process group."""
     if not dist.is_initialized():
-        raise ValueError(
-            f"{what} needs a process group; start the program with torchrun and open lmsys.parallel.group.process_group"
-        )
+        raise ValueError(f"{what} needs a process group; start the program with torchrun and open process_group")
 
 
 @torch.no_grad()
@@ -547,9 +529,8 @@ def together(function: Callable[[], Result], group: dist.ProcessGroup | None = N
         outcome = function()
     except (ValueError, OSError) as caught:
         error = caught
-    for raised in gather_objects(error, group):
-        if raised is not None:
-            raise raised
+    for raised in filter(None, gather_objects(error, group)):
+        raise raised
     return outcome
 
 

@@ -20,7 +20,8 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lmsys.parallel.group import by_rank, current, gather_objects, together
 from lmsys.records import flush
@@ -47,6 +49,22 @@ reduce_scatter_tensor = getattr(dist, "reduce_scatter_single", None) or dist.red
 def align(elements: int) -> int:
     """The next multiple of ALIGNMENT."""
     return -(-elements // ALIGNMENT) * ALIGNMENT
+
+
+def on_gradient(parameter: Tensor, method: Callable[..., None], *args: Any) -> RemovableHandle:
+    """Have backward call method(*args, parameter), while its object lives, when it has added to parameter.grad.
+
+    A parameter holds its hooks in C++, where the garbage collector does not look: a hook that held its wrapper, which
+    holds the parameter, would keep the model for ever. args: plain values, or the circle is there again.
+    """
+    weak = weakref.WeakMethod(method)
+
+    def hook(parameter: Tensor) -> None:
+        alive = weak()
+        if alive is not None:
+            alive(*args, parameter)
+
+    return parameter.register_post_accumulate_grad_hook(hook)
 
 
 class FlatLayout:

@@ -6,15 +6,14 @@ bucket's update is followed at once by the all-gather of that bucket, in place, 
 of one bucket runs while another travels.
 
 partition says what a part is:
-    elements    each bucket is cut evenly, through parameters where need be, so that state is balanced to the padding of
-                a bucket. The inner optimizer sees flat slices, so it must be elementwise (SGD, Adam, AdamW, ...).
+    elements    each bucket is cut evenly, through parameters where need be. The inner optimizer sees flat slices, so it
+                must be elementwise (SGD, Adam, AdamW, ...).
     parameters  whole parameters, greedily, largest first. For optimizers that look at a parameter's shape (Adafactor,
                 Muon). A parameter larger than a rank's fair share cannot be balanced, and is warned of.
     None        elements for an optimizer that proves elementwise in a trial on 24 random numbers, else parameters.
 
-step() returns when the all-gathers are enqueued before all that follows on the GPU's stream: a module may read a
-parameter in another's forward, as a tied head does, so no hook knows when it is first needed. What stays exposed of
-communication is then about one all-gather of the model less the update, per step.
+After step() the GPU's stream waits for all parameters, as no hook knows when one is first read (a tied head's is read
+in another module's forward): about one all-gather of the model less the update stays exposed.
 
 Limits: a parameter must keep its storage (cast and move the module before); an optimizer whose step needs a closure
 (LBFGS) is refused.
@@ -36,10 +35,7 @@ from torch import Tensor, nn
 
 from lmsys.parallel import shards
 from lmsys.parallel.group import broadcast_from_rank0, check_same_everywhere, current, gather_objects
-from lmsys.parallel.hooks import on_gradient
 from lmsys.parallel.shards import FlatLayout, MeanInFlight, Piece
-
-PARTITIONS = ("elements", "parameters")
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
@@ -72,8 +68,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         group: dist.ProcessGroup | None = None,
         **kwargs: Any,
     ):
-        if partition not in (None, *PARTITIONS):
-            raise ValueError(f"partition is {partition!r}; give {' or '.join(PARTITIONS)}, or None to choose")
+        if partition not in (None, "elements", "parameters"):
+            raise ValueError(f"partition is {partition!r}; give elements or parameters, or None to choose")
         if not bucket_size_mb > 0:
             raise ValueError(f"bucket_size_mb is {bucket_size_mb}; it must be above 0")
         closure = inspect.signature(optimizer_cls.step).parameters.get("closure")
@@ -102,12 +98,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._bucket_bytes = bucket_size_mb * 2**20
         self._buckets: list[_Bucket] = []
         self._frozen: list[Tensor] = []
-        self._loads = [0] * self._world_size  # elements a rank owns
+        self._loads = [0] * self._world_size  # elements of the whole parameters that a rank owns
         self._exchange = _GradientExchange(group)
-        self._initializing = True
         super().__init__(groups, defaults)
-        self._initializing = False
-        self._check_balance()
+        imbalance = max(self._loads) * self._world_size / max(sum(self._loads), 1)
+        if imbalance > 1.05 and self._rank == 0:
+            warnings.warn(
+                f"whole parameters leave one rank with {imbalance:.2f} times the mean of the optimizer's state; an "
+                "elementwise optimizer can use partition='elements', which is balanced",
+                stacklevel=2,
+            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group with its own options, as any optimizer does. All ranks call it."""
@@ -128,15 +128,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for parameters in kinds.values():
             owners = self._assign(parameters) if self.partition == "parameters" else None
             for run in self._runs(parameters):
-                bucket = _Bucket(run, owners, self._group)
-                broadcast_from_rank0([bucket.flat], self._group)
-                if bucket.leaves:
-                    bucket.start_inner(self._make, added, len(self.param_groups) - 1)
+                bucket = _Bucket(run, owners, self._group, self._make, added, len(self.param_groups) - 1)
                 self._buckets.append(bucket)
                 if self.reduce_scatter_gradients:
                     self._exchange.add(bucket)
-        if not self._initializing:
-            self._check_balance()
 
     def _runs(self, parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
         """Consecutive parameters of up to a bucket's bytes, or one larger parameter."""
@@ -160,16 +155,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._loads[owner] += parameter.numel()
         return owners
 
-    def _check_balance(self) -> None:
-        if self.partition == "parameters" and self._rank == 0:
-            mean = sum(self._loads) / self._world_size
-            if max(self._loads) > 1.05 * mean:
-                warnings.warn(
-                    f"whole parameters leave one rank with {max(self._loads) / mean:.2f} times the mean of the "
-                    "optimizer's state; an elementwise optimizer can use partition='elements', which is balanced",
-                    stacklevel=3,
-                )
-
     # --- A step -----------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -180,8 +165,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_parameters()
-        if self.reduce_scatter_gradients:
-            self._exchange.finish()
+        self.finish_gradient_synchronization()
         works = []
         for bucket in self._buckets:
             bucket.update(take_gradients=not self.reduce_scatter_gradients, **kwargs)
@@ -193,17 +177,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _check_parameters(self) -> None:
         if any(parameter.requires_grad for parameter in self._frozen):
-            raise ValueError(
-                "a parameter that was frozen when the optimizer was made now requires a gradient; "
-                "make the optimizer anew"
-            )
+            raise ValueError("a parameter that was frozen when the optimizer was made now is not; make it anew")
         for bucket in self._buckets:
-            for parameter, address in zip(bucket.layout.parameters, bucket.addresses, strict=True):
-                if parameter.data_ptr() != address:
-                    raise ValueError(
-                        f"a parameter of shape {tuple(parameter.shape)} has moved since the optimizer was made (a "
-                        "cast, a device, a new .data); cast and move the module before its optimizer is made"
-                    )
+            if [parameter.data_ptr() for parameter in bucket.layout.parameters] != bucket.addresses:
+                raise ValueError(
+                    "a parameter has moved since the optimizer was made (a cast, a device, a new .data); cast and move "
+                    "the module before its optimizer is made"
+                )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, those of this rank's part included."""
@@ -230,8 +210,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """As shards.clip_gradients; with reduce_scatter_gradients, of this rank's part."""
+        self.finish_gradient_synchronization()
         if self.reduce_scatter_gradients:
-            self._exchange.finish()
             tensors = [leaf.tensor for leaf in self._leaves()]
         else:  # every rank has all of them
             tensors = [parameter for bucket in self._buckets for parameter in bucket.layout.parameters]
@@ -354,21 +334,26 @@ class _Bucket:
     """Parameters of one group in one flat buffer, of which they become views, and this rank's leaves of it.
 
     Attributes:
-        flat: (elements,). shares: [start, stop) of each rank in it; own: this rank's.
+        flat: (elements,), rank 0's values. shares: [start, stop) of each rank in it; own: this rank's.
         is_even: whether all shares are as long, by elements; else each holds whole parameters.
         missing: parameters whose gradient has yet to come, by id.
+        inner: the optimizer of the leaves, if there are any, with the outer group's options of now and later.
     """
 
     def __init__(
-        self, parameters: list[nn.Parameter], owners: Mapping[int, int] | None, group: dist.ProcessGroup | None
+        self,
+        parameters: list[nn.Parameter],
+        owners: Mapping[int, int] | None,  # id of a parameter -> rank
+        group: dist.ProcessGroup | None,
+        make: Callable[[dict[str, Any]], torch.optim.Optimizer],
+        outer: dict[str, Any],
+        index: int,
     ):
         rank, world_size = current(group)
         self.is_even = owners is None
         if owners is not None:
             parameters = sorted(parameters, key=lambda parameter: owners[id(parameter)])
         self.layout = FlatLayout(parameters)
-        self.inner: torch.optim.Optimizer | None = None  # of the leaves
-        self.pushed: dict[str, Any] = {}  # options that inner was given
         size = self.layout.size
         if owners is None:
             self.shares = shards.even_shares(size, world_size)
@@ -380,6 +365,7 @@ class _Bucket:
                 bounds.insert(0, first.get(owner, bounds[0]))
             self.shares = list(itertools.pairwise(bounds))
         self.flat = self.layout.flatten(size)
+        broadcast_from_rank0([self.flat], group)
         for parameter, view in zip(parameters, self.layout.views(self.flat), strict=True):
             parameter.data = view
         self.addresses = [parameter.data_ptr() for parameter in parameters]
@@ -392,6 +378,10 @@ class _Bucket:
                 tensor = parameter if is_whole else nn.Parameter(self.flat[at + start : at + stop])
                 self.leaves.append(_Leaf(parameter, start, at + start - low, tensor))
         self.expect()
+        self.outer, self.group_index = outer, index
+        self.pushed = _options(outer)  # what inner was given
+        tensors = [leaf.tensor for leaf in self.leaves]
+        self.inner = make({"params": tensors, **self.pushed}) if tensors else None
 
     def send(self, group: dist.ProcessGroup | None) -> list[dist.Work]:
         """Start to share what each rank updated: one all-gather, or a broadcast from each owner of whole parameters."""
@@ -409,15 +399,10 @@ class _Bucket:
         """No gradient of the step has come yet."""
         self.missing = {id(parameter) for parameter in self.layout.parameters}
 
-    def start_inner(self, make: Callable[..., torch.optim.Optimizer], group: dict[str, Any], index: int) -> None:
-        """Make the optimizer of the leaves, with the options that the outer group, of that index, has now and later."""
-        self.options, self.group_index, self.pushed = group, index, _options(group)
-        self.inner = make({"params": [leaf.tensor for leaf in self.leaves], **self.pushed})
-
     def push_options(self) -> None:
         """Give the inner optimizer the options that changed: a scheduler sets those of the outer groups."""
         inner = self.inner.param_groups[0]
-        for key, value in _options(self.options).items():
+        for key, value in _options(self.outer).items():
             if key not in self.pushed or self.pushed[key] is not value:
                 inner[key] = self.pushed[key] = value
 
@@ -458,7 +443,7 @@ class _GradientExchange:
         self.buckets.append(bucket)
         self.order, self.completed = None, []
         for parameter in bucket.layout.parameters:
-            self.hooks.append(on_gradient(parameter, self._arrived, len(self.buckets) - 1))
+            self.hooks.append(shards.on_gradient(parameter, self._arrived, len(self.buckets) - 1))
 
     def close(self) -> None:
         for hook in self.hooks:
@@ -471,18 +456,15 @@ class _GradientExchange:
         bucket = self.buckets[index]
         if self.order is not None and bucket in self.order[: len(self.flights)]:
             raise RuntimeError(
-                "a second backward pass before the step, and the first one's gradients are on their way; run all but "
-                "the last under the optimizer's no_sync()"
+                "a second backward pass before the step; run all but the last under the optimizer's no_sync()"
             )
         self.finished = False
         bucket.missing.discard(id(parameter))
-        if bucket.missing:
-            return
-        if self.order is None:
+        if self.order is not None:
+            while len(self.flights) < len(self.order) and not self.order[len(self.flights)].missing:
+                self._launch(self.order[len(self.flights)])
+        elif not bucket.missing:
             self.completed.append(bucket)
-            return
-        while len(self.flights) < len(self.order) and not self.order[len(self.flights)].missing:
-            self._launch(self.order[len(self.flights)])
 
     @torch.no_grad()
     def _launch(self, bucket: _Bucket) -> None:
@@ -495,8 +477,10 @@ class _GradientExchange:
         """Launch what is left and give every leaf the mean gradient, unless that is done for this step."""
         if self.finished:
             return
-        if self.order is None:
-            self.order = self._agree()
+        if self.order is None:  # rank 0's, buckets that were not complete there last
+            seen = [self.buckets.index(bucket) for bucket in self.completed]
+            order = [*seen, *(index for index in range(len(self.buckets)) if index not in seen)]
+            self.order = [self.buckets[index] for index in gather_objects(order, self.group)[0]]
         for bucket in self.order[len(self.flights) :]:
             self._launch(bucket)
         unused = self._unused()
@@ -520,22 +504,14 @@ class _GradientExchange:
         somewhere = shards.used_anywhere(here, flags)
         return {id(parameter) for parameter, used in zip(parameters, somewhere, strict=True) if not used}
 
-    def _agree(self) -> list[_Bucket]:
-        """Rank 0's order, buckets that were not complete there last."""
-        seen = [self.buckets.index(bucket) for bucket in self.completed]
-        order = [*seen, *(index for index in range(len(self.buckets)) if index not in seen)]
-        return [self.buckets[index] for index in gather_objects(order, self.group)[0]]
-
 
 def _unique(params: Iterable[Any]) -> list[dict[str, Any]]:
     """Parameters or groups as groups, in each of which a parameter that is given twice (tied) is once."""
     params = [params] if isinstance(params, (Tensor, dict)) else list(params)
-    groups = params if params and isinstance(params[0], dict) else [{"params": params}] if params else []
     unique = []
-    for group in groups:
-        entries = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+    for group in params if params and isinstance(params[0], dict) else [{"params": params}]:
         by_id: dict[int, Any] = {}
-        for entry in entries:
+        for entry in [group["params"]] if isinstance(group["params"], Tensor) else group["params"]:
             tensor = entry[1] if isinstance(entry, tuple) else entry
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"the optimizer takes tensors, and one of the params is {torch.typename(tensor)}")
