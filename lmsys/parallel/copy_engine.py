@@ -1,11 +1,11 @@
 """Averaging over the GPUs of one machine by their copy engines, which leaves the SMs to the backward pass.
 
-A collective of NCCL is a kernel: its blocks hold SMs for as long as bytes travel, and a matmul that wants all SMs waits
-for them or runs in two waves. Here the bytes travel by copies between the GPUs' memories, and a GPU waits for another
-by a stream operation (cuStreamWaitValue32). What is left for the SMs is the addition and a local copy.
+A collective of NCCL is a kernel, whose blocks hold SMs for as long as bytes travel. Here the bytes travel by copies
+between the GPUs' memories, and a GPU waits for another by a stream operation (cuStreamWaitValue32). What is left for
+the SMs is the addition and a local copy.
 
 A list of tensors, taken as one vector, is cut into pieces, and a piece into one chunk a rank. Each piece passes three
-queues, which are CUDA streams; piece by piece they overlap:
+queues, which are CUDA streams and overlap:
 
     send     copy each peer's chunk of what is here into that peer's inbox            then tell it: sent
     add      wait for sent from all; add their chunks to the own one, divide;
@@ -13,13 +13,12 @@ queues, which are CUDA streams; piece by piece they overlap:
     receive  wait for added from all; copy their means from the outbox to their place then tell it: received
 
 Inbox and outbox are memory that all ranks have mapped (torch's symmetric memory); their slots are used in turn, and
-whoever fills a slot waits until the peer has emptied it. The tensors stay where they are; every rank gets the same
-bits.
+whoever fills a slot waits until the peer has emptied it. Every rank gets the same bits.
 
 A rank's wait depends only on work that all ranks enqueue earlier, so queues that share a hardware channel cannot block
-each other. Pieces are counted from 1 in each round, such as a training step; close() ends one. The same round can then
-be replayed as a CUDA graph, whose branches CUDA enqueues as it likes: there a piece's queues also wait for each other
-on their own GPU, so that no wait comes before what it depends on.
+each other. Pieces are counted from 1 in each round, such as a training step; close() ends one, which can then be
+replayed as a CUDA graph. CUDA enqueues a graph's branches as it likes: there a piece's queues also wait for each other
+on their own GPU.
 
 Sources: reduce-scatter and all-gather as halves of an all-reduce, Thakur, Rabenseifner, Gropp, "Optimization of
 Collective Communication Operations in MPICH" (2005); copies in place of kernels, as in torch's asynchronous tensor
@@ -58,8 +57,6 @@ class Range(NamedTuple):
 
 
 Piece = tuple[tuple[Range, ...], ...]  # a chunk a rank
-
-
 Part = tuple[int, int, int, int]  # of a chunk: address in a box, tensor, byte therein, bytes
 Message = tuple[int, int, list[Part]]  # to or from a peer: its flag here, ours there, and the parts
 
@@ -69,9 +66,7 @@ class _Pass(NamedTuple):
 
     sends: list[Message]
     arrived: list[int]  # flags here
-    sums: list[
-        tuple[int, int, int, list[Tensor]]
-    ]  # tensor, start, stop of the own chunk, and what each peer sent for it
+    sums: list[tuple[Range, list[Tensor]]]  # of the own chunk, and what each peer sent for it
     means: list[Message]
     takes: list[Message]
 
@@ -80,7 +75,6 @@ class CopyEngine:
     """average(tensors) of a group's ranks, in rounds. All ranks call it in one order, with tensors of the same shapes.
 
     Args:
-        group, device: the processes, each with its GPU.
         piece_mb: of tensors that travel as one piece. slots: pieces under way. A rank shares about the product of both.
         fabric: makes what carries the bytes, of the size of a rank's memory; as Links, which None stands for.
     Raises:
@@ -114,11 +108,9 @@ class CopyEngine:
 
         The caller keeps the tensors, and leaves them alone, until then.
         """
-        key = (tensors[0].dtype, *(tensor.numel() for tensor in tensors))
-        plan = self._plans.get(key)
-        if plan is None:
-            chunk = self._chunk_bytes // tensors[0].dtype.itemsize
-            plan = self._plans[key] = pieces(key[1:], self.world_size, chunk)
+        dtype, *sizes = key = (tensors[0].dtype, *(tensor.numel() for tensor in tensors))
+        if key not in self._plans:
+            self._plans[key] = pieces(sizes, self.world_size, self._chunk_bytes // dtype.itemsize)
         addresses = [tensor.data_ptr() for tensor in tensors]
         self._fabric.start(*QUEUES)  # receive too, which would else be no part of a graph that is captured
         if self._sequence == 0 and not self._first_round:
@@ -126,10 +118,10 @@ class CopyEngine:
                 ready = self._flag(self.rank, _READY, peer)
                 self._fabric.wait(SEND, ready, 1)
                 self._fabric.tell(SEND, ready, 0)
-        for index, piece in enumerate(plan):
+        for index, piece in enumerate(self._plans[key]):
             slot = self._sequence % self._slots
             if (key, index, slot) not in self._passes:
-                self._passes[key, index, slot] = self._pass(piece, slot, tensors[0].dtype)
+                self._passes[key, index, slot] = self._pass(piece, slot, dtype)
             self._sequence += 1
             self._enqueue(self._passes[key, index, slot], tensors, addresses)
         return self._fabric.end(*QUEUES)
@@ -158,7 +150,6 @@ class CopyEngine:
         done, emptied = self._sequence, self._sequence - self._slots
 
         def push(queue: int, messages: list[Message]) -> None:
-            """Copy parts to peers whose slots are empty."""
             for theirs, ours, parts in messages:
                 wait(queue, theirs, emptied)
                 for place, tensor, start, size in parts:
@@ -170,15 +161,15 @@ class CopyEngine:
         for flag in piece.arrived:
             wait(ADD, flag, done)
         if piece.sums:
-            fabric.on(ADD)
-            own = [tensors[tensor].view(-1)[start:stop] for tensor, start, stop, _ in piece.sums]
-            if self.world_size == 2:
-                torch._foreach_lerp_(own, [sent[0] for *_, sent in piece.sums], 0.5)  # the mean of two in one pass
-            else:
-                for sent in zip(*(sent for *_, sent in piece.sums), strict=True):
-                    torch._foreach_add_(own, sent)
-                torch._foreach_div_(own, self.world_size)
-            fabric.off()
+            own = [tensors[r.tensor].view(-1)[r.start : r.stop] for r, _ in piece.sums]
+            by_peer = list(zip(*(sent for _, sent in piece.sums), strict=True))
+            with fabric.on(ADD):
+                if self.world_size == 2:
+                    torch._foreach_lerp_(own, by_peer[0], 0.5)  # the mean of two in one pass
+                else:
+                    for sent in by_peer:
+                        torch._foreach_add_(own, sent)
+                    torch._foreach_div_(own, self.world_size)
         push(ADD, piece.means)
         fabric.order(ADD, RECEIVE)
         for theirs, ours, parts in piece.takes:
@@ -210,7 +201,7 @@ class CopyEngine:
             # A peer that has added a piece has emptied its slot of the inbox.
             sends=[message(ADD, SEND, peer, piece[peer], there(inbox, peer)) for peer in self._peers],
             arrived=[self._flag(self.rank, SEND, peer) for peer in self._peers],
-            sums=[(r.tensor, r.start, r.stop, [sent(r, peer) for peer in self._peers]) for r in own],
+            sums=[(r, [sent(r, peer) for peer in self._peers]) for r in own],
             means=[message(RECEIVE, ADD, peer, own, there(outbox, peer)) for peer in self._peers],
             takes=[
                 message(ADD, RECEIVE, peer, piece[peer], here + self._place(outbox, slot, self.rank, peer))
@@ -236,14 +227,12 @@ def pieces(sizes: Sequence[int], world_size: int, chunk: int) -> tuple[Piece, ..
     total = sum(sizes)
     count = -(-total // (chunk * world_size))
     length = min(chunk, _round_up(-(-total // (count * world_size)), 64))
-    starts = [0]
-    for size in sizes:
-        starts.append(starts[-1] + size)
+    bounds = list(itertools.pairwise(itertools.accumulate(sizes, initial=0)))  # start and end of each tensor
 
     def ranges(first: int, last: int) -> tuple[Range, ...]:
         return tuple(
             Range(index, max(first, start) - start, min(last, end) - start, max(first, start) - first)
-            for index, (start, end) in enumerate(itertools.pairwise(starts))
+            for index, (start, end) in enumerate(bounds)
             if max(first, start) < min(last, end)
         )
 
@@ -262,8 +251,7 @@ def everywhere(group: dist.ProcessGroup, device: torch.device) -> bool:
     """Whether the group is on one machine whose GPUs reach each other's memory; the same answer in all processes."""
     if device.type != "cuda" or dist.get_backend(group) != "nccl":
         return False
-    answers = gather_objects((_machine(), reachable()), group)
-    return all(reached and machine == answers[0][0] for machine, reached in answers)
+    return set(gather_objects((_machine(), reachable()), group)) == {(_machine(), True)}
 
 
 def _machine() -> str:
@@ -278,30 +266,27 @@ def _round_up(number: int, unit: int) -> int:
 # --- The GPUs' own links --------------------------------------------------------------------------
 
 
-class _Ended:
+class _Ended(NamedTuple):
     """Events after which some queues' work is done."""
 
-    def __init__(self, events: list[torch.cuda.Event]):
-        self._events = events
+    events: list[torch.cuda.Event]
 
     def wait(self) -> None:
-        stream = torch.cuda.current_stream()
-        for event in self._events:
-            stream.wait_event(event)
+        for event in self.events:
+            event.wait()
 
 
 class Links:
     """What CopyEngine asks of GPUs of one machine: memory that ranks share, by address, and queues of work on it.
 
     Queues run beside each other, each in order. They are streams, on which the driver is called directly, as torch's
-    copies of slices cost the host several times as much. The memory is torch's symmetric memory.
+    copies of slices cost the host several times as much.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, memory_bytes: int):
         if device.type != "cuda":
             raise ValueError(f"copy engines are a GPU's, and the parameters are on {device}; give transport='nccl'")
-        fix = "copies reach GPUs of one machine: give transport='nccl'"
-        check_same_everywhere(_machine(), "the machine", group, fix)
+        check_same_everywhere(_machine(), "the machine", group, "give transport='nccl'")
         from torch.distributed import _symmetric_memory
 
         try:
@@ -315,10 +300,7 @@ class Links:
         # Above backward's priority: the additions are short, and everything behind them waits.
         self._streams = [torch.cuda.Stream(device, priority=-1) for _ in QUEUES]
         self._pointers = [ctypes.c_void_p(stream.cuda_stream) for stream in self._streams]
-        self._before: torch.cuda.Stream | None = None
-        driver = _driver()
-        self._write, self._wait = driver.cuStreamWriteValue32_v2, driver.cuStreamWaitValue32_v2
-        self._copy = driver.cuMemcpyDtoDAsync_v2
+        self._driver = _driver()
         dist.barrier(group)  # nobody writes to memory that its owner has yet to clear
 
     def addresses(self) -> list[int]:
@@ -332,30 +314,25 @@ class Links:
 
     def start(self, *queues: int) -> None:
         """The queues go on after what the caller has enqueued so far."""
-        here = torch.cuda.Event()
-        here.record()
+        here = torch.cuda.current_stream().record_event()
         for queue in queues:
             self._streams[queue].wait_event(here)
 
-    def on(self, queue: int) -> None:
-        """torch's operations go to the queue, until off()."""
-        self._before = torch.cuda.current_stream()
-        torch.cuda.set_stream(self._streams[queue])
-
-    def off(self) -> None:
-        torch.cuda.set_stream(self._before)
+    def on(self, queue: int) -> torch.cuda.StreamContext:
+        """A context in which torch's operations go to the queue."""
+        return torch.cuda.stream(self._streams[queue])
 
     def copy(self, queue: int, destination: int, source: int, size: int) -> None:
         """Copy so many bytes from address to address, on no SM."""
-        _check(self._copy(destination, source, size, self._pointers[queue]))
+        _check(self._driver.cuMemcpyDtoDAsync_v2(destination, source, size, self._pointers[queue]))
 
     def tell(self, queue: int, address: int, value: int) -> None:
         """After the queue's work so far, write value, 32 bits, to an address."""
-        _check(self._write(self._pointers[queue], address, value, 0))
+        _check(self._driver.cuStreamWriteValue32_v2(self._pointers[queue], address, value, 0))
 
     def wait(self, queue: int, address: int, value: int) -> None:
         """The queue's later work waits until the 32 bits at an address of this rank are at least value."""
-        _check(self._wait(self._pointers[queue], address, value, 0))
+        _check(self._driver.cuStreamWaitValue32_v2(self._pointers[queue], address, value, 0))
 
     def order(self, first: int, then: int) -> None:
         """In a graph, what `then` does from here on comes after what `first` has; else the program's order does."""
@@ -364,11 +341,7 @@ class Links:
 
     def end(self, *queues: int) -> _Ended:
         """An object whose wait() makes the caller's later work wait for the queues' work so far."""
-        events = []
-        for queue in queues:
-            events.append(torch.cuda.Event())
-            events[-1].record(self._streams[queue])
-        return _Ended(events)
+        return _Ended([self._streams[queue].record_event() for queue in queues])
 
 
 def _check(status: int) -> None:
@@ -382,7 +355,5 @@ def _driver() -> ctypes.CDLL:
     driver = ctypes.CDLL("libcuda.so.1")
     for function in (driver.cuStreamWriteValue32_v2, driver.cuStreamWaitValue32_v2):
         function.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint]
-        function.restype = ctypes.c_int
     driver.cuMemcpyDtoDAsync_v2.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p]
-    driver.cuMemcpyDtoDAsync_v2.restype = ctypes.c_int
     return driver

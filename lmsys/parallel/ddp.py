@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from lmsys.config import TRANSPORTS
 from lmsys.parallel import copy_engine, shards
 from lmsys.parallel.copy_engine import CopyEngine
-from lmsys.parallel.group import broadcast_from_rank0, check_initialized, check_same_everywhere, gather_objects
+from lmsys.parallel.group import Group, broadcast_from_rank0, check_initialized, check_same_everywhere, gather_objects
 
 LAYOUTS = ("grouped", "flat")
 BUCKET_MB = {"nccl": 25.0, "copy_engine": 100.0}  # of flashddp by default; a copy engine's message costs the host more
@@ -83,7 +83,7 @@ class DataParallel(nn.Module):
         check_batches: refuse a batch whose shape differs from the first one's.
     """
 
-    def __init__(self, module: nn.Module, *, group: dist.ProcessGroup | None = None, check_batches: bool = True):
+    def __init__(self, module: nn.Module, *, group: Group = None, check_batches: bool = True):
         super().__init__()
         check_initialized(type(self).__name__)
         self.group = dist.group.WORLD if group is None else group
@@ -190,7 +190,7 @@ class DataParallel(nn.Module):
                 parameter.grad = None
 
 
-def make_replicas(module: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+def make_replicas(module: nn.Module, group: Group = None) -> None:
     """Give the module rank 0's parameters and buffers.
 
     Raises:
@@ -276,7 +276,7 @@ class FlashDDP(DataParallel):
         min_ctas: int | None = None,
         max_ctas: int | None = None,
         high_priority: bool = False,
-        group: dist.ProcessGroup | None = None,
+        group: Group = None,
         check_batches: bool = True,
     ):
         if bucket_size_mb is not None and not bucket_size_mb >= 0:
@@ -414,7 +414,7 @@ class TorchDDP(nn.parallel.DistributedDataParallel):
         bucket_size_mb: float = 25.0,
         find_unused: bool = False,
         communication_dtype: torch.dtype | None = None,
-        group: dist.ProcessGroup | None = None,
+        group: Group = None,
     ):
         from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 

@@ -12,29 +12,27 @@ Sources: Rajbhandari et al., ZeRO, arXiv 1910.02054, section 5.3 (stage 3); Zhao
                  block's runs, added to the shards' gradients in their dtype.
     replicated   all that the predicate leaves (norms): whole on each rank, gradients averaged at the end of a step.
 
-torch's FSDP2 shards each parameter by rows and copies each out of every gathered buffer; groups all that is in no
-block, so that the head's gradient waits for the embedding's; and swaps the modules' parameters. Here a parameter stays
-the object that it is, and a view of one storage, whose memory comes and goes: what autograd saved of it is whole again
-in backward. In between a parameter reads as NaN.
+torch's FSDP2 copies each parameter out of every gathered buffer, groups all that is in no block, so that the head's
+gradient waits for the embedding's, and swaps the modules' parameters. Here a parameter stays the object that it is, and
+a view of one storage, whose memory comes and goes: what autograd saved of it is whole again in backward. In between it
+reads as NaN.
 
-Memory and streams. A buffer is allocated and freed on the compute stream. The collective starts on NCCL's stream after
-the compute stream's work so far and the compute stream waits for it before use, so every reuse of memory is ordered by
-stream, and the host never waits. At most prefetch + 1 blocks are whole at a time, and one block's gradients are in
-flight: the next block's wait for them.
+A buffer is allocated and freed on the compute stream, which waits for the collective before use: every reuse of memory
+is ordered by stream, and the host never waits. At most prefetch + 1 blocks are whole at a time, and one block's
+gradients are in flight.
 
-Every rank must issue the same collectives in the same order: ranks run the same blocks in one order, but may differ in
-which parameters they use. A block's gradients leave at a point of the graph (where the backward pass of the block
-before it begins), not when they happen to be complete. A gradient counts as zero on a rank that did not use its
-parameter; where no rank did it is None, as with one process: the flags travel with the replicated gradients.
+All ranks run the same blocks in one order, as their collectives must match, but may differ in which parameters they
+use: a block's gradients leave at a point of the graph (where the backward pass of the block before it begins), not when
+they happen to be complete. A gradient counts as zero on a rank that did not use its parameter; where no rank did it is
+None, as with one process: the flags travel with the replicated gradients.
 
 Activation checkpointing and compile by block (block.compile(), before or after) work: gathering is in the block's
-__call__, outside of what is compiled. A module compiled whole is not supported. Under autocast give its dtype as
-compute_dtype, or the casts that autocast keeps are a second model.
+__call__, outside of what is compiled. Under autocast give its dtype as compute_dtype, or the casts that autocast keeps
+are a second model.
 
 Limits: a block must be called, not have its weights read by others (tied weights are found and kept with the rest), and
-return tensors or lists, tuples and dictionaries of them; the optimizer must be elementwise, as for ZeRO-1 by elements;
-requires_grad is read once; no CUDA graphs around blocks; the module can no longer be pickled, cast or moved; double
-backward is not supported.
+return tensors or lists, tuples and dictionaries of them; the optimizer must be elementwise; requires_grad is read once;
+the module is not compiled whole, pickled, cast or moved; no CUDA graphs around blocks, no double backward.
 """
 
 from __future__ import annotations
@@ -47,10 +45,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lmsys.parallel import shards
 from lmsys.parallel.fsdp_state import Flat, ShardedState
-from lmsys.parallel.group import broadcast_from_rank0, check_initialized, check_same_everywhere, gather_objects
+from lmsys.parallel.group import Group, broadcast_from_rank0, check_initialized, check_same_everywhere, gather_objects
 from lmsys.parallel.shards import MeanInFlight
 
 # Vector-only modules of torch that do not take an input of another dtype than their weights' on every device.
@@ -113,7 +112,6 @@ class FullyShardedModule(ShardedState):
         compute_dtype: of whole matrices and the biases beside them; floating-point inputs are cast to it. None: own.
         communication_dtype: of gradients as they are averaged. None: compute_dtype.
         prefetch: blocks gathered ahead, 0 or more.
-        group: the ranks; None: all.
     Raises:
         ValueError: an option, no process group, or parameters that differ between ranks.
     """
@@ -126,25 +124,24 @@ class FullyShardedModule(ShardedState):
         compute_dtype: torch.dtype | None = None,
         communication_dtype: torch.dtype | None = None,
         prefetch: int = 2,
-        group: dist.ProcessGroup | None = None,
+        group: Group = None,
     ):
         check_initialized("fully_shard")
-        if isinstance(prefetch, bool) or not isinstance(prefetch, int) or prefetch < 0:
+        if not isinstance(prefetch, int) or prefetch < 0:
             raise ValueError(f"prefetch is {prefetch!r}; it must be an integer of 0 or more")
         for name, dtype in (("compute_dtype", compute_dtype), ("communication_dtype", communication_dtype)):
             if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
                 raise ValueError(f"{name} is {dtype!r}; give a floating-point dtype, such as torch.bfloat16, or None")
         named = dict(module.named_parameters())
-        check_same_everywhere(
-            "\n".join(f"{name} {tuple(p.shape)} {p.dtype} {p.requires_grad}" for name, p in named.items()),
-            "the module",
-            group,
-        )
-        sharded = _choose(named, is_sharded, compute_dtype is not None)
+        lines = (f"{name} {tuple(p.shape)} {p.dtype} {p.requires_grad}" for name, p in named.items())
+        check_same_everywhere("\n".join(lines), "the module", group)
+        filled = {name: parameter for name, parameter in named.items() if parameter.numel()}
+        names = {name for name, parameter in filled.items() if is_sharded(name, parameter)}
+        modules = {name.rpartition(".")[0] for name in names} if compute_dtype is not None else set()
+        # with compute_dtype also the vectors beside the matrices, which need their dtype
+        sharded = [name for name in filled if name in names or name.rpartition(".")[0] in modules]
         if not sharded:
-            raise ValueError(
-                "is_sharded chose no parameter of the module; use a data-parallel wrapper such as flashddp"
-            )
+            raise ValueError("is_sharded chose no parameter of the module; use a wrapper such as flashddp")
         blocks = _blocks(module)
         owners: dict[int, set[str]] = {}  # id of a parameter -> names of its blocks, "" for what is in none
         for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -162,8 +159,11 @@ class FullyShardedModule(ShardedState):
         super().__init__(module, [flat for unit in flats.values() for flat in unit], group)
         broadcast_from_rank0([*(p.data for p in self._replicated), *module.buffers()], group)
         self.compute_dtype, self.prefetch = compute_dtype, prefetch
-        if compute_dtype is not None:
-            self._cast_norms()
+        for part in module.modules() if compute_dtype is not None else ():
+            # torch's norms, whose weights keep their dtype, compute in that and return the dtype of their input.
+            parameter = next(part.parameters(recurse=False), None)
+            if isinstance(part, _NORMS) and parameter is not None and parameter.dtype != compute_dtype:
+                part.forward = functools.partial(_in_own_dtype, part.forward, parameter.dtype)
         self._rest = _Unit("the rest", flats.pop(""))
         self._units = [_Unit(name, unit) for name, unit in flats.items()]
         for unit in self._units:
@@ -193,18 +193,12 @@ class FullyShardedModule(ShardedState):
         self._missing = {flat: {id(parameter) for parameter in flat.parameters} for flat in self._trained}
         self._reduced: set[Flat] = set()
 
-    def _cast_norms(self) -> None:
-        """Have torch's norms, whose weights keep their dtype, compute in that and return the dtype of their input."""
-        for part in self.module.modules():
-            parameter = next(part.parameters(recurse=False), None)
-            if isinstance(part, _NORMS) and parameter is not None and parameter.dtype != self.compute_dtype:
-                part.forward = functools.partial(_in_own_dtype, part.forward, parameter.dtype)
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's."""
         if self._is_whole:
             return self.module(*args, **kwargs)
-        args, kwargs = self._cast(args), self._cast(kwargs)
+        if self.compute_dtype is not None:
+            args, kwargs = tree_map_only(Tensor, self._cast, (args, kwargs))
         recomputing = _graph_task() != -1  # the whole module is checkpointed
         if not recomputing:
             self._receive()  # of a backward pass before, whose step is still to come
@@ -220,7 +214,7 @@ class FullyShardedModule(ShardedState):
         if recomputing:
             return output
         self._order, self._called = self._called, []
-        trained = [tensor for tensor in _tensors(output) if tensor.requires_grad]
+        trained = _trained(output)
         for tensor in trained:
             tensor.register_hook(self._begin_backward)
         if trained:
@@ -229,15 +223,8 @@ class FullyShardedModule(ShardedState):
             self._rest.free()
         return output
 
-    def _cast(self, values: Any) -> Any:
-        if self.compute_dtype is None:
-            return values
-        if isinstance(values, dict):
-            return dict(zip(values, self._cast(tuple(values.values())), strict=True))
-        return tuple(
-            value.to(self.compute_dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-            for value in values
-        )
+    def _cast(self, value: Tensor) -> Tensor:
+        return value.to(self.compute_dtype) if value.is_floating_point() else value
 
     # --- Forward of a block -----------------------------------------------------------------------
 
@@ -259,7 +246,7 @@ class FullyShardedModule(ShardedState):
             if unit not in self._begun:
                 unit.free()
             return output
-        trained = [tensor for tensor in _tensors(output) if tensor.requires_grad]
+        trained = _trained(output)
         for tensor in trained:
             tensor.register_hook(functools.partial(self._before_backward, unit, call))
         is_last = call.position == len(self._order) - 1 and self._order[-1] is unit
@@ -270,7 +257,7 @@ class FullyShardedModule(ShardedState):
     # --- Backward ---------------------------------------------------------------------------------
 
     def _begin_backward(self, gradient: Tensor | None = None) -> None:
-        """The gradient of the module's output has come: gather the rest, and the blocks that come first."""
+        """The gradient of the module's output has come."""
         if self._in_backward:
             return
         self._in_backward = True
@@ -311,14 +298,14 @@ class FullyShardedModule(ShardedState):
     def _gradient_arrived(self, parameter: Tensor) -> None:
         flat = self._flat_of[id(parameter)]
         if flat in self._reduced:
+            name = flat.pieces[next(i for i, own in enumerate(flat.parameters) if own is parameter)].name
             raise RuntimeError(
-                f"a gradient of {flat.name_of(parameter)} came after the others of its buffer had left: the blocks ran "
-                "in another order than before, or the module was called within its own backward pass"
+                f"a gradient of {name} came after the others of its buffer had left: the blocks ran in another order "
+                "than before, or the module was called within its own backward pass"
             )
         self._used.add(id(parameter))
-        missing = self._missing[flat]
-        missing.discard(id(parameter))
-        if not missing and self._plan is None:
+        self._missing[flat].discard(id(parameter))
+        if not self._missing[flat]:
             self._completed[flat] = self._entered
 
     @torch.no_grad()
@@ -334,17 +321,13 @@ class FullyShardedModule(ShardedState):
         """Wait, on the stream, for the gradients in flight, and add them to those of the pieces."""
         if self._flight is None:
             return
-        flat, flight = self._flight
-        self._flight = None
+        (flat, flight), self._flight = self._flight, None
         mean = flight.wait().to(flat.shard.dtype)
         for _, _, _, leaf in flat.pieces:
             if leaf.numel():
                 at = leaf.storage_offset()
                 gradient = mean[at : at + leaf.numel()].view(leaf.shape)
-                if leaf.grad is None:
-                    leaf.grad = gradient
-                else:
-                    leaf.grad += gradient
+                leaf.grad = gradient if leaf.grad is None else leaf.grad.add_(gradient)
 
     def _end_backward(self) -> None:
         """All gradients are there: send what has not left, free what is whole, and learn when the rest was complete."""
@@ -353,16 +336,12 @@ class FullyShardedModule(ShardedState):
                 self._reduce(flat)
         self.free()
         if self._plan is None and self._forwards == 1:
-            self._plan = self._agree()
+            mine = [self._completed.get(flat, -1) for flat in self._rest.flats]
+            latest = map(max, zip(*gather_objects(mine, self._group), strict=True))  # on the last rank
+            plan = zip(self._rest.flats, latest, strict=True)
+            self._plan = {flat: entered for flat, entered in plan if 0 <= entered < len(self._order)}
         self._forwards = 0
         self._reset()
-
-    def _agree(self) -> dict[Flat, int]:
-        """For each buffer of the rest after how many blocks its gradients were complete, on the last rank."""
-        mine = [self._completed.get(flat, -1) for flat in self._rest.flats]
-        latest = map(max, zip(*gather_objects(mine, self._group), strict=True))
-        plan = zip(self._rest.flats, latest, strict=True)
-        return {flat: entered for flat, entered in plan if flat.requires_grad and 0 <= entered < len(self._order)}
 
     # --- A step -----------------------------------------------------------------------------------
 
@@ -410,12 +389,10 @@ fully_shard = FullyShardedModule  # torch's name for it
 class TorchFSDP2(nn.Module):
     """torch's fully_shard on each block and on the module, with FullyShardedModule's interface: what we compare with.
 
-    Its parameters() are DTensors, sharded by rows; the module is changed in place, as torch does. Methods are as there.
+    Its parameters() are DTensors, sharded by rows; the module is changed in place, as torch does.
 
     Args:
         compute_dtype: its param_dtype, of norms too. communication_dtype: its reduce_dtype.
-    Raises:
-        ValueError: no process group.
     """
 
     def __init__(
@@ -424,7 +401,7 @@ class TorchFSDP2(nn.Module):
         *,
         compute_dtype: torch.dtype | None = None,
         communication_dtype: torch.dtype | None = None,
-        group: dist.ProcessGroup | None = None,
+        group: Group = None,
     ):
         from torch.distributed.device_mesh import DeviceMesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -432,18 +409,13 @@ class TorchFSDP2(nn.Module):
         super().__init__()
         check_initialized("torch_fsdp2")
         broadcast_from_rank0([*(p.data for p in module.parameters()), *module.buffers()], group)
-        kind = next(module.parameters()).device.type
-        options = {
-            "mesh": DeviceMesh.from_group(group or dist.group.WORLD, kind),
-            # Blocks' inputs stay as they are: a table of angles must not be rounded; autocast casts what matmuls take.
-            "mp_policy": MixedPrecisionPolicy(
-                param_dtype=compute_dtype, reduce_dtype=communication_dtype, cast_forward_inputs=False
-            ),
-        }
+        mesh = DeviceMesh.from_group(group or dist.group.WORLD, next(module.parameters()).device.type)
+        # Blocks' inputs stay as they are: a table of angles must not be rounded; autocast casts what matmuls take.
+        policy = MixedPrecisionPolicy(compute_dtype, communication_dtype, cast_forward_inputs=False)
         for block in _blocks(module).values():
-            if any(True for _ in block.parameters()):
-                fully_shard(block, **options)
-        self.module = fully_shard(module, **options)
+            if next(block.parameters(), None) is not None:
+                fully_shard(block, mesh=mesh, mp_policy=policy)
+        self.module = fully_shard(module, mesh=mesh, mp_policy=policy)
         self._rank = dist.get_rank(group)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -463,11 +435,10 @@ class TorchFSDP2(nn.Module):
         """Nothing is left to do: torch waits at the end of backward."""
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        parameters = [parameter for parameter in self.parameters() if parameter.grad is not None]
-        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        norm = nn.utils.get_total_norm(p.grad for p in self.parameters() if p.grad is not None)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         if max_norm > 0:
-            nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+            nn.utils.clip_grads_with_norm_(self.parameters(), max_norm, norm)
         return norm
 
     def named_parameters(
@@ -538,16 +509,6 @@ def _like(whole: Tensor, tensor: Tensor) -> Tensor:
     return distribute_tensor(whole.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
 
 
-def _choose(
-    named: Mapping[str, nn.Parameter], is_sharded: Callable[[str, nn.Parameter], bool], with_vectors: bool
-) -> list[str]:
-    """The names of what is sharded: the predicate's; with_vectors also those beside them, which need their dtype."""
-    filled = {name: parameter for name, parameter in named.items() if parameter.numel()}
-    names = {name for name, parameter in filled.items() if is_sharded(name, parameter)}
-    owners = {name.rpartition(".")[0] for name in names} if with_vectors else set()
-    return [name for name in filled if name in names or name.rpartition(".")[0] in owners]
-
-
 def _blocks(module: nn.Module) -> dict[str, nn.Module]:
     """The outermost children of ModuleLists and Sequentials, by name."""
     blocks: dict[str, nn.Module] = {}
@@ -569,16 +530,9 @@ def _in_own_dtype(forward: Callable[[Tensor], Tensor], dtype: torch.dtype, x: Te
     return forward(x.to(dtype)).to(x.dtype)
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """The tensors of what a module returned."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, (tuple, list)):
-        for value in output:
-            yield from _tensors(value)
+def _trained(output: Any) -> list[Tensor]:
+    """The tensors of what a module returned that have a backward pass."""
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
 
 
 def _graph_task() -> int:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lmsys.parallel import shards
-from lmsys.parallel.group import broadcast_from_rank0, current
+from lmsys.parallel.group import Group, broadcast_from_rank0, current
 from lmsys.parallel.shards import FlatLayout, Piece
 
 
@@ -34,7 +34,7 @@ class Flat(FlatLayout):
         named: Mapping[str, nn.Parameter],
         compute_dtype: torch.dtype | None,
         communication_dtype: torch.dtype | None,
-        group: dist.ProcessGroup | None,
+        group: Group,
     ):
         super().__init__(list(named.values()))
         self.group = group
@@ -67,9 +67,6 @@ class Flat(FlatLayout):
         """Give the parameters other data. Their version counters stay: to autograd, gathering again is no change."""
         for parameter, tensor in zip(self.parameters, tensors, strict=True):
             parameter.data = tensor
-
-    def name_of(self, parameter: Tensor) -> str:
-        return next(piece.name for piece, p in zip(self.pieces, self.parameters, strict=True) if p is parameter)
 
     @torch.no_grad()
     def gather_into(self, whole: Tensor) -> dist.Work | None:
@@ -111,7 +108,7 @@ class Flat(FlatLayout):
 class ShardedState(nn.Module):
     """A module with some of its parameters in flats: its parameters() are this rank's pieces and what is replicated."""
 
-    def __init__(self, module: nn.Module, flats: Sequence[Flat], group: dist.ProcessGroup | None):
+    def __init__(self, module: nn.Module, flats: Sequence[Flat], group: Group):
         super().__init__()
         self.module = module
         self._flats, self._group = flats, group

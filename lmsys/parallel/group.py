@@ -46,6 +46,7 @@ _FAILED = re.compile(r"rank (\d+) of \d+ failed: .*")
 _REPORT = re.compile(r"[WE]\d+ .*torch/distributed/elastic/.*(closing signal|failed \(exitcode)")
 _ROOT_CAUSE = re.compile(r"Root Cause.*?rank +: (\d+).*?exitcode +: -(\d+)", re.DOTALL)
 Result = TypeVar("Result")
+Group = dist.ProcessGroup | None  # None: all processes; one, where no group has been initialized
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class RankError(RuntimeError):
         self.signal = signal
 
 
-def current(group: dist.ProcessGroup | None = None) -> tuple[int, int]:
+def current(group: Group = None) -> tuple[int, int]:
     """Rank and number of processes in a group (None: all); 0 and 1 where no group has been initialized."""
     return (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
 
@@ -252,11 +253,7 @@ class _Forks(ForkServerContext):
 
 
 def spawn(
-    function: Callable[..., Any],
-    world_size: int,
-    *args: Any,
-    device: str = "auto",
-    timeout_s: float | None = None,
+    function: Callable[..., Any], world_size: int, *args: Any, device: str = "auto", timeout_s: float | None = None
 ) -> list[Any]:
     """Run function(process, *args) in world_size new processes of one group; return the results by rank.
 
@@ -485,7 +482,7 @@ def check_initialized(what: str) -> None:
 
 
 @torch.no_grad()
-def broadcast_from_rank0(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
+def broadcast_from_rank0(tensors: Iterable[Tensor], group: Group = None) -> None:
     """Overwrite the tensors, of the same shapes and dtypes in every process, with rank 0's."""
     if current()[1] == 1:
         return
@@ -499,7 +496,7 @@ def broadcast_from_rank0(tensors: Iterable[Tensor], group: dist.ProcessGroup | N
 
 
 @torch.no_grad()
-def mean_over_ranks(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+def mean_over_ranks(tensor: Tensor, group: Group = None) -> Tensor:
     """The mean of a floating-point tensor over the processes, a new tensor on its device. Does not wait for a GPU."""
     mean = tensor.detach().clone()
     if current()[1] > 1:
@@ -508,7 +505,7 @@ def mean_over_ranks(tensor: Tensor, group: dist.ProcessGroup | None = None) -> T
     return mean
 
 
-def gather_objects(value: Result, group: dist.ProcessGroup | None = None) -> list[Result]:
+def gather_objects(value: Result, group: Group = None) -> list[Result]:
     """The values of all processes, by rank, in every process. They must pickle."""
     world_size = current(group)[1]
     if world_size == 1:
@@ -518,7 +515,7 @@ def gather_objects(value: Result, group: dist.ProcessGroup | None = None) -> lis
     return values
 
 
-def together(function: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
+def together(function: Callable[[], Result], group: Group = None) -> Result:
     """What the function returns here. All processes call it.
 
     Raises:
@@ -534,7 +531,7 @@ def together(function: Callable[[], Result], group: dist.ProcessGroup | None = N
     return outcome
 
 
-def by_rank(function: Callable[[], Result], group: dist.ProcessGroup | None = None) -> list[Result]:
+def by_rank(function: Callable[[], Result], group: Group = None) -> list[Result]:
     """What the function returns in each process, by rank, in every process. Raises as together() does."""
     return gather_objects(together(function, group), group)
 
@@ -545,10 +542,7 @@ def from_rank0(function: Callable[[], Result]) -> Result:
 
 
 def check_same_everywhere(
-    description: str,
-    what: str,
-    group: dist.ProcessGroup | None = None,
-    fix: str = "start every process with the same settings",
+    description: str, what: str, group: Group = None, fix: str = "start every process with the same settings"
 ) -> None:
     """Raise the same ValueError in every process unless all give the same description, one line an item."""
     digests = gather_objects(hashlib.sha256(description.encode()).hexdigest(), group)

@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lmsys.parallel.group import by_rank, current, gather_objects, together
+from lmsys.parallel.group import Group, by_rank, current, gather_objects, together
 from lmsys.records import flush
 
 INDEX_FILE = "index.json"
@@ -139,12 +139,12 @@ def copy_present(to: Sequence[Tensor], values: Sequence[Tensor | None]) -> None:
         torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
 
 
-def all_gather(whole: Tensor, share: Tensor, group: dist.ProcessGroup | None) -> dist.Work:
+def all_gather(whole: Tensor, share: Tensor, group: Group) -> dist.Work:
     """Start to fill whole (n S,) with each rank's share (S,), which may be its part of whole."""
     return all_gather_tensor(whole, share, group=group, async_op=True)
 
 
-def mean_operation(tensor: Tensor, group: dist.ProcessGroup | None) -> dist.ReduceOp.RedOpType:
+def mean_operation(tensor: Tensor, group: Group) -> dist.ReduceOp.RedOpType:
     """The collective's operation for a mean: NCCL divides by itself; Gloo sums what is divided here, in place."""
     if tensor.device.type == "cuda":
         return dist.ReduceOp.AVG
@@ -159,7 +159,7 @@ class MeanInFlight:
     shares: [start, stop) of each rank; all of one length: a reduce-scatter; else a reduce to each rank.
     """
 
-    def __init__(self, gradients: Tensor, shares: Sequence[tuple[int, int]], group: dist.ProcessGroup | None):
+    def __init__(self, gradients: Tensor, shares: Sequence[tuple[int, int]], group: Group):
         rank, world_size = current(group)
         start, stop = shares[rank]
         self._gradients, self._mean, self._works = gradients, gradients[start:stop], []
@@ -190,11 +190,7 @@ def even_shares(size: int, world_size: int) -> list[tuple[int, int]]:
 
 
 def clip_gradients(
-    sharded: list[Tensor] | None,
-    replicated: list[Tensor],
-    max_norm: float,
-    device: torch.device,
-    group: dist.ProcessGroup | None,
+    sharded: list[Tensor] | None, replicated: list[Tensor], max_norm: float, device: torch.device, group: Group
 ) -> Tensor:
     """Scale gradients in place so that their 2-norm over the whole model is at most max_norm; 0 or less: only measure.
 
@@ -249,7 +245,7 @@ class Piece(NamedTuple):
 _Entry = tuple[str, tuple[int, ...], int, int, torch.dtype]  # a piece's name, shape, start, stop, dtype
 
 
-def _exchange_entries(pieces: Mapping[str, Piece], group: dist.ProcessGroup | None) -> list[dict[str, _Entry]]:
+def _exchange_entries(pieces: Mapping[str, Piece], group: Group) -> list[dict[str, _Entry]]:
     """By rank and key the pieces of all ranks; what several have whole is the first one's. Empty ones are left out."""
     entries = {
         key: (piece.name, tuple(piece.shape), *piece.run[1:], piece.tensor.dtype)
@@ -264,7 +260,7 @@ def _exchange_entries(pieces: Mapping[str, Piece], group: dist.ProcessGroup | No
     return by_rank
 
 
-def gather_pieces(pieces: Iterable[Piece], group: dist.ProcessGroup | None, device: torch.device) -> dict[str, Tensor]:
+def gather_pieces(pieces: Iterable[Piece], group: Group, device: torch.device) -> dict[str, Tensor]:
     """The whole tensors on rank 0, on the CPU; nothing on the other ranks. All ranks call it.
 
     Tensors travel on the device, one at a time, so that the GPU holds one more piece and no more.
@@ -289,9 +285,7 @@ def gather_pieces(pieces: Iterable[Piece], group: dist.ProcessGroup | None, devi
     return whole
 
 
-def save_pieces(
-    pieces: Iterable[Piece], shared: Mapping[str, Any], folder: str | Path, group: dist.ProcessGroup | None
-) -> None:
+def save_pieces(pieces: Iterable[Piece], shared: Mapping[str, Any], folder: str | Path, group: Group) -> None:
     """Write every rank's pieces to the folder. All ranks call it. What was saved there before is replaced.
 
     shared: what belongs to all ranks, JSON-ready; dictionaries under one key are united over the ranks.
@@ -346,7 +340,7 @@ def save_pieces(
     together(put_index if rank == 0 else lambda: None, group)
 
 
-def load_shared(folder: str | Path, group: dist.ProcessGroup | None) -> dict[str, Any]:
+def load_shared(folder: str | Path, group: Group) -> dict[str, Any]:
     """What save_pieces got as `shared`, with the whole tensors' shapes by name under "shapes".
 
     Raises:
@@ -355,9 +349,7 @@ def load_shared(folder: str | Path, group: dist.ProcessGroup | None) -> dict[str
     return {key: value for key, value in _read_index(folder).items() if key != "pieces"}
 
 
-def load_pieces(
-    wanted: Sequence[tuple[str, int, int]], folder: str | Path, group: dist.ProcessGroup | None
-) -> list[Tensor]:
+def load_pieces(wanted: Sequence[tuple[str, int, int]], folder: str | Path, group: Group) -> list[Tensor]:
     """For each (name, start, stop) the elements of that tensor, flat, on the CPU. All ranks call it, each for its own.
 
     Reads the saved pieces that overlap what is wanted, whole, and checks them.
@@ -460,9 +452,7 @@ def _state_pieces(states: Iterable[tuple[Piece, State]]) -> tuple[list[Piece], d
     return pieces, rest
 
 
-def gather_states(
-    states: Iterable[tuple[Piece, State]], group: dist.ProcessGroup | None, device: torch.device
-) -> dict[int, State]:
+def gather_states(states: Iterable[tuple[Piece, State]], group: Group, device: torch.device) -> dict[int, State]:
     """The states of whole parameters by index, on rank 0 and its CPU; nothing on other ranks. All ranks call it."""
     pieces, rest = _state_pieces(states)
     whole: dict[str, Any] = gather_pieces(pieces, group, device)
@@ -490,19 +480,14 @@ def cut_states(states: Mapping[int, State], pieces: Iterable[Piece]) -> list[Sta
 
 
 def save_states(
-    states: Iterable[tuple[Piece, State]],
-    shared: Mapping[str, Any],
-    folder: str | Path,
-    group: dist.ProcessGroup | None,
+    states: Iterable[tuple[Piece, State]], shared: Mapping[str, Any], folder: str | Path, group: Group
 ) -> None:
     """Write the states, each rank its own pieces. All ranks call it."""
     pieces, rest = _state_pieces(states)
     save_pieces(pieces, {"rest": rest, **shared}, folder, group)
 
 
-def load_states(
-    pieces: Sequence[Piece], folder: str | Path, group: dist.ProcessGroup | None
-) -> tuple[list[State], dict[str, Any]]:
+def load_states(pieces: Sequence[Piece], folder: str | Path, group: Group) -> tuple[list[State], dict[str, Any]]:
     """The states of the pieces, whatever the number of ranks that saved them, and what save_states got as `shared`."""
     shared = load_shared(folder, group)
     wanted: list[tuple[int, str, Piece]] = []  # which state, which key, the shape and the run there

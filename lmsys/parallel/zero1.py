@@ -34,7 +34,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lmsys.parallel import shards
-from lmsys.parallel.group import broadcast_from_rank0, check_same_everywhere, current, gather_objects
+from lmsys.parallel.group import Group, broadcast_from_rank0, check_same_everywhere, current, gather_objects
 from lmsys.parallel.shards import FlatLayout, MeanInFlight, Piece
 
 
@@ -65,7 +65,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         partition: str | None = None,
         bucket_size_mb: float = 100.0,
         reduce_scatter_gradients: bool = False,
-        group: dist.ProcessGroup | None = None,
+        group: Group = None,
         **kwargs: Any,
     ):
         if partition not in (None, "elements", "parameters"):
@@ -344,7 +344,7 @@ class _Bucket:
         self,
         parameters: list[nn.Parameter],
         owners: Mapping[int, int] | None,  # id of a parameter -> rank
-        group: dist.ProcessGroup | None,
+        group: Group,
         make: Callable[[dict[str, Any]], torch.optim.Optimizer],
         outer: dict[str, Any],
         index: int,
@@ -383,7 +383,7 @@ class _Bucket:
         tensors = [leaf.tensor for leaf in self.leaves]
         self.inner = make({"params": tensors, **self.pushed}) if tensors else None
 
-    def send(self, group: dist.ProcessGroup | None) -> list[dist.Work]:
+    def send(self, group: Group) -> list[dist.Work]:
         """Start to share what each rank updated: one all-gather, or a broadcast from each owner of whole parameters."""
         if len(self.shares) == 1:
             return []
@@ -428,7 +428,7 @@ class _GradientExchange:
     The order is that in which buckets became complete on rank 0 in the first backward pass.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None):
+    def __init__(self, group: Group):
         self.group = group
         self.paused = False
         self.finished = False  # the leaves have the gradients of this step
