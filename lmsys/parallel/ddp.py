@@ -20,7 +20,8 @@ shape together, say check_batches=False.
 Compile by block (block.compile()): a hook then runs as each block's backward ends. A module compiled whole delivers all
 gradients at the end of backward, right but with nothing to overlap.
 
-Limits: dense gradients; buffers are not synchronized after the start; requires_grad is read once; one device.
+Limits: all processes, each with one device; dense gradients; buffers are not synchronized after the start;
+requires_grad is read once.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from torch import Tensor, nn
 from lmsys.config import TRANSPORTS
 from lmsys.parallel import copy_engine, shards
 from lmsys.parallel.copy_engine import CopyEngine
-from lmsys.parallel.group import Group, broadcast_from_rank0, check_initialized, check_same_everywhere, gather_objects
+from lmsys.parallel.group import broadcast_from_rank0, check_initialized, check_same_everywhere, gather_objects
 
 LAYOUTS = ("grouped", "flat")
 BUCKET_MB = {"nccl": 25.0, "copy_engine": 100.0}  # of flashddp by default; a copy engine's message costs the host more
@@ -79,23 +80,21 @@ class DataParallel(nn.Module):
 
     Args:
         module: on the device of its process; every process has the same one but for values.
-        group: the processes; None: all.
         check_batches: refuse a batch whose shape differs from the first one's.
     """
 
-    def __init__(self, module: nn.Module, *, group: Group = None, check_batches: bool = True):
+    def __init__(self, module: nn.Module, *, check_batches: bool = True):
         super().__init__()
         check_initialized(type(self).__name__)
-        self.group = dist.group.WORLD if group is None else group
         self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._device = self._check(module)
-        make_replicas(module, self.group)
+        make_replicas(module)
         self.module = module
         self._synchronizes = True
         self._check_batches = check_batches
         self._batch_shape: torch.Size | None = None  # of the first forward pass
         self._batch_agreed = not check_batches
-        self._transport: AllReduce | CopyEngine = AllReduce(self.group)
+        self._transport: AllReduce | CopyEngine = AllReduce(dist.group.WORLD)
         self._arrived = bytearray(len(self.trained))  # gradients of this step, by index
         for index, parameter in enumerate(self.trained):
             shards.on_gradient(parameter, self._on_gradient, index)
@@ -106,7 +105,7 @@ class DataParallel(nn.Module):
         if not self.trained:
             raise ValueError(f"{name}: the module has no parameter that requires a gradient")
         devices = {parameter.device for parameter in module.parameters()}
-        is_nccl = dist.get_backend(self.group) == "nccl"
+        is_nccl = dist.get_backend() == "nccl"
         if len(devices) > 1 or (is_nccl and next(iter(devices)).type != "cuda"):
             where = ", ".join(map(str, devices))
             raise ValueError(f"{name}: the parameters lie on {where}; move them to one device, with NCCL a GPU")
@@ -161,7 +160,7 @@ class DataParallel(nn.Module):
         """
         if not self._batch_agreed:
             shape = None if self._batch_shape is None else tuple(self._batch_shape)
-            check_same_everywhere(str(shape), "the shape of the batch", self.group, "drop an incomplete last batch")
+            check_same_everywhere(str(shape), "the shape of the batch", fix="drop an incomplete last batch")
             self._batch_agreed = True
         self._synchronize()
         self._arrived = bytearray(len(self.trained))
@@ -190,7 +189,7 @@ class DataParallel(nn.Module):
                 parameter.grad = None
 
 
-def make_replicas(module: nn.Module, group: Group = None) -> None:
+def make_replicas(module: nn.Module) -> None:
     """Give the module rank 0's parameters and buffers.
 
     Raises:
@@ -201,8 +200,8 @@ def make_replicas(module: nn.Module, group: Group = None) -> None:
         for name, p in module.named_parameters()
     ]
     lines += [f"buffer {name} {tuple(b.shape)} {b.dtype}" for name, b in module.named_buffers()]
-    check_same_everywhere("\n".join(lines), "the model", group)
-    broadcast_from_rank0([*module.parameters(), *module.buffers()], group)
+    check_same_everywhere("\n".join(lines), "the model")
+    broadcast_from_rank0([*module.parameters(), *module.buffers()])
 
 
 class Naive(DataParallel):
@@ -260,9 +259,8 @@ class FlashDDP(DataParallel):
         transport: "nccl" (on a CPU, Gloo); "copy_engine", for GPUs of one machine; or "auto": copy engines where they
             can be had and no option of NCCL is given.
         communication_dtype: gradients travel in it (bf16: half the bytes, 8 bits before the sum); None: their own.
-        min_ctas, max_ctas: bounds on a NCCL kernel's blocks, each of which takes an SM from backward; None: NCCL's.
+        max_ctas: a bound on a NCCL kernel's blocks, each of which takes an SM from backward; None: NCCL's own.
         high_priority: NCCL's kernels go before backward's when both wait for an SM.
-        group, check_batches: as DataParallel.
     """
 
     def __init__(
@@ -273,10 +271,8 @@ class FlashDDP(DataParallel):
         layout: str = "grouped",
         transport: str = "nccl",
         communication_dtype: torch.dtype | None = None,
-        min_ctas: int | None = None,
         max_ctas: int | None = None,
         high_priority: bool = False,
-        group: Group = None,
         check_batches: bool = True,
     ):
         if bucket_size_mb is not None and not bucket_size_mb >= 0:
@@ -286,20 +282,22 @@ class FlashDDP(DataParallel):
                 raise ValueError(f"{name} is '{value}'; it must be {' or '.join(known)}")
         if communication_dtype is not None and not communication_dtype.is_floating_point:
             raise ValueError(f"communication_dtype is {communication_dtype}; give a floating-point dtype, or None")
-        super().__init__(module, group=group, check_batches=check_batches)
-        tuned = min_ctas is not None or max_ctas is not None or high_priority
-        if tuned and transport == "copy_engine":
-            raise ValueError("min_ctas, max_ctas and high_priority are NCCL's; give transport='nccl'")
-        if tuned:
-            self.group = _tuned_group(self.group, min_ctas, max_ctas, high_priority)
-            self._transport = AllReduce(self.group)
+        super().__init__(module, check_batches=check_batches)
+        is_tuned = max_ctas is not None or high_priority
+        if is_tuned and (transport == "copy_engine" or dist.get_backend() != "nccl"):
+            raise ValueError("max_ctas and high_priority are NCCL's; leave them out, or give transport='nccl' on GPUs")
+        if is_tuned:
+            options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=high_priority)
+            if max_ctas is not None:
+                options.config.max_ctas = max_ctas
+            self._transport = AllReduce(dist.new_group(backend="nccl", pg_options=options))
         if transport == "auto":
-            reached = not tuned and copy_engine.everywhere(self.group, self._device)
+            reached = not is_tuned and copy_engine.everywhere(dist.group.WORLD, self._device)
             transport = "copy_engine" if reached else "nccl"
         if transport == "copy_engine":
             # A small model needs no pieces larger than itself.
             whole_mb = sum(parameter.nbytes for parameter in self.trained) / 1e6
-            self._transport = CopyEngine(self.group, self._device, piece_mb=min(copy_engine.PIECE_MB, whole_mb))
+            self._transport = CopyEngine(dist.group.WORLD, self._device, piece_mb=min(copy_engine.PIECE_MB, whole_mb))
         self.transport = transport
         self.bucket_size_mb = BUCKET_MB[transport] if bucket_size_mb is None else bucket_size_mb
         self._in_place = layout == "grouped"
@@ -374,7 +372,7 @@ class FlashDDP(DataParallel):
         """Cut rank 0's order of arrival into buckets. What did not arrive there comes last, later registered first."""
         arrived = set(self._arrivals)
         order = self._arrivals + [index for index in reversed(range(len(self.trained))) if index not in arrived]
-        order = gather_objects(order, self.group)[0]
+        order = gather_objects(order)[0]
         parts: list[list[int]] = []
         filling: dict[torch.dtype, tuple[list[int], int]] = {}  # the bucket that a dtype fills, and its bytes
         for index in order:
@@ -402,8 +400,8 @@ class TorchDDP(nn.parallel.DistributedDataParallel):
     """torch's DistributedDataParallel with the interface of the wrappers here; gradients are views of its buckets.
 
     Args:
-        find_unused: search each pass's graph for parameters that it did not use; without it, one such is an error.
         bucket_size_mb: in units of 2^20 bytes, as torch counts.
+        find_unused: search each pass's graph for parameters that it did not use; without it, one such is an error.
         communication_dtype: torch.bfloat16 or torch.float16: gradients travel in it; None: their own.
     """
 
@@ -414,29 +412,27 @@ class TorchDDP(nn.parallel.DistributedDataParallel):
         bucket_size_mb: float = 25.0,
         find_unused: bool = False,
         communication_dtype: torch.dtype | None = None,
-        group: Group = None,
     ):
         from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
         hooks = {torch.bfloat16: default_hooks.bf16_compress_hook, torch.float16: default_hooks.fp16_compress_hook}
         if communication_dtype not in (None, *hooks):
             raise ValueError(f"torch_ddp: communication_dtype is {communication_dtype}; give bfloat16, float16 or None")
-        if communication_dtype == torch.bfloat16 and dist.get_backend(group) != "nccl":
+        if communication_dtype == torch.bfloat16 and dist.get_backend() != "nccl":
             raise ValueError("torch_ddp communicates in bfloat16 with NCCL only, on GPUs; give float16 or None")
-        make_replicas(module, group)  # torch before 2.13 leaves buffers alone where it does not send them at each step
+        make_replicas(module)  # torch before 2.13 leaves buffers alone where it does not send them at each step
         is_new = "forward_sync_buffers" in inspect.signature(nn.parallel.DistributedDataParallel).parameters
         device = next(module.parameters()).device
         super().__init__(
             module,
             device_ids=[device] if device.type == "cuda" else None,
-            process_group=group,
             bucket_cap_mb=bucket_size_mb,
             gradient_as_bucket_view=True,
             find_unused_parameters=find_unused,
             **{"forward_sync_buffers" if is_new else "broadcast_buffers": False},  # not at each step
         )
         if communication_dtype is not None:
-            self.register_comm_hook(group, hooks[communication_dtype])
+            self.register_comm_hook(None, hooks[communication_dtype])
 
     def finish_gradient_synchronization(self) -> None:
         """Nothing: torch's wrapper ends in backward."""
@@ -460,22 +456,3 @@ def _pack(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[T
         views.append(piece[: tensor.numel()].view_as(tensor))
     torch._foreach_copy_(views, list(tensors))
     return buffer, views
-
-
-def _tuned_group(
-    group: dist.ProcessGroup, min_ctas: int | None, max_ctas: int | None, high_priority: bool
-) -> dist.ProcessGroup:
-    """A group of the same processes with NCCL options of its own. All processes must call this alike."""
-    if dist.get_backend(group) != "nccl":
-        raise ValueError("min_ctas, max_ctas and high_priority are NCCL's; leave them out on a CPU")
-    given = [count for count in (min_ctas, max_ctas) if count is not None]
-    if given != sorted(given) or min(given, default=1) < 1:
-        raise ValueError(
-            f"min_ctas is {min_ctas} and max_ctas {max_ctas}; they must be 1 or more, the minimum not above the maximum"
-        )
-    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=high_priority)
-    if min_ctas is not None:
-        options.config.min_ctas = min_ctas
-    if max_ctas is not None:
-        options.config.max_ctas = max_ctas
-    return dist.new_group(dist.get_process_group_ranks(group), backend="nccl", pg_options=options)

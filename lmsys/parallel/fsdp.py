@@ -52,6 +52,7 @@ from lmsys.parallel.fsdp_state import Flat, ShardedState
 from lmsys.parallel.group import Group, broadcast_from_rank0, check_initialized, check_same_everywhere, gather_objects
 from lmsys.parallel.shards import MeanInFlight
 
+_graph_task = torch._C._current_graph_task_id  # which backward pass this thread is in; -1 for none
 # Vector-only modules of torch that do not take an input of another dtype than their weights' on every device.
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -401,22 +402,21 @@ class TorchFSDP2(nn.Module):
         *,
         compute_dtype: torch.dtype | None = None,
         communication_dtype: torch.dtype | None = None,
-        group: Group = None,
     ):
         from torch.distributed.device_mesh import DeviceMesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         super().__init__()
         check_initialized("torch_fsdp2")
-        broadcast_from_rank0([*(p.data for p in module.parameters()), *module.buffers()], group)
-        mesh = DeviceMesh.from_group(group or dist.group.WORLD, next(module.parameters()).device.type)
+        broadcast_from_rank0([*(p.data for p in module.parameters()), *module.buffers()])
+        mesh = DeviceMesh.from_group(dist.group.WORLD, next(module.parameters()).device.type)
         # Blocks' inputs stay as they are: a table of angles must not be rounded; autocast casts what matmuls take.
         policy = MixedPrecisionPolicy(compute_dtype, communication_dtype, cast_forward_inputs=False)
         for block in _blocks(module).values():
             if next(block.parameters(), None) is not None:
                 fully_shard(block, mesh=mesh, mp_policy=policy)
         self.module = fully_shard(module, mesh=mesh, mp_policy=policy)
-        self._rank = dist.get_rank(group)
+        self._rank = dist.get_rank()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's."""
@@ -533,8 +533,3 @@ def _in_own_dtype(forward: Callable[[Tensor], Tensor], dtype: torch.dtype, x: Te
 def _trained(output: Any) -> list[Tensor]:
     """The tensors of what a module returned that have a backward pass."""
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
-
-
-def _graph_task() -> int:
-    """Which backward pass this thread is in; -1 for none."""
-    return torch._C._current_graph_task_id()

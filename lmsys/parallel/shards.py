@@ -6,16 +6,16 @@ lie (save_pieces) and read again, cut otherwise, by any number of processes (loa
     index.json                  which pieces there are, in which file, each with its SHA-256; what belongs to all ranks
     <save>-<rank>.safetensors   a rank's pieces; <save> tells the files of one saving from those of another
 
-torch.distributed.checkpoint does the same with a pickle for an index, whose reading can run any code; hence this one.
-The index is put in place when all else is on the disk, so that what was saved before stays whole until then. The folder
-must be one that all processes see.
-The state of an optimizer that updates pieces of parameters becomes pieces by one rule: a tensor shaped like the piece
-holds a value for each element and is cut like it; everything else (a step count) belongs to the parameter as a whole.
+torch.distributed.checkpoint does the same with a pickle for an index, whose reading can run any code. The index is put
+in place when all else is on the disk, so that what was saved before stays whole until then. All processes must see the
+folder. Of an optimizer that updates pieces of parameters, state shaped like the piece holds a value for each element
+and is cut like it; everything else (a step count) belongs to the parameter as a whole.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -43,9 +43,6 @@ all_gather_tensor = getattr(dist, "all_gather_single", None) or dist.all_gather_
 reduce_scatter_tensor = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-# --- Flat buffers and collectives on them ---------------------------------------------------------
-
-
 def align(elements: int) -> int:
     """The next multiple of ALIGNMENT."""
     return -(-elements // ALIGNMENT) * ALIGNMENT
@@ -68,11 +65,7 @@ def on_gradient(parameter: Tensor, method: Callable[..., None], *args: Any) -> R
 
 
 class FlatLayout:
-    """Where parameters lie in a flat buffer: one after another, each at a multiple of ALIGNMENT.
-
-    Attributes:
-        offsets: where each starts. size: of the buffer, in elements.
-    """
+    """Where parameters lie in a flat buffer of `size` elements: one after another, at multiples of ALIGNMENT."""
 
     def __init__(self, parameters: Sequence[nn.Parameter]):
         self.parameters = parameters
@@ -85,10 +78,8 @@ class FlatLayout:
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """Views of a buffer, shaped like the parameters."""
-        return [
-            flat[offset : offset + shape.numel()].view(shape)
-            for offset, shape in zip(self.offsets, self.shapes, strict=True)
-        ]
+        places = zip(self.offsets, self.shapes, strict=True)
+        return [flat[offset : offset + shape.numel()].view(shape) for offset, shape in places]
 
     def flatten(self, size: int) -> Tensor:
         """The parameters' values in a new buffer of at least self.size elements, zeros elsewhere."""
@@ -107,12 +98,10 @@ class FlatLayout:
 
     def take_gradients(self, size: int, dtype: torch.dtype) -> Tensor:
         """The gradients in a buffer of that size, zeros where there is none; the parameters keep none."""
-        gradients = [parameter.grad for parameter in self.parameters]
+        first, *others = gradients = [parameter.grad for parameter in self.parameters]
         for parameter in self.parameters:
             parameter.grad = None
-        first = gradients[0]
-        is_flat = first is not None and first.numel() == size and first.dtype == dtype and first.is_contiguous()
-        if is_flat and len(gradients) == 1:
+        if not others and first is not None and (first.numel(), first.dtype) == (size, dtype) and first.is_contiguous():
             return first.view(-1)  # an embedding, a head: large, and nothing to put together
         flat = torch.empty(size, dtype=dtype, device=self.parameters[0].device)
         if any(gradient is None for gradient in gradients):
@@ -153,9 +142,8 @@ def mean_operation(tensor: Tensor, group: Group) -> dist.ReduceOp.RedOpType:
 
 
 class MeanInFlight:
-    """Gradients (elements,) on their way to be this rank's share of the ranks' mean.
+    """Gradients (elements,), kept here and overwritten, on their way to be this rank's share of the ranks' mean.
 
-    They are kept here, and may be overwritten, until wait(): then the stream orders the reuse of their memory.
     shares: [start, stop) of each rank; all of one length: a reduce-scatter; else a reduce to each rank.
     """
 
@@ -194,10 +182,8 @@ def clip_gradients(
 ) -> Tensor:
     """Scale gradients in place so that their 2-norm over the whole model is at most max_norm; 0 or less: only measure.
 
-    Args:
-        sharded: this rank's part of what is spread over the ranks; None: nothing is. replicated: what every rank has.
-    Returns:
-        the norm before clipping, the same on every rank, a scalar on the device, for which nothing has waited.
+    sharded: this rank's part of what is spread over the ranks; None: nothing is. replicated: what every rank has.
+    Returns the norm before clipping, a scalar on the device, for which nothing has waited.
     """
 
     def norm_of(gradients: list[Tensor]) -> Tensor:
@@ -261,10 +247,7 @@ def _exchange_entries(pieces: Mapping[str, Piece], group: Group) -> list[dict[st
 
 
 def gather_pieces(pieces: Iterable[Piece], group: Group, device: torch.device) -> dict[str, Tensor]:
-    """The whole tensors on rank 0, on the CPU; nothing on the other ranks. All ranks call it.
-
-    Tensors travel on the device, one at a time, so that the GPU holds one more piece and no more.
-    """
+    """The whole tensors on rank 0's CPU; nothing on other ranks. All ranks call it. One piece at a time travels."""
     rank, _ = current(group)
     mine = {_key(*piece.run): piece for piece in pieces}
     whole: dict[str, Tensor] = {}
@@ -286,50 +269,45 @@ def gather_pieces(pieces: Iterable[Piece], group: Group, device: torch.device) -
 
 
 def save_pieces(pieces: Iterable[Piece], shared: Mapping[str, Any], folder: str | Path, group: Group) -> None:
-    """Write every rank's pieces to the folder. All ranks call it. What was saved there before is replaced.
+    """Write every rank's pieces to the folder, in place of what was saved there before. All ranks call it.
 
-    shared: what belongs to all ranks, JSON-ready; dictionaries under one key are united over the ranks.
+    shared: what belongs to all ranks, the same on each, JSON-ready.
     Raises:
         OSError: a full disk, an unwritable folder; in every process. What was saved there before stays.
     """
     folder = Path(folder)
     rank, _ = current(group)
     mine = {_key(*piece.run): piece for piece in pieces}
-    entries = _exchange_entries(mine, group)
-    shares = gather_objects((dict(shared), secrets.token_hex(4)), group)
-    save = shares[0][1]
+    entries = _exchange_entries(mine, group)[rank]
+    save = gather_objects(secrets.token_hex(4), group)[0]
 
-    def write() -> dict[str, str]:
-        """This rank's file; returns its pieces' SHA-256."""
+    def write() -> list[tuple[str, tuple[int, ...], dict[str, Any]]]:
+        """This rank's file; returns name, shape and place of its pieces."""
         file = folder / f"{save}-{rank:05d}.safetensors"
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {  # each with a storage of its own, as the format needs
-            key: mine[key].tensor.detach().reshape(-1).to("cpu", copy=True) for key in entries[rank]
-        }
+        # each with a storage of its own, as the format needs
+        tensors = {key: mine[key].tensor.detach().reshape(-1).to("cpu", copy=True) for key in entries}
         try:
             save_file(tensors, file)
         except SafetensorError as error:  # it wraps the system's error
             raise OSError(f"cannot write {file}: {error}") from error
         flush(file)
-        return {key: _sha256(tensor) for key, tensor in tensors.items()}
+        places = []
+        for key, (name, shape, start, stop, dtype) in entries.items():
+            place = {"file": file.name, "start": start, "stop": stop, "dtype": str(dtype).removeprefix("torch.")}
+            places.append((name, shape, place | {"sha256": _sha256(tensors[key])}))
+        return places
 
-    sums = by_rank(write, group)
+    written = itertools.chain(*by_rank(write, group))
 
     def put_index() -> None:
-        united: dict[str, Any] = {}
-        for given, _ in shares:
-            for key, value in given.items():
-                united[key] = united[key] | value if isinstance(united.get(key), dict) else united.get(key, value)
-        shapes: dict[str, list[int]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         places: dict[str, list[dict[str, Any]]] = {}
-        for source, theirs in enumerate(entries):
-            for key, (name, shape, start, stop, dtype) in theirs.items():
-                shapes[name] = list(shape)
-                place = {"file": f"{save}-{source:05d}.safetensors", "start": start, "stop": stop}
-                place |= {"dtype": str(dtype).removeprefix("torch."), "sha256": sums[source][key]}
-                places.setdefault(name, []).append(place)
+        for name, shape, place in written:
+            shapes[name] = shape
+            places.setdefault(name, []).append(place)
         temporary = folder / f".{INDEX_FILE}.tmp"
-        temporary.write_text(json.dumps({**united, "shapes": shapes, "pieces": places}), encoding="utf-8")
+        temporary.write_text(json.dumps({**shared, "shapes": shapes, "pieces": places}), encoding="utf-8")
         flush(temporary)
         os.replace(temporary, folder / INDEX_FILE)
         flush(folder)
@@ -341,18 +319,13 @@ def save_pieces(pieces: Iterable[Piece], shared: Mapping[str, Any], folder: str 
 
 
 def load_shared(folder: str | Path, group: Group) -> dict[str, Any]:
-    """What save_pieces got as `shared`, with the whole tensors' shapes by name under "shapes".
-
-    Raises:
-        ValueError: no such checkpoint, or a damaged one.
-    """
+    """What save_pieces got as `shared`, with the shapes by name under "shapes". ValueError: nothing there, or damaged."""
     return {key: value for key, value in _read_index(folder).items() if key != "pieces"}
 
 
 def load_pieces(wanted: Sequence[tuple[str, int, int]], folder: str | Path, group: Group) -> list[Tensor]:
     """For each (name, start, stop) the elements of that tensor, flat, on the CPU. All ranks call it, each for its own.
 
-    Reads the saved pieces that overlap what is wanted, whole, and checks them.
     Raises:
         ValueError: a file is missing or damaged; in every process.
     """
@@ -391,11 +364,11 @@ def _read_index(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"no sharded state at {folder}; give the folder that it was saved to")
     try:
         index = json.loads(file.read_text(encoding="utf-8"))
+        assert index["shapes"].keys() == index["pieces"].keys(), "its shapes and pieces are of other tensors"
         for name, shape in index["shapes"].items():
             assert all(type(size) is int and size >= 0 for size in shape), name
-        assert index["shapes"].keys() == index["pieces"].keys(), "its shapes and pieces are of other tensors"
-        for name, places in index["pieces"].items():
-            assert sum(place["stop"] - place["start"] for place in places) == math.prod(index["shapes"][name]), name
+            places = index["pieces"][name]
+            assert sum(place["stop"] - place["start"] for place in places) == math.prod(shape), name
             for place in places:
                 assert type(place["start"]) is type(place["stop"]) is int and 0 <= place["start"] <= place["stop"]
                 assert type(place["sha256"]) is str and Path(place["file"]).name == place["file"], place["file"]
@@ -427,13 +400,13 @@ def _sha256(tensor: Tensor) -> str:
 
 
 # --- Optimizer state ------------------------------------------------------------------------------
-# Of a parameter's piece, named by its index in the optimizer, which updates piece.tensor.
 
 State = dict[str, Any]  # of one parameter
+States = Iterable[tuple[Piece, State]]  # each of a parameter's piece, named by its index in the optimizer
 
 
-def _state_pieces(states: Iterable[tuple[Piece, State]]) -> tuple[list[Piece], dict[str, Any]]:
-    """The tensors as pieces named INDEX/KEY, and the rest by the same names."""
+def _state_pieces(states: States, group: Group) -> tuple[list[Piece], dict[str, Any]]:
+    """This rank's tensors as pieces named INDEX/KEY, and the rest of all ranks by the same names."""
     pieces, rest = [], {}
     for of, state in states:
         for key, value in state.items():
@@ -449,23 +422,18 @@ def _state_pieces(states: Iterable[tuple[Piece, State]]) -> tuple[list[Piece], d
                 )
             else:
                 pieces.append(Piece(name, tuple(value.shape), 0, value))
-    return pieces, rest
+    return pieces, {name: value for theirs in gather_objects(rest, group) for name, value in theirs.items()}
 
 
-def gather_states(states: Iterable[tuple[Piece, State]], group: Group, device: torch.device) -> dict[int, State]:
+def gather_states(states: States, group: Group, device: torch.device) -> dict[int, State]:
     """The states of whole parameters by index, on rank 0 and its CPU; nothing on other ranks. All ranks call it."""
-    pieces, rest = _state_pieces(states)
-    whole: dict[str, Any] = gather_pieces(pieces, group, device)
-    everyone = gather_objects(rest, group)
-    if current(group)[0] != 0:
-        return {}
-    for values in everyone:
-        whole |= values
+    pieces, rest = _state_pieces(states, group)
+    whole = gather_pieces(pieces, group, device) | rest
     gathered: dict[int, State] = {}
     for name in sorted(whole, key=lambda name: int(name.partition("/")[0])):
         index, _, key = name.partition("/")
         gathered.setdefault(int(index), {})[key] = whole[name]
-    return gathered
+    return gathered if current(group)[0] == 0 else {}
 
 
 def cut_states(states: Mapping[int, State], pieces: Iterable[Piece]) -> list[State]:
@@ -479,11 +447,9 @@ def cut_states(states: Mapping[int, State], pieces: Iterable[Piece]) -> list[Sta
     return [{key: cut(value, of) for key, value in states.get(int(of.name), {}).items()} for of in pieces]
 
 
-def save_states(
-    states: Iterable[tuple[Piece, State]], shared: Mapping[str, Any], folder: str | Path, group: Group
-) -> None:
+def save_states(states: States, shared: Mapping[str, Any], folder: str | Path, group: Group) -> None:
     """Write the states, each rank its own pieces. All ranks call it."""
-    pieces, rest = _state_pieces(states)
+    pieces, rest = _state_pieces(states, group)
     save_pieces(pieces, {"rest": rest, **shared}, folder, group)
 
 
