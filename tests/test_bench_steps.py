@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lmsys.bench import peers, processes, steps, timeline
+from lmsys.bench import peers, processes, steps, traces
 from lmsys.bench.measure import quantiles
 from lmsys.config import model_size
 from lmsys.parallel import group
@@ -270,8 +270,8 @@ def test_overlap_counts_each_moment_once():
         {"lane": "compute", "start_ms": 11.0, "duration_ms": 10.0},
         {"lane": "phase", "start_ms": 0.0, "duration_ms": 30.0},
     ]
-    assert timeline.overlap(rows) == {"communication_ms": 4.0, "hidden_ms": 3.0}
-    assert timeline.union([(3, 4), (0, 1), (1.5, 2)], gap=0.5) == [(0, 2), (3, 4)]
+    assert traces.overlap(rows) == {"communication_ms": 4.0, "hidden_ms": 3.0}
+    assert traces.union([(3, 4), (0, 1), (1.5, 2)], gap=0.5) == [(0, 2), (3, 4)]
 
 
 class Event:
@@ -302,9 +302,9 @@ def test_a_gpus_trace_tells_nccl_from_the_rest():
         Event("adam", 8000, 9000, id=4),
         Event("aten::mm", 0, 9000, gpu=False, id=2),
     ]
-    rows = timeline._rows(timeline._intervals(events, torch.device("cuda")))
+    rows = traces._rows(traces._intervals(events, torch.device("cuda")))
     found = {(row["lane"], row["name"], row["start_ms"], row["duration_ms"]) for row in rows}
     assert {("phase", "forward", 0.0, 2.0), ("phase", "backward", 2.1, 2.9), ("phase", "optimizer", 7.0, 1.0)} <= found
     assert ("communication", "NCCL", 4.0, 3.0) in found and sum(row["lane"] == "phase" for row in rows) == 3
-    assert timeline.overlap(rows) == {"communication_ms": 3.0, "hidden_ms": pytest.approx(1.0)}
+    assert traces.overlap(rows) == {"communication_ms": 3.0, "hidden_ms": pytest.approx(1.0)}
     assert sum(row["duration_ms"] for row in rows if row["lane"] == "compute") == pytest.approx(2.0 + 2.9 + 1.0)

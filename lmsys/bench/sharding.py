@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from lmsys import cost, parallel, records
-from lmsys.bench import collectives, experiment, processes, steps, timeline
+from lmsys.bench import collectives, experiment, processes, steps, traces
 from lmsys.bench.experiment import Experiment, Measured, Notebook, Parameters, Point, Row
 from lmsys.bench.measure import DTYPES, measure
 from lmsys.config import ModelConfig, model_size, require
@@ -153,14 +153,14 @@ def state_rows(p: Parameters) -> list[Row]:
     return rows
 
 
-def forward_gathers(traces) -> list[Row]:
+def forward_gathers(intervals) -> list[Row]:
     """fsdp_accounting (b): the forward pass of each trace, the communication that begins in it, and what of that waits."""
     rows = []
-    for name, group in traces.groupby("wrapper", sort=False):
+    for name, group in intervals.groupby("wrapper", sort=False):
         forward = group[(group.lane == "phase") & (group.name == "forward")]
         if len(forward):
             end = (forward.start_ms + forward.duration_ms).max()
-            overlap = timeline.overlap(group[group.start_ms < end].to_dict("records"))
+            overlap = traces.overlap(group[group.start_ms < end].to_dict("records"))
             waiting = overlap["communication_ms"] - overlap["hidden_ms"]
             rows.append({"wrapper": name, "forward_ms": end} | overlap | {"waiting_ms": waiting})
     return rows

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lmsys import cost, parallel
-from lmsys.bench import timeline
+from lmsys.bench import traces
 from lmsys.bench.experiment import Measured
 from lmsys.bench.measure import failure, live_bytes, one_thread, peak_bytes_cpu, quantiles, release
 from lmsys.bench.power import PowerWatch
@@ -206,8 +206,8 @@ class Subject:
         result |= watch.between(start, end)
         result["peak_bytes"] = largest(self.process, [self._peak()])[0]
         if traced:
-            with self._phases(lambda name: timeline.phase(name) if name in timeline.PHASES else nullcontext()):
-                result["timeline"] = timeline.trace(self.step, self.device)
+            with self._phases(lambda name: traces.phase(name) if name in traces.PHASES else nullcontext()):
+                result["timeline"] = traces.lanes(self.step, self.device)
         if plan.quiet_steps and self.process.world_size > 1 and not self.engine.strategy.gathers:
             result["quiet_ms"] = self._timed(plan.quiet_steps, communicate=False)["times_ms"]
         result["host_ms"] = self._host_ms()
@@ -420,7 +420,7 @@ def with_timeline(point: Mapping[str, Any], columns: dict[str, Any], result: Map
     """The columns with what a traced step shows of communication, and its intervals as rows of the table `name`."""
     if not result.get("timeline"):
         return Measured([columns])
-    overlap = timeline.overlap(result["timeline"])
+    overlap = traces.overlap(result["timeline"])
     columns |= {"traced_comm_ms": overlap["communication_ms"], "traced_hidden_ms": overlap["hidden_ms"]}
     return Measured([columns], {name: [{"wrapper": point["wrapper"]} | row for row in result["timeline"]]})
 

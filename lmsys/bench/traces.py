@@ -1,7 +1,7 @@
-"""From the events of PyTorch's profiler to kernels: of each its operator, the phase of the step and the part of the
-model.
+"""From the events of PyTorch's profiler to what a training step did: kernels and where they belong, and what computes
+and what communicates when.
 
-Each kernel is traced back:
+trace() tells of each kernel its operator, the phase of the step and the part of the model. A kernel is traced back:
 
 - to the operator that launched it, by the profiler's correlation id. The operator says what kind of kernel it is: names
   of kernels change from GPU to GPU, `aten::mm` does not;
@@ -11,23 +11,31 @@ Each kernel is traced back:
   number.
 
 On a CPU the operators take the place of kernels, each with the time that it spends outside of the operators it calls.
+
+lanes() gives intervals. On a GPU they are those of kernels: NCCL's communicate, which includes waiting for a peer, as do
+copies from GPU to GPU; all others compute. On a CPU, those of operators of the calling thread (compute) and of Gloo's
+collectives, which run in threads of their own; a Gloo interval begins when the collective is queued, so that several of
+them overlap each other. The profiler slows the host down: a traced step takes longer than a timed one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from lmsys.bench.measure import profiled
-from lmsys.bench.timeline import union
 
 PHASES = ("forward", "loss", "backward", "optimizer")
 MATMUL = "matmuls"
-_PREFIX = "lmsys."  # of the ranges, as lmsys.bench.timeline writes them
+OTHER = "other"
+_PREFIX = "lmsys."  # of the ranges
+_LAUNCH = re.compile("cu(da)?[A-Z]")  # CUDA's calls, which have the ids of the kernels that they launch
+_GAP_MS = 0.02  # intervals of a lane this close are shown as one
 _NODE = "autograd::engine::evaluate_function: "
 _NO_OPERATOR = re.compile(
     r"cu(da)?[A-Z]|\[|Activity Buffer|Buffer Flush|Command Buffer|Driver Compiler|Instrumentation|Lazy Function"
@@ -35,30 +43,27 @@ _NO_OPERATOR = re.compile(
 )  # CUDA's calls, which have ids of their own, and what tracing itself costs
 
 # Kind of kernel -> the operators that launch it. The first that matches counts; what none matches is "other".
-CATEGORIES: tuple[tuple[str, re.Pattern], ...] = tuple(
-    (name, re.compile(pattern))
-    for name, pattern in (
-        (MATMUL, r"aten::(mm|bmm|addmm|baddbmm|_scaled_mm|mv|dot)$"),
-        ("softmax", r"aten::_(log_)?softmax(_backward_data)?$"),
-        ("copies and casts", r"aten::(copy_|_to_copy|clone|cat|stack|fill_|zero_|zeros_like|contiguous)$"),
-        ("reductions", r"aten::(sum|mean|max|amax|norm|linalg_vector_norm|cumsum|any|all)$"),
-        (
-            "lookups",
-            r"aten::(embedding|embedding_dense_backward|gather|scatter_add_?|index|index_put_?|_index_put_impl_)$",
-        ),
-        (
-            "element-wise",
-            r"aten::(add|sub|mul|div|neg|rsqrt|sqrt|pow|square|exp|silu|silu_backward|sigmoid|reciprocal|complex|where|masked_fill"
-            r"|threshold_backward|triu|lerp|addcmul|addcdiv|clamp|conj_physical|arange)_?$",
-        ),
-    )
-)
-OTHER = "other"
+CATEGORIES = {
+    MATMUL: r"aten::(mm|bmm|addmm|baddbmm|_scaled_mm|mv|dot)$",
+    "softmax": r"aten::_(log_)?softmax(_backward_data)?$",
+    "copies and casts": r"aten::(copy_|_to_copy|clone|cat|stack|fill_|zero_|zeros_like|contiguous)$",
+    "reductions": r"aten::(sum|mean|max|amax|norm|linalg_vector_norm|cumsum|any|all)$",
+    "lookups": r"aten::(embedding|embedding_dense_backward|gather|scatter_add_?|index|index_put_?|_index_put_impl_)$",
+    "element-wise": r"aten::(add|sub|mul|div|neg|rsqrt|sqrt|pow|square|exp|silu|silu_backward|sigmoid|reciprocal|complex"
+    r"|where|masked_fill|threshold_backward|triu|lerp|addcmul|addcdiv|clamp|conj_physical|arange)_?$",
+}
+
+
+@contextlib.contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Mark a part of the step for trace() and lanes()."""
+    with torch.profiler.record_function(_PREFIX + name):
+        yield
 
 
 def category(operator: str) -> str:
     """The kind of kernel that an operator launches."""
-    return next((name for name, pattern in CATEGORIES if pattern.match(operator)), OTHER)
+    return next((name for name, pattern in CATEGORIES.items() if re.match(pattern, operator)), OTHER)
 
 
 # --- Events to kernels ----------------------------------------------------------------------------
@@ -75,6 +80,10 @@ class Kernel:
     layer: int | None
     start_ms: float
     duration_ms: float
+
+    @property
+    def end_ms(self) -> float:
+        return self.start_ms + self.duration_ms
 
     @property
     def category(self) -> str:
@@ -101,8 +110,7 @@ class _Op:
             op = op.parent
 
 
-@dataclass(frozen=True)
-class Trace:
+class Trace(NamedTuple):
     """What a traced step did: kernels in the order of their start, and how long the host was in each phase, ms."""
 
     kernels: list[Kernel]
@@ -126,16 +134,9 @@ def attribute(events: Iterable[Any], gpu: bool) -> Trace:
     for event in events:
         if event.device_type() == torch.autograd.DeviceType.CPU:
             if not _NO_OPERATOR.match(event.name()):
-                ops.append(
-                    _Op(
-                        event.correlation_id(),
-                        event.name(),
-                        event.start_thread_id(),
-                        event.start_ns(),
-                        event.end_ns(),
-                        event.sequence_nr(),
-                    )
-                )
+                times = event.start_ns(), event.end_ns()
+                ids = event.correlation_id(), event.name(), event.start_thread_id()
+                ops.append(_Op(*ids, *times, event.sequence_nr()))
         elif gpu and not event.name().startswith(_PREFIX):  # the ranges have shadows on the device
             launched.append(event)
     _nest(ops)
@@ -154,28 +155,23 @@ def attribute(events: Iterable[Any], gpu: bool) -> Trace:
         part, layer = _place(op, made)
         # Autograd's threads open no phases: theirs is the one that the step was in.
         inside = next((each for each, span in phases.items() if span.start <= op.start < span.end), "")
-        return Kernel(name, _operator(op), inside, part, layer, (start - origin) / 1e6, duration / 1e6)
+        operator = next((each.name for each in op.ancestors() if not each.name.startswith(_PREFIX)), op.name)
+        return Kernel(name, operator, inside, part, layer, (start - origin) / 1e6, duration / 1e6)
 
     if gpu:
         by_id = {op.id: op for op in ops if op.id > 0}
         kernels = [
-            kernel(
-                event.name(), by_id[event.linked_correlation_id()], event.start_ns(), event.end_ns() - event.start_ns()
-            )
+            kernel(event.name(), op, event.start_ns(), event.end_ns() - event.start_ns())
             for event in launched
-            if event.linked_correlation_id() in by_id
+            if (op := by_id.get(event.linked_correlation_id()))
         ]
-        spans = {
-            name: (min(k.start_ms for k in group), max(k.start_ms + k.duration_ms for k in group))
-            for name in phases
-            if (group := [k for k in kernels if k.phase == name])
-        }
+        groups = ((name, [k for k in kernels if k.phase == name]) for name in phases)
+        spans = {name: max(k.end_ms for k in of) - min(k.start_ms for k in of) for name, of in groups if of}
     else:
         own = [(op, op.end - op.start - op.children) for op in ops if op.name.startswith("aten::")]
         kernels = [kernel(op.name, op, op.start, duration) for op, duration in own if duration > 0]
-        spans = {name: (op.start / 1e6, op.end / 1e6) for name, op in phases.items()}
-    kernels = sorted((k for k in kernels if k.phase), key=lambda k: k.start_ms)
-    return Trace(kernels, {name: end - start for name, (start, end) in spans.items()})
+        spans = {name: (op.end - op.start) / 1e6 for name, op in phases.items()}
+    return Trace(sorted((k for k in kernels if k.phase), key=lambda k: k.start_ms), spans)
 
 
 def _nest(ops: list[_Op]) -> None:
@@ -213,20 +209,111 @@ def _place(op: _Op, made: dict[int, _Op]) -> tuple[str, int | None]:
     return ("residual" if part.startswith("layer ") else part), layer
 
 
-def _operator(op: _Op) -> str:
-    """The innermost operator that is not a range."""
-    return next((each.name for each in op.ancestors() if not each.name.startswith(_PREFIX)), op.name)
-
-
 def busy_ms(kernels: Iterable[Kernel]) -> float:
     """How long at least one of the kernels ran."""
-    return sum(end - start for start, end in union((k.start_ms, k.start_ms + k.duration_ms) for k in kernels))
+    return sum(end - start for start, end in union((k.start_ms, k.end_ms) for k in kernels))
 
 
 def known(kernels):
-    """Rows of kernels, those that have an event of the tracer's own as their operator as kernels of the same name
-    elsewhere.
-    """
+    """Rows of kernels; one whose operator is an event of the tracer's own has the category of its name elsewhere."""
     lost = kernels.operator.astype(str).str.match(_NO_OPERATOR) & (kernels.category == OTHER)
     usual = kernels[~lost].drop_duplicates("name").set_index("name").category
     return kernels.assign(category=kernels.category.where(~lost, kernels.name.map(usual).fillna(OTHER)))
+
+
+# --- Lanes ----------------------------------------------------------------------------------------
+
+
+def lanes(step: Callable[[], Any], device: torch.device) -> list[dict[str, Any]]:
+    """Run step(), which marks its parts with phase(), under the profiler; its intervals as rows: lane (phase, compute,
+    communication), name, start_ms (from the beginning of the first phase), duration_ms.
+    """
+    with profiled(device) as profile:
+        step()
+    return _rows(_intervals(profile.events(), device))
+
+
+def _intervals(events: Sequence[Any], device: torch.device) -> dict[tuple[str, str], list[tuple[float, float]]]:
+    """(lane, name) -> intervals in ms."""
+    gpu = device.type == "cuda"
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for event in events:
+        if _on_gpu(event) == gpu and (key := _lane(event, gpu)):
+            found.setdefault(key, []).append(_span(event))
+    return found | (_gpu_phases(events) if gpu else {})
+
+
+def _lane(event: Any, gpu: bool) -> tuple[str, str] | None:
+    """Lane and name of an event."""
+    name = event.name
+    if gpu:
+        if event.is_user_annotation:
+            return None
+        if "nccl" in name.lower():
+            return "communication", "NCCL"
+        return ("communication", "copies") if name.startswith("Memcpy PtoP") else ("compute", "kernels")
+    if name.startswith(_PREFIX):
+        return "phase", name.removeprefix(_PREFIX)
+    if name.startswith("gloo:"):
+        return "communication", "Gloo"
+    return ("compute", "operators") if name.startswith("aten::") else None
+
+
+def _gpu_phases(events: Sequence[Any]) -> dict[tuple[str, str], list[tuple[float, float]]]:
+    """The phases on the GPU: from the first to the last computing kernel that was launched during each on the host.
+
+    It is the time of the launch that counts, whichever thread made it. An annotation's shadow on the GPU covers less:
+    not what autograd launches from threads of its own, nor what is launched in an annotation within it, as PyTorch's
+    optimizers and wrappers have.
+    """
+    launched_at = {e.id: e.time_range.start for e in events if not _on_gpu(e) and _LAUNCH.match(e.name)}
+    kernels = [e for e in events if _on_gpu(e) and e.id in launched_at and _lane(e, True) == ("compute", "kernels")]
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for phase in [e for e in events if not _on_gpu(e) and e.name.startswith(_PREFIX)]:
+        begin, end = phase.time_range.start, phase.time_range.end
+        if spans := [_span(kernel) for kernel in kernels if begin <= launched_at[kernel.id] < end]:
+            span = min(start for start, _ in spans), max(end for _, end in spans)
+            found.setdefault(("phase", phase.name.removeprefix(_PREFIX)), []).append(span)
+    return found
+
+
+def _on_gpu(event: Any) -> bool:
+    return event.device_type == torch.autograd.DeviceType.CUDA
+
+
+def _span(event: Any) -> tuple[float, float]:
+    return event.time_range.start / 1e3, event.time_range.end / 1e3
+
+
+def _rows(found: dict[tuple[str, str], list[tuple[float, float]]]) -> list[dict[str, Any]]:
+    """The intervals of each lane, joined and in order."""
+    first = found.get(("phase", "forward")) or [span for spans in found.values() for span in spans]
+    origin = min((start for start, _ in first), default=0.0)
+    rows = []
+    for (lane, name), spans in found.items():
+        for start, end in union(spans, _GAP_MS if lane != "phase" else 0.0):
+            if end > origin:
+                rows.append({"lane": lane, "name": name, "start_ms": start - origin, "duration_ms": end - start})
+    return sorted(rows, key=lambda row: row["start_ms"])
+
+
+def union(spans: Iterable[tuple[float, float]], gap: float = 0.0) -> list[tuple[float, float]]:
+    """Intervals that cover the same time, none closer to the next than gap."""
+    joined: list[tuple[float, float]] = []
+    for start, end in sorted(spans):
+        if joined and start <= joined[-1][1] + gap:
+            joined[-1] = joined[-1][0], max(joined[-1][1], end)
+        else:
+            joined.append((start, end))
+    return joined
+
+
+def overlap(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """Milliseconds of a trace: how long something communicated, and how much of that ran beside computation."""
+    lanes: dict[str, list[tuple[float, float]]] = {"compute": [], "communication": []}
+    for row in rows:
+        if row["lane"] in lanes:
+            lanes[row["lane"]].append((row["start_ms"], row["start_ms"] + row["duration_ms"]))
+    compute, communication = union(lanes["compute"]), union(lanes["communication"])
+    both = sum(max(0.0, min(a[1], b[1]) - max(a[0], b[0])) for a in compute for b in communication)
+    return {"communication_ms": sum(end - start for start, end in communication), "hidden_ms": both}
