@@ -28,12 +28,13 @@ from lmsys.data import RandomTokenDataset, TextFileDataset, load_tokens
 from lmsys.data.corpora import choose_mode, input_file
 from lmsys.data.stages import Stages, existing, prepare
 from lmsys.data.tokenizer import Tokenizer
-from lmsys.device import device_name, resolve_device
+from lmsys.device import device_name, environment, resolve_device
 from lmsys.generate import generate_text
 from lmsys.parallel import get_wrapper, group
 from lmsys.train import CHECKPOINTS, History, check_setup, checkpoint, init_wandb, logged, train
 from lmsys.train.engine import autocast
 from lmsys.train.engine import evaluate as mean_loss
+from lmsys.train.log import COLUMNS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -464,10 +465,9 @@ def write_report(result: PipelineResult, folder: str | Path) -> tuple[Path, Any]
 
     device = device_name(resolve_device(result.config.train.device))
     timer = "time.perf_counter around the steps since the row before, synchronized at each row"
-    method, parameters = {"timer": timer, "device": device}, cfg.to_dict(result.config)
-    with records.ResultWriter("pipeline_metrics", folder, method=method, parameters=parameters) as writer:
-        for row in result.history.rows:
-            writer.write(row)
+    stamp = {"environment": environment(), "method": {"timer": timer, "device": device}}
+    path = records.writable_dir(folder) / "pipeline_metrics.csv"
+    records.write_results(path, COLUMNS, result.history.rows, stamp | {"parameters": cfg.to_dict(result.config)})
     names = {"train_loss": "training", "valid_loss": "validation", "tokens_per_s": "training speed"}
     rows = result.history.frame().melt("step", list(names), "series").dropna()
     rows["panel"] = rows.series.map(lambda name: "tokens/s" if name == "tokens_per_s" else "loss, nats a token")
@@ -476,4 +476,4 @@ def write_report(result: PipelineResult, folder: str | Path) -> tuple[Path, Any]
         rows.replace({"series": names}), "step", "value", "series", panel="panel", share_y=False, title=title, ylabel=""
     )
     alt = "Training and validation loss, and tokens per second, against the step"
-    return writer.path, figures.save(figure, Path(folder) / "pipeline_loss.png", alt)
+    return path, figures.save(figure, Path(folder) / "pipeline_loss.png", alt)

@@ -1,9 +1,7 @@
-"""Results: their schemas, where they go, and how they are written.
+"""Results: where they go, how they are written, read, compared and shown.
 
-A result file is tidy CSV, one measurement a row, with the schema's columns first. Rows are written as they are measured,
-to NAME.partial.csv, which replaces NAME.csv when the sweep is done: a sweep that dies loses no row and leaves the earlier
-results as they were. Beside each CSV lies NAME.json with the environment, the method and the full parameters, as
-NAME.partial.json beside the rows of a sweep that runs or died.
+A result file is tidy CSV, one measurement a row. Beside NAME.csv lies NAME.json with the environment, the method and
+the full parameters.
 """
 
 from __future__ import annotations
@@ -19,19 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-STATUSES = ("ok", "oom", "oom_skipped", "unsupported", "error")
-
-_METRICS_COLUMNS = (
-    *("step", "tokens", "train_loss", "valid_loss", "learning_rate", "grad_norm", "tokens_per_s", "elapsed_s", "mfu"),
-)
-
-SCHEMAS: dict[str, tuple[str, ...]] = {
-    "pipeline_metrics": _METRICS_COLUMNS,
-}
-
-
 REPOSITORY = Path(__file__).resolve().parent.parent
-HEADLINE_MACHINE = "h200"  # whose results the pages speak of
 
 
 def output_root() -> Path:
@@ -144,61 +130,6 @@ def write_json(path: str | Path, value: Any) -> Path:
     return write_text(path, json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
 
 
-class ResultWriter:
-    """Writes the rows of one result file as they are measured.
-
-    with ResultWriter("attention_sweep_results", folder, method=..., parameters=...) as writer:
-        writer.write(row)
-
-    Args:
-        name: a key of SCHEMAS. folder: where NAME.csv and NAME.json go. method: how it was measured (timer, warm-up,
-        samples). parameters: the run's full parameters. extra_columns: what rows hold beside the schema.
-    Rows lack no schema column: a missing value is None and stays empty in the CSV.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        folder: str | Path,
-        *,
-        method: Mapping[str, Any],
-        parameters: Mapping[str, Any],
-        extra_columns: Sequence[str] = (),
-    ):
-        self.columns = (*SCHEMAS[name], *extra_columns)
-        self.folder = writable_dir(folder)
-        self.path = self.folder / f"{name}.csv"
-        self.partial = self.folder / f"{name}.partial.csv"
-        self.method, self.parameters = dict(method), dict(parameters)
-
-    def __enter__(self) -> ResultWriter:
-        from lmsys.device import environment
-
-        self.stamp = {"environment": environment(), "method": self.method, "parameters": self.parameters}
-        write_json(self.partial.with_suffix(".json"), self.stamp)
-        self._file = self.partial.open("w", newline="", encoding="utf-8")
-        self._csv = csv.writer(self._file)
-        self._csv.writerow(self.columns)
-        self._file.flush()
-        return self
-
-    def write(self, row: Mapping[str, Any]) -> None:
-        """Append one row; unknown columns are an error of ours, missing ones are empty."""
-        unknown = set(row) - set(self.columns)
-        assert not unknown, f"columns not in the schema: {sorted(unknown)}"
-        assert "status" not in self.columns or row["status"] in STATUSES, row.get("status")
-        values = [cell(row.get(column)) for column in self.columns]
-        self._csv.writerow([without_home(value) if isinstance(value, str) else value for value in values])
-        self._file.flush()
-
-    def __exit__(self, kind, error, trace) -> None:
-        self._file.close()
-        if kind is None:
-            write_json(self.path.with_suffix(".json"), self.stamp)  # anew: a method may note what happens on the way
-            os.replace(self.partial, self.path)
-            self.partial.with_suffix(".json").unlink()
-
-
 def write_results(path: str | Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]], stamp: Mapping) -> None:
     """Write a result file and its stamp, NAME.csv and NAME.json, each atomically. A value that a row lacks stays empty."""
     path = Path(path)
@@ -250,31 +181,20 @@ def spread(median: float, p20: float, p80: float) -> str:
 
 
 def read_results(path: str | Path):
-    """A result file as a DataFrame; ValueError where it is missing or its columns are not the schema's."""
+    """A result file as a DataFrame; ValueError where it is missing."""
     import pandas as pd
 
     path = Path(path)
     if not path.exists():
         raise ValueError(f"no results at {path}")
-    frame = pd.read_csv(path)
-    wanted = SCHEMAS.get(path.stem.removesuffix(".partial"))
-    if wanted and tuple(frame.columns[: len(wanted)]) != wanted:
-        raise ValueError(f"{path}: its first columns are {list(frame.columns[: len(wanted)])}, not {list(wanted)}")
-    return frame
+    return pd.read_csv(path)
 
 
 # --- Two runs ---------------------------------------------------------------------------------------
 
 _TIMES = {"median_ms": ("p20_ms", "p80_ms"), "step_ms": ("p20_ms", "p80_ms"), "seconds": ("p20_s", "p80_s")}
-_FURTHER_KEYS = (
-    "kernel",
-    "checkpoint",
-    "tier",
-    "kv_heads",
-    "path",
-    "processes",
-    "options",
-)  # behind the schema's columns
+# Keys of a row behind those in front of its status.
+_FURTHER_KEYS = ("kernel", "checkpoint", "tier", "kv_heads", "path", "processes", "options")
 VERDICTS = ("slower", "gone", "faster", "same", "only in A", "only in B")  # the first two are a regression
 
 

@@ -9,8 +9,9 @@ import torch
 
 from lmsys import pipeline
 from lmsys.config import PipelineConfig, build, to_dict
-from lmsys.records import SCHEMAS, read_results
+from lmsys.records import read_results
 from lmsys.train import checkpoint
+from lmsys.train.log import COLUMNS
 
 TINY = [
     "train.steps=4",
@@ -76,7 +77,7 @@ def test_report_and_metrics_presence(finished, tmp_path):
     metrics, _ = pipeline.write_report(result, tmp_path)
     assert metrics.name == "pipeline_metrics.csv" and (tmp_path / "pipeline_loss.png").exists()
     frame = read_results(tmp_path / "pipeline_metrics.csv")
-    assert tuple(frame.columns) == SCHEMAS["pipeline_metrics"] and len(frame) == 4
+    assert tuple(frame.columns) == COLUMNS and len(frame) == 4
     stamp = json.loads((tmp_path / "pipeline_metrics.json").read_text())
     assert stamp["parameters"]["train"]["steps"] == 4
 

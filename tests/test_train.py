@@ -16,9 +16,9 @@ from test_generate import ByteTokenizer
 from lmsys import cost
 from lmsys.config import ModelConfig, PipelineConfig, build, to_dict
 from lmsys.model import TransformerLM
-from lmsys.records import SCHEMAS
 from lmsys.train import History, checkpoint, checks, engine, init_wandb, logged, loop, total_steps, train
 from lmsys.train.engine import evaluate
+from lmsys.train.log import COLUMNS
 
 TEXT = "Once upon a time there was a cat. The cat sat on a mat. The mat was flat. " * 30
 TOKENS = np.frombuffer(TEXT.encode(), dtype=np.uint8).astype(np.uint16)
@@ -357,12 +357,12 @@ def test_metrics_and_samples_are_written_as_they_come(tmp_path):
     assert [(step, lines) for step, _, lines in seen] == [(step, step + 1) for step in range(1, 11)]
     with (tmp_path / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert tuple(rows[0]) == SCHEMAS["pipeline_metrics"]
+    assert tuple(rows[0]) == COLUMNS
     assert [float(row["train_loss"]) for row in rows] == [loss for _, loss, _ in seen]
     assert [row["step"] for row in rows if row["valid_loss"]] == ["4", "8", "10"]
     assert rows[-1]["tokens"] == "640" and rows[-1]["mfu"] == ""
     frame = history.frame()
-    assert tuple(frame.columns) == SCHEMAS["pipeline_metrics"] and len(frame) == 10
+    assert tuple(frame.columns) == COLUMNS and len(frame) == 10
     assert frame["valid_loss"].iloc[-1] == history.valid_loss
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [(sample["step"], sample["prompt"]) for sample in samples] == [

@@ -1,10 +1,9 @@
-"""Compiling ahead: what compiles for seconds is compiled once, in several processes, so that the measuring process
-finds it on disk.
+"""Compiling ahead, in several processes, so that the measuring process finds compiled code on disk.
 
 Compilers are single threads for the most part: on a host of many cores this takes most of the waiting out of a run.
 Triton and inductor keep such a cache by default, FlashAttention-4 where FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1 is
-set. The processes are
-fresh interpreters: in one that multiprocessing spawns, inductor's cache keys are others than in the measuring process.
+set. The processes are fresh interpreters: in one that multiprocessing spawns, inductor's cache keys are others than in
+the measuring process.
 """
 
 from __future__ import annotations
@@ -22,8 +21,7 @@ from typing import Any
 def compile_points(
     compile_point: Callable[[Any, Any], None], points: Sequence[Any], parameters: Any, processes: int, limit_s: float
 ) -> None:
-    """Run compile_point(point, parameters) for every point, in several processes; those that take longer end at
-    limit_s.
+    """Run compile_point(point, parameters) for every point, in several processes, which end at limit_s at the latest.
 
     What fails here fails again when it is measured, and is a row there.
 
@@ -70,34 +68,3 @@ def compile_share(module: str, name: str, points: Sequence[Any], parameters: Any
         except Exception as error:
             print(f"compile ahead: {failure(error)['note']}", file=sys.stderr)
         release(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def compile_shares(compile_share: Callable[[Any, int, int], None], settings: Any, shares: int, limit_s: float) -> int:
-    """Run compile_share(settings, share, shares) for every share in a process of its own; those that take longer than
-    limit_s are ended.
-
-    Args:
-        compile_share: a function of a module. settings: what pickles.
-    Returns:
-        how many were ended.
-    """
-    names = compile_share.__module__, compile_share.__name__
-    code = "import importlib, pickle, sys; module, name, *arguments = pickle.loads(bytes.fromhex(sys.argv[1])); "
-    code += "getattr(importlib.import_module(module), name)(*arguments)"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    end = time.monotonic() + limit_s
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, pickle.dumps((*names, settings, share, shares)).hex()], env=environment
-        )
-        for share in range(shares)
-    ]
-    late = 0
-    for process in processes:
-        try:
-            process.wait(max(0.0, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            late += 1
-    return late

@@ -1,7 +1,7 @@
 """A GPU's clock and power while work runs on it, sampled by nvidia-smi in a process beside this one.
 
-A GPU at its power limit lowers its clock, and everything on it slows down, what moves memory too. A step's time then hangs on the energy that it
-needs and not on units that wait; launches and overlap no longer buy anything.
+A GPU at its power limit lowers its clock, and everything on it slows down, what moves memory too. A step's time then
+hangs on the energy that it needs and not on units that wait; launches and overlap no longer buy anything.
 """
 
 from __future__ import annotations
@@ -9,20 +9,17 @@ from __future__ import annotations
 import statistics
 import subprocess
 import tempfile
-from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
 INTERVAL_MS = 50
 _FIELDS = ("timestamp", "clocks.sm", "power.draw.instant", "clocks.max.sm", "power.limit")
 _TIME = "%Y/%m/%d %H:%M:%S.%f"
-_ENDS_S = 5.0  # nvidia-smi is gone after this
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """Megahertz and watts at a moment, with what the GPU may have at most."""
 
     at: datetime
@@ -57,21 +54,17 @@ class PowerWatch:
     def __exit__(self, *error: object) -> None:
         if self._process is None:
             return
-        self._process.terminate()
-        try:
-            self._process.wait(_ENDS_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._process.kill()  # it writes whole lines; one that is cut off is left out
+        self._process.wait()
         self._file.seek(0)
         self._samples = [sample for line in self._file if (sample := parsed(line))]
         self._file.close()
 
     def between(self, start: datetime, end: datetime) -> dict[str, float | None]:
-        """Medians of what was sampled then, on this host's clock: sm_mhz, power_w; with max_sm_mhz, limit_w. None without samples."""
-        then = [sample for sample in self._samples if start <= sample.at <= end]
-        names = ("sm_mhz", "power_w", "max_sm_mhz", "limit_w")
-        return {name: statistics.median(getattr(s, name) for s in then) if then else None for name in names}
+        """Medians of what was sampled then, on this host's clock, by Sample's names. None without samples."""
+        then = [sample[1:] for sample in self._samples if start <= sample.at <= end]
+        medians = map(statistics.median, zip(*then, strict=True)) if then else [None] * 4
+        return dict(zip(Sample._fields[1:], medians, strict=True))
 
 
 def parsed(line: str) -> Sample | None:
@@ -82,17 +75,3 @@ def parsed(line: str) -> Sample | None:
         return Sample(datetime.strptime(at, _TIME), *map(float, numbers))
     except (ValueError, TypeError):
         return None
-
-
-def sentence(name: str, found: dict[str, Any]) -> str | None:
-    """What clock and power say of a measurement; None where they are not known."""
-    if any(
-        found.get(key) is None or found[key] != found[key] for key in ("sm_mhz", "power_w", "max_sm_mhz", "limit_w")
-    ):
-        return None
-    said = (
-        f"{name}: the GPU draws {found['power_w']:.0f} W of {found['limit_w']:.0f} W at {found['sm_mhz']:,.0f} MHz of "
-        f"{found['max_sm_mhz']:,.0f} MHz"
-    )
-    limited = found["power_w"] > 0.95 * found["limit_w"] and found["sm_mhz"] < 0.97 * found["max_sm_mhz"]
-    return said + (": its power limit holds it back." if limited else ".")

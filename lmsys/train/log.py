@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from lmsys.config import PipelineConfig, to_dict
-from lmsys.records import SCHEMAS, atomic_path, writable_dir
+from lmsys.records import atomic_path, writable_dir
 from lmsys.train.checkpoint import first_line
 
-COLUMNS = SCHEMAS["pipeline_metrics"]
+COLUMNS = (
+    *("step", "tokens", "train_loss", "valid_loss", "learning_rate", "grad_norm", "tokens_per_s", "elapsed_s", "mfu"),
+)
 METRICS_FILE, SAMPLES_FILE = "metrics.csv", "samples.jsonl"
 
 
