@@ -1,14 +1,12 @@
 """Every allocation and release of a step, and the category of each.
 
-Every allocation is recorded: on a GPU by the caching allocator's history (torch.cuda.memory._record_memory_history,
-sizes as asked for, not as rounded or reserved), on a CPU by the profiler's memory events. Each is then of one category:
-parameters and optimizer state (there before the step), gradients (held by a parameter after the backward pass),
-activations (made in the
-forward pass and there at its end: what the backward pass was kept, and the loss), temporary (all else), other (there
-    before
-the step: inputs, tables, libraries' workspaces). Marks divide the record into phases and blocks: on a GPU a mark is an
-allocation that its stack trace tells from all others, as the history knows no other kind of event; on a CPU it is a
-range of the profiler's.
+They are recorded on a GPU by the caching allocator's history (torch.cuda.memory._record_memory_history, sizes as asked
+for, not as rounded or reserved), on a CPU by the profiler's memory events. Each is then of one category: parameters and
+optimizer state (there before the step), gradients (held by a parameter after the backward pass), activations (made in
+the forward pass and there at its end: what the backward pass was kept, and the loss), temporary (all else), other
+(there before the step: inputs, tables, libraries' workspaces). Marks divide the record into phases and blocks: on a GPU
+a mark is an allocation that its stack trace tells from all others, as the history knows no other kind of event; on a
+CPU it is a range of the profiler's.
 
 Limits: a GPU's autograd thread has no Python stack, so allocations of a backward pass are told by size alone there;
 memory that bypasses PyTorch's allocator (the CUDA context, NCCL) is not seen.
@@ -21,6 +19,7 @@ import contextlib
 import functools
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,16 +33,14 @@ from lmsys.bench.measure import without_native_stderr
 
 CATEGORIES = ("parameters", "optimizer", "other", "gradients", "activations", "temporary")
 FORWARD_END, BACKWARD_END, STEP_END = "end of forward", "end of backward", "end of optimizer step"
-_PHASES = {FORWARD_END: "forward", BACKWARD_END: "backward", STEP_END: "optimizer"}
+ENDS = {"forward": FORWARD_END, "backward": BACKWARD_END, "optimizer": STEP_END}  # of the engine's phases
 _POINTS = 400  # of a timeline that are written
+_MARK_PREFIX = "lmsys.mark."
 
 
 @dataclass(frozen=True)
 class Change:
-    """An allocation of size bytes, or, where size is negative, its release.
-
-    Where: the operation, then frames, the innermost first.
-    """
+    """An allocation of size bytes, or its release, negative. where: the operation, then frames, the innermost first."""
 
     address: int
     size: int
@@ -56,59 +53,43 @@ class Recording:
 
     changes: list[Change] = field(default_factory=list)
     marks: dict[str, int] = field(default_factory=dict)
-
-
-class Recorder:
-    """Records what the body of recording() allocates and releases on a device.
-
-    Stacks: on a CPU, with Python frames (slower).
-    """
-
-    def __init__(self, device: torch.device, *, stacks: bool = False):
-        self.device, self.stacks = device, stacks
-        self._names: list[str] = []
+    device: torch.device | None = None
+    names: list[str] = field(default_factory=list)  # of a GPU's marks, in order
 
     def mark(self, name: str) -> None:
         """Note this place of the record by a name."""
         if self.device.type == "cuda":
-            self._names.append(name)
+            self.names.append(name)
             _lmsys_memory_mark(self.device)
         else:
             with torch.profiler.record_function(_MARK_PREFIX + name):
                 pass
 
-    @contextlib.contextmanager
-    def recording(self) -> Iterator[Recording]:
-        """The Recording is filled when the body is done."""
-        found = Recording()
-        if self.device.type == "cuda":
-            yield from self._on_gpu(found)
-        else:
-            yield from self._on_cpu(found)
 
-    def _on_gpu(self, found: Recording) -> Iterator[Recording]:
+@contextlib.contextmanager
+def recording(device: torch.device, *, stacks: bool = False) -> Iterator[Recording]:
+    """Records what its body allocates and releases on a device; the Recording is filled when the body is done.
+
+    stacks: on a CPU, with Python frames (slower).
+    """
+    record = Recording(device=device)
+    if device.type == "cuda":
         history = torch.cuda.memory._record_memory_history
-        torch.cuda.synchronize(self.device)
+        torch.cuda.synchronize(device)
         history("all", context="alloc", stacks="python", clear_history=True)
         try:
-            yield found
-            torch.cuda.synchronize(self.device)
-            index = torch.cuda.current_device() if self.device.index is None else self.device.index
-            trace = torch.cuda.memory._snapshot(self.device)["device_traces"][index]
+            yield record
+            torch.cuda.synchronize(device)
+            index = torch.cuda.current_device() if device.index is None else device.index
+            trace = torch.cuda.memory._snapshot(device)["device_traces"][index]
         finally:
             history(None)
-        from_trace(trace, self._names, found)
-
-    def _on_cpu(self, found: Recording) -> Iterator[Recording]:
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        with without_native_stderr():
-            profile = torch.profiler.profile(activities=activities, profile_memory=True, with_stack=self.stacks)
-            with profile:
-                yield found
-        from_profile(profile.profiler.kineto_results.experimental_event_tree(), found)
-
-
-_MARK_PREFIX = "lmsys.mark."
+        from_trace(trace, record.names, record)
+        return
+    options = {"activities": [torch.profiler.ProfilerActivity.CPU], "profile_memory": True, "with_stack": stacks}
+    with without_native_stderr(), torch.profiler.profile(**options) as profile:
+        yield record
+    from_profile(profile.profiler.kineto_results.experimental_event_tree(), record)
 
 
 def _lmsys_memory_mark(device: torch.device) -> None:
@@ -149,8 +130,7 @@ def from_profile(roots: Sequence[Any], found: Recording) -> None:
         elif event.name.startswith(_MARK_PREFIX):
             marks.append((event.start_time_ns, event.name.removeprefix(_MARK_PREFIX)))
         stack += [(child, (event.name, *above)) for child in event.children]
-    live: set[int] = set()
-    times = []
+    live, times = set(), []
     for time_ns, change in sorted(changes, key=lambda item: item[0]):
         if change.size > 0:
             live.add(change.address)
@@ -165,10 +145,7 @@ def from_profile(roots: Sequence[Any], found: Recording) -> None:
 
 
 def _names_to_where(names: Sequence[str]) -> tuple[str, ...]:
-    """Names of profiler events, the innermost first, as Change.where.
-
-    The operator that Python or autograd called, then our frames.
-    """
+    """Change.where of profiler events' names, the innermost first: what Python or autograd called, then our frames."""
     operator, frames = "", []
     for name in names:
         if name.startswith("aten::") or (name.endswith(("Backward", "Backward0", "Backward1")) and "::" not in name):
@@ -185,7 +162,7 @@ def frame_name(filename: str, line: int, name: str) -> str | None:
     A profiler gives the line of the definition, the allocator's history that being executed.
     """
     match = re.search(r"(?:^|/)lmsys/(.+\.py)$", filename)
-    if match is None or match[1] in ("bench/memory.py", "bench/allocations.py"):
+    if match is None or match[1] in ("bench/memory.py", "bench/allocations.py", "bench/repeated.py"):
         return None
     around = [(first, full) for first, last, full in _functions(match[1]) if first <= line <= last]
     return f"{match[1]}:{line} {max(around)[1] if around else name}"
@@ -251,7 +228,7 @@ class Timeline:
     def phase(self, index: int) -> str:
         """The part of the step that a change is in."""
         marks = self.recording.marks
-        return next((name for mark, name in _PHASES.items() if mark in marks and index < marks[mark]), "after")
+        return next((name for name, mark in ENDS.items() if mark in marks and index < marks[mark]), "after")
 
     @functools.cached_property
     def series(self) -> dict[str, np.ndarray]:
@@ -289,27 +266,15 @@ def sampled(timeline: Timeline, points: int = _POINTS) -> Iterator[dict[str, Any
         yield {"change": index, "phase": timeline.phase(max(0, index - 1))} | row
 
 
-def largest(
-    timeline: Timeline, *, size: int | None = None, category: str | None = None, top: int = 8
-) -> list[dict[str, Any]]:
-    """The largest allocations, those of one size, category and place together; size, category: only those."""
-    groups: dict[tuple, list[int]] = {}
+def largest(timeline: Timeline, *, size: int | None = None, category: str | None = None) -> list[dict[str, Any]]:
+    """The eight largest allocations, those of one size, category and place together; size, category: only those."""
+    counts: Counter = Counter()
     for change, begin, end in timeline.allocations:
         kind = timeline.category(change, begin, end)
         if size in (None, change.size) and category in (None, kind):
-            key = (change.size, kind, timeline.phase(begin), change.where)
-            groups.setdefault(key, []).append(begin)
+            counts[change.size, kind, timeline.phase(begin), change.where] += 1
     rows = []
-    ordered = sorted(groups.items(), key=lambda item: (-item[0][0], -len(item[1])))
-    for (each, kind, phase, where), found in ordered[:top]:
-        rows.append(
-            {
-                "size_mib": each / 2**20,
-                "count": len(found),
-                "category": kind,
-                "phase": phase,
-                "operator": where[0] if where else "",
-                "stack": " < ".join(where[1:5]),
-            }
-        )
+    for (each, kind, phase, where), count in sorted(counts.items(), key=lambda item: (-item[0][0], -item[1]))[:8]:
+        row = {"size_mib": each / 2**20, "count": count, "category": kind, "phase": phase}
+        rows.append(row | {"operator": where[0] if where else "", "stack": " < ".join(where[1:5])})
     return rows

@@ -9,7 +9,6 @@ of 2025, one shape.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import linecache
 import re
 import sys
@@ -21,43 +20,16 @@ from torch import Tensor, nn
 
 from lmsys import cost
 from lmsys.attention import KERNELS
-from lmsys.bench.allocations import (
-    BACKWARD_END,
-    CATEGORIES,
-    FORWARD_END,
-    STEP_END,
-    Recorder,
-    Timeline,
-    frame_name,
-    largest,
-    sampled,
-)
-from lmsys.bench.experiment import (
-    Experiment,
-    Measured,
-    Notebook,
-    Parameters,
-    Point,
-    Row,
-    require_names,
-    require_numbers,
-)
-from lmsys.bench.measure import Repeated, one_thread, quantiles, release
+from lmsys.bench import allocations, experiment
+from lmsys.bench.allocations import Recording, Timeline
+from lmsys.bench.experiment import Experiment, Measured, Notebook, Parameters, Point, Row
+from lmsys.bench.measure import one_thread, quantiles, release
 from lmsys.bench.processes import Clock
-from lmsys.config import (
-    DTYPES,
-    MODEL_SIZES,
-    ModelConfig,
-    PipelineConfig,
-    build,
-    model_size,
-    require,
-    unknown_name,
-    with_train,
-)
+from lmsys.bench.repeated import RepeatedStep, at_hand
+from lmsys.config import DTYPES, MODEL_SIZES, ModelConfig, model_size, require, unknown_name, with_train
 from lmsys.device import device_name, fp32_products, resolve_device
 from lmsys.model import RMSNorm, TransformerLM
-from lmsys.train.engine import Engine, autocast
+from lmsys.train.engine import autocast
 
 MODES = ("forward", "full_step")
 _CACHED = " cached"
@@ -67,10 +39,10 @@ _FUSED = ("flash_attention_triton",)
 
 def check(p: Parameters) -> None:
     """Raises ValueError: an unknown name or a number out of range."""
-    require_names(p, {"size": MODEL_SIZES, "kernels": KERNELS, "dtypes": DTYPES, "dtype": DTYPES})
+    experiment.require_names(p, {"size": MODEL_SIZES, "kernels": KERNELS, "dtypes": DTYPES, "dtype": DTYPES})
     for name in ("contexts", "timeline_contexts", "strategies"):
         require(len(getattr(p, name)) > 0, f"{name} must not be empty")
-    require_numbers(p, {"contexts": 2, "timeline_contexts": 2, "batch": 1, "steps": 1, "vocab_size": 1})
+    experiment.require_numbers(p, {"contexts": 2, "timeline_contexts": 2, "batch": 1, "steps": 1, "vocab_size": 1})
     for name in p.strategies:
         if name not in ("none", "nested") and not re.fullmatch(r"[1-9]\d*( cached)?", name):
             raise unknown_name("checkpointing strategy", name, ("none", "nested", "1", "2", "4", "1 cached"))
@@ -88,18 +60,14 @@ def model_of(p: Parameters) -> ModelConfig:
 # --- A step, recorded -----------------------------------------------------------------------------
 
 
-class Subject:
+class Subject(RepeatedStep):
     """The trainer's engine, whose steps are recorded and timed at any context, precision and kernel."""
 
     def __init__(self, p: Parameters):
-        self.p, self.device = p, resolve_device(p.device)
-        gpu = self.device.type == "cuda"
-        train = {"device": p.device, "seed": p.seed, "attention_kernel": p.kernels[-1], "batch_size": p.batch}
         # The fused optimizer works in place. It is a Triton kernel, for a GPU.
-        values = {"model": dataclasses.asdict(model_of(p)), "train": train | {"fused_optimizer": gpu}}
-        self.engine = Engine(build(PipelineConfig, values), self.device)
-        self.model = self.engine.model
-        self.caches_casts = True
+        train = {"attention_kernel": p.kernels[-1], "fused_optimizer": resolve_device(p.device).type == "cuda"}
+        super().__init__(model_of(p), device=p.device, seed=p.seed, batch_size=p.batch, **train)
+        self.p, self.model = p, self.engine.model
 
     @contextlib.contextmanager
     def set(self, dtype: str, kernel: str | None = None, cached: bool = True) -> Iterator[None]:
@@ -113,37 +81,20 @@ class Subject:
         try:
             with fp32_products(precision), one_thread(self.device.type == "cpu"):
                 yield
-        except Exception:
-            self.engine.discard()  # gradients of a step that did not end
-            raise
         finally:
             torch.set_autocast_cache_enabled(before)
             self.model.set_attention_kernel(self.p.kernels[-1])
 
-    def batch(self, context_length: int) -> tuple[Tensor, Tensor]:
-        """Random inputs and targets on the device, (batch, context_length) each."""
-        generator = torch.Generator().manual_seed(self.p.seed)
-        shape = (2, self.p.batch, context_length)
-        ids = torch.randint(self.engine.config.model.vocab_size, shape, generator=generator).to(self.device)
-        return ids[0], ids[1]
-
-    def step(self, mode: str, batch: tuple[Tensor, Tensor], mark: Callable[[str], Any] = lambda name: None) -> Tensor:
-        """One forward pass without autograd, or one step of the trainer; its loss, or nothing of interest."""
-        ends = {"forward": FORWARD_END, "backward": BACKWARD_END, "optimizer": STEP_END}
+    def step(self, mode: str, batch: tuple[Tensor, Tensor], mark: Callable[[str], Any] = lambda name: None) -> Any:
+        """A forward pass without autograd, or a step of the trainer and its loss; mark(name) where its phases end."""
 
         @contextlib.contextmanager
         def phase(name: str) -> Iterator[None]:
             yield
-            if name in ends:
-                mark(ends[name])
+            if name in allocations.ENDS:
+                mark(allocations.ENDS[name])
 
-        if mode == "forward":
-            with phase("forward"), torch.no_grad(), autocast(self.device, self.engine.config.train.dtype):
-                return self.model(batch[0]).new_zeros(())
-        self.engine.phase = phase
-        loss = self.engine.accumulate(Repeated(batch))
-        self.engine.update(0.0)
-        return loss
+        return self.run(mode == "full_step", batch, phase)
 
     def held(self) -> dict[str, int]:
         """Bytes there between steps, by category."""
@@ -156,37 +107,35 @@ class Subject:
             found["other"] = torch.cuda.memory_allocated(self.device) - sum(found.values())
         return found
 
-    def settle(self, mode: str, batch: tuple[Tensor, Tensor]) -> None:
-        """A step that is not recorded. A forward pass is measured without optimizer state, as inference has none."""
+    def settled(self, mode: str, context_length: int) -> tuple[Tensor, Tensor]:
+        """A batch, after a step of it that is not recorded. A forward pass has no optimizer state, as inference has."""
+        batch = self.batch(self.p.batch, context_length)
         if mode == "forward":
             self.engine.optimizer.state.clear()
         self.step(mode, batch)
         if self.device.type == "cuda":
             release(self.device)
+        return batch
 
     def timeline(self, mode: str, context_length: int, *, stacks: bool = False) -> Timeline:
         """Record a step after one that is not; marks at its phases and around every block."""
-        batch = self.batch(context_length)
-        self.settle(mode, batch)
-        held, recorder = self.held(), Recorder(self.device, stacks=stacks)
-        addresses: set[int] = set()
+        batch, held, addresses = self.settled(mode, context_length), self.held(), set()
+        with allocations.recording(self.device, stacks=stacks) as record, _block_marks(self.model, record):
 
-        def mark(name: str) -> None:
-            recorder.mark(name)
-            if name == BACKWARD_END:
-                grads = (parameter.grad for parameter in self.model.parameters())
-                addresses.update(grad.untyped_storage().data_ptr() for grad in grads if grad is not None)
+            def mark(name: str) -> None:
+                record.mark(name)
+                if name == allocations.BACKWARD_END:
+                    grads = (parameter.grad for parameter in self.model.parameters())
+                    addresses.update(grad.untyped_storage().data_ptr() for grad in grads if grad is not None)
 
-        with _block_marks(self.model, recorder), recorder.recording() as recording:
             peak = self._allocator_peak(lambda: self.step(mode, batch, mark))
-        return Timeline(recording, held, frozenset(addresses), peak)
+        return Timeline(record, held, frozenset(addresses), peak)
 
     def peak(self, mode: str, context_length: int) -> int:
         """Bytes at the most during a step; on a GPU, unlike a timeline, without a record."""
         if self.device.type != "cuda":
             return self.timeline(mode, context_length).peak
-        batch = self.batch(context_length)
-        self.settle(mode, batch)
+        batch = self.settled(mode, context_length)
         return self._allocator_peak(lambda: self.step(mode, batch))
 
     def _allocator_peak(self, work: Callable[[], Any]) -> int | None:
@@ -210,40 +159,27 @@ class Subject:
         return clock.times_ms()
 
 
-_subject: list[Subject] = []  # the one at hand
-
-
 def subject_of(p: Parameters) -> Subject:
-    """The engine of these parameters, made anew where the one at hand is of others."""
-    if not _subject or _subject[0].p != p:
-        _subject.clear()  # its memory first
-        release(resolve_device(p.device))
-        _subject.append(Subject(p))
-    return _subject[0]
+    """The engine of these parameters."""
+    return at_hand(("memory", p), lambda: Subject(p), resolve_device(p.device))
 
 
 @contextlib.contextmanager
-def _block_marks(model: TransformerLM, recorder: Recorder) -> Iterator[None]:
-    """Mark where each block's forward pass begins and where its backward pass does.
-
-    L stands for the end of the last, -1 of the first.
-    """
+def _block_marks(model: TransformerLM, record: Recording) -> Iterator[None]:
+    """Mark where each block's forward and backward pass begins; L stands for the end of the last, -1 of the first."""
 
     def at_input(index: int) -> Callable:
         def hook(_module: nn.Module, inputs: tuple) -> None:
-            recorder.mark(f"forward {index}")
+            record.mark(f"forward {index}")
             if inputs[0].requires_grad:
-                inputs[0].register_hook(lambda _grad: recorder.mark(f"backward {index - 1}"))
+                inputs[0].register_hook(lambda _grad: record.mark(f"backward {index - 1}"))
 
         return hook
 
-    modules = [*model.layers, model.ln_final]
-    handles = [module.register_forward_pre_hook(at_input(index)) for index, module in enumerate(modules)]
-    try:
+    with contextlib.ExitStack() as stack:
+        for index, module in enumerate([*model.layers, model.ln_final]):
+            stack.callback(module.register_forward_pre_hook(at_input(index)).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _storage_bytes(tensors: Iterable[Tensor]) -> int:
@@ -256,16 +192,15 @@ def _storage_bytes(tensors: Iterable[Tensor]) -> int:
 _SHAPE = ("size", "context_length", "batch", "dtype", "kernel", "device")
 
 
-def _point(
-    p: Parameters, context_length: int, dtype: str | None = None, kernel: str | None = None, **more: Any
-) -> Point:
-    shape = {"size": p.size, "context_length": context_length, "batch": p.batch}
-    return shape | {"dtype": dtype or p.dtype, "kernel": p.kernels[-1] if kernel is None else kernel} | more
+def _point(p: Parameters, context_length: int, **more: Any) -> Point:
+    """The shape of a point; dtype and kernel are in `more` where they are not those of most."""
+    shape = {"size": p.size, "context_length": context_length, "batch": p.batch, "dtype": p.dtype}
+    return shape | {"kernel": p.kernels[-1]} | more
 
 
 def peak_points(p: Parameters) -> list[Point]:
     return [
-        _point(p, length, dtype, kernel, mode=mode)
+        _point(p, length, dtype=dtype, kernel=kernel, mode=mode)
         for mode in MODES
         for kernel in p.kernels
         for dtype in p.dtypes
@@ -286,35 +221,27 @@ def measure_timeline(point: Point, p: Parameters) -> Measured:
     with subject.set(point["dtype"]):
         timeline = subject.timeline(point["mode"], length, stacks=True)
     shape = point | {"device": device_name(subject.device)}
-    rows = [{"kind": "largest"} | row for row in largest(timeline)]
-    tables = {"memory_timeline": [shape | row for row in sampled(timeline)]}
+    rows = [{"kind": "largest"} | row for row in allocations.largest(timeline)]
+    tables = {"memory_timeline": [shape | row for row in allocations.sampled(timeline)]}
     if point["mode"] == "full_step":
         residual = cost.residual_stream_bytes(config, p.batch, length)
-        rows += [{"kind": "stream"} | row for row in largest(timeline, size=residual, category="activations")]
+        rows += [
+            {"kind": "stream"} | row for row in allocations.largest(timeline, size=residual, category="activations")
+        ]
         tables["memory_blocks"] = [shape | row for row in block_rows(timeline, config)]
     return Measured(rows, tables)
 
 
 def block_rows(timeline: Timeline, config: ModelConfig) -> list[dict[str, Any]]:
-    """Of each block: bytes that its forward pass adds and that its backward pass adds, and the gradients that follow
-    from both.
-
-    Between the beginnings of two blocks' backward passes the residuals go and the gradients come: gradients = change +
-    residuals.
+    """Of each block: MiB that its forward pass adds and that its backward pass adds, and the gradients that follow from
+    both: between the beginnings of two blocks' backward passes the residuals go and the gradients come.
     """
-    rows, n = [], config.num_layers
-    for index in range(n):
-        forward = timeline.at(f"forward {index + 1}") - timeline.at(f"forward {index}")
-        backward = timeline.at(f"backward {index - 1}") - timeline.at(f"backward {index}")
-        rows.append(
-            {
-                "block": index,
-                "forward_mib": forward / 2**20,
-                "backward_mib": backward / 2**20,
-                "gradients_mib": (forward + backward) / 2**20,
-                "expected_gradients_mib": block_gradient_bytes(config) / 2**20,
-            }
-        )
+    rows, expected = [], block_gradient_bytes(config) / 2**20
+    for index in range(config.num_layers):
+        forward = (timeline.at(f"forward {index + 1}") - timeline.at(f"forward {index}")) / 2**20
+        backward = (timeline.at(f"backward {index - 1}") - timeline.at(f"backward {index}")) / 2**20
+        row = {"block": index, "forward_mib": forward, "backward_mib": backward, "gradients_mib": forward + backward}
+        rows.append(row | {"expected_gradients_mib": expected})
     return rows
 
 
@@ -329,7 +256,7 @@ def block_gradient_bytes(config: ModelConfig) -> int:
 
 def saved_tensors(work: Callable[[], Any], known: Iterable[Tensor]) -> list[dict[str, Any]]:
     """The tensors that work() saves for its backward pass, those that share memory once, and not those of known; the
-    largest first.
+    allocations.largest first.
     """
     saved: list[tuple[Tensor, str]] = []
 
@@ -345,14 +272,8 @@ def saved_tensors(work: Callable[[], Any], known: Iterable[Tensor]) -> list[dict
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in seen:
             seen.add(storage.data_ptr())
-            rows.append(
-                {
-                    "shape": "x".join(map(str, tensor.shape)),
-                    "tensor_dtype": str(tensor.dtype).removeprefix("torch."),
-                    "mib": storage.nbytes() / 2**20,
-                    "where": where,
-                }
-            )
+            row = {"shape": "x".join(map(str, tensor.shape)), "tensor_dtype": str(tensor.dtype).removeprefix("torch.")}
+            rows.append(row | {"mib": storage.nbytes() / 2**20, "where": where})
     del result
     return sorted(rows, key=lambda row: -row["mib"])
 
@@ -364,7 +285,7 @@ def _caller() -> str:
     """
     frames, frame = [], sys._getframe(2)
     while frame is not None and len(frames) < 2:
-        if frame_name(frame.f_code.co_filename, frame.f_lineno, "") is not None:
+        if allocations.frame_name(frame.f_code.co_filename, frame.f_lineno, "") is not None:
             frames.append(frame)
         frame = frame.f_back
     if not frames:
@@ -377,15 +298,12 @@ def _caller() -> str:
 def residual_points(p: Parameters) -> list[Point]:
     length = max(p.timeline_contexts)
     modes = ["eager"] if p.backend is None else ["eager", "compiled"]
-    norms = [_point(p, length, "fp32", "", what="RMSNorm", mode=mode) for mode in modes]
+    norms = [_point(p, length, dtype="fp32", kernel="", what="RMSNorm", mode=mode) for mode in modes]
     return [_point(p, length, what="block", mode="eager"), *norms]
 
 
 def measure_residuals(point: Point, p: Parameters) -> list[Row]:
-    """A row a tensor: what one block keeps, its input counted (memory_profiling (f)).
-
-    What RMSNorm keeps of an fp32 input.
-    """
+    """A row a tensor: what one block keeps, its input counted (memory_profiling (f)), or RMSNorm of an fp32 input."""
     subject, length = subject_of(p), point["context_length"]
     shape = (p.batch, length, model_of(p).d_model)
     x = torch.randn(shape, device=subject.device).requires_grad_()
@@ -405,10 +323,7 @@ def measure_residuals(point: Point, p: Parameters) -> list[Row]:
 
 
 def contributors(residuals):
-    """memory_profiling (f).
-
-    What a block keeps by the line that keeps it: where, tensors, mib, share; the largest first.
-    """
+    """memory_profiling (f): what a block keeps by the line that keeps it (where, tensors, mib, share), allocations.largest first."""
     block = residuals[(residuals.what == "block") & (residuals.status == "ok")]
     grouped = block.groupby("where", sort=False).mib.agg(tensors="count", mib="sum").reset_index()
     grouped["share"] = grouped.mib / grouped.mib.sum()
@@ -467,7 +382,7 @@ def measure_checkpointing(point: Point, p: Parameters) -> Row:
     the end of the forward pass, more than all inputs of the checkpoints.
     """
     subject, strategy, length = subject_of(p), point["strategy"], point["context_length"]
-    model, batch, losses = subject.model, subject.batch(length), []
+    model, batch, losses = subject.model, subject.batch(p.batch, length), []
     planned = plan(strategy, len(model.layers))
     model.checkpoint_blocks(planned.size, nested=planned.nested)
     try:
@@ -538,7 +453,7 @@ TIMELINES = Experiment(
     measure=measure_timeline,
     method=_method,
     tables={
-        "memory_timeline": (*_SHAPE, "mode", "change", "phase", *(f"{name}_mib" for name in CATEGORIES)),
+        "memory_timeline": (*_SHAPE, "mode", "change", "phase", *(f"{name}_mib" for name in allocations.CATEGORIES)),
         "memory_blocks": (
             *(*_SHAPE, "mode", "block", "forward_mib", "backward_mib", "gradients_mib", "expected_gradients_mib"),
         ),
