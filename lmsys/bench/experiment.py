@@ -1,16 +1,15 @@
 """One shape of experiment: a notebook's parameters -> points -> rows in a CSV file.
 
-A Notebook reads its parameters from its own cell: each is named once, with its type, default and comment; a scale's
-preset gives the value of those that are left at None. An Experiment has points(parameters), tidy dicts, and
-measure(point, parameters), a dict of measured columns. run() does the rest, once for all experiments: order, progress,
-failures as rows by one rule, every row on disk as it is measured, the stamp, release of memory, several processes where
-a point needs them, and going on after a cut with the groups that are missing, as long as code, machine, versions and
-parameters are those of the rows there.
+An Experiment has points(parameters), tidy dicts, and measure(point, parameters), a dict of measured columns. run() does
+the rest, once for all experiments: order, progress, failures as rows by one rule, every row on disk as it is measured,
+the stamp, release of memory, several processes where a point needs them, and going on after a cut with the groups that
+are missing, as long as code, machine, versions and parameters are those of the rows there.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import io
@@ -54,11 +53,9 @@ class Parameter:
     help: str
 
     def read(self, value: Any) -> Any:
-        """The value by type. Text, as `papermill -p` and a command line give it, is parsed; one value of a list is a
-        list of one.
+        """The value by type, ValueError where it cannot be.
 
-        Raises:
-            ValueError: it cannot be read so; names the parameter.
+        Text, as `papermill -p` and a command line give it, is parsed; one value of a list is a list of one.
         """
         kind, listed = TYPES[self.annotation]
         if value is None or (isinstance(value, str) and value.strip() in ("None", "none", "null") and kind is not str):
@@ -73,19 +70,14 @@ class Parameter:
     def _read_one(self, value: Any, kind: type) -> Any:
         if type(value) is kind:
             return value
+        text = value.strip() if isinstance(value, str) else None
         if kind is str and isinstance(value, (int, float, os.PathLike)):
             return str(value)
-        if kind is float and type(value) is int:
-            return float(value)
-        if isinstance(value, str):
-            text = value.strip()
-            if kind is bool and text.lower() in ("true", "false"):
-                return text.lower() == "true"
-            if kind in (int, float):
-                try:
-                    return kind(text)
-                except ValueError:
-                    pass
+        if kind is bool and text and text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        if kind in (int, float) and (text or (kind is float and type(value) is int)):
+            with contextlib.suppress(ValueError):
+                return kind(text or value)
         wanted = {bool: "true or false", int: "whole numbers", float: "numbers", str: "text"}[kind]
         raise ValueError(f"parameter {self.name} is {value!r}; it takes {wanted}")
 
@@ -109,10 +101,11 @@ def declared(notebook: str) -> dict[str, Parameter]:
     }
     found = {}
     for statement in ast.parse(source).body:
-        target = statement.target if isinstance(statement, ast.AnnAssign) else statement.targets[0]
         default = ast.literal_eval(statement.value)
-        annotated = isinstance(statement, ast.AnnAssign)
-        annotation = ast.unparse(statement.annotation) if annotated else type(default).__name__
+        if isinstance(statement, ast.AnnAssign):
+            target, annotation = statement.target, ast.unparse(statement.annotation)
+        else:
+            target, annotation = statement.targets[0], type(default).__name__
         assert annotation in TYPES, f"{path}: {target.id}: annotate it with one of {', '.join(TYPES)}"
         lines = range(statement.lineno, statement.end_lineno + 1)
         text = " ".join(comments[line] for line in lines if line in comments)
@@ -265,10 +258,9 @@ def run(
     keep: Callable[[Row], bool] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> pd.DataFrame:
-    """Measure the points, write NAME.csv and its stamp NAME.json, and return the rows.
+    """Measure the points, write NAME.csv, its stamp NAME.json and other tables, and return the rows.
 
-    Other tables lie beside it (records.read_results). Rows lie in NAME.partial.jsonl until all are there; the earlier
-    results stay until then.
+    Rows lie in NAME.partial.jsonl until all are there; the earlier results stay until then.
 
     Args:
         folder: where results go; None: artifacts/<machine>/ of the parameters.
@@ -295,7 +287,7 @@ def run(
     if kept and path.with_suffix(".json").exists():
         stamp["kept"] = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     journal = Journal(folder / f"{experiment.name}.partial.jsonl", stamp)
-    groups = [list(group) for group in _grouped(points, experiment.group)]
+    groups = _grouped(points, experiment.group)
     missing = [group for group in groups if not all(journal.has(point) for point in group)]
     say(_announcement(experiment.name, path, points, groups, missing))
     progress = _Progress(len(points), sum(map(len, missing)), points, say)
@@ -306,9 +298,9 @@ def run(
             rows = [_row(point, row, experiment, device) for row in measured.rows]
             if experiment.derive is not None:
                 siblings = _siblings(journal, experiment, point)
-                rows = [row | more for row in rows for more in _as_list(experiment.derive(row, siblings))]
+                rows = [row | more for row in rows for more in _as_measured(experiment.derive(row, siblings)).rows]
             journal.add(point, rows, measured.tables)
-            progress.tell(rows or [point])
+            progress.tell(rows[-1] if rows else point)
     entries = [journal.entry(point) for point in points]
     if journal.resumed:
         stamp["went_on_from"] = journal.resumed
@@ -321,14 +313,12 @@ def run(
     return records.read_results(path)
 
 
-def _grouped(points: Sequence[Point], keys: Sequence[str]) -> Iterator[Iterator[Point]]:
+def _grouped(points: Sequence[Point], keys: Sequence[str]) -> list[list[Point]]:
     """Points that agree in the keys, in the order of the first of each group; all apart where there are no keys."""
-    if not keys:
-        return ([point] for point in points)
     found: dict[str, list[Point]] = {}
     for point in points:
-        found.setdefault(_key({key: point[key] for key in keys}), []).append(point)
-    return iter(found.values())
+        found.setdefault(_key({key: point[key] for key in keys or point}), []).append(point)
+    return list(found.values())
 
 
 def _key(point: Point) -> str:
@@ -346,28 +336,33 @@ def _measure_all(
     experiment: Experiment, groups: list[list[Point]], parameters: Parameters, device: Any, journal: Journal
 ) -> Iterator[tuple[Point, Measured]]:
     """Each point that is missing with what was measured, in order; what fails is a row."""
+    from lmsys.bench import measure as measuring
+
     for group in groups:
         journal.forget(group)
+        yield from ((point, Measured([{}])) for point in group if "status" in point)
+    groups = [[point for point in group if "status" not in point] for group in groups]
     if experiment.processes is not None:
-        yield from _measure_in_processes(experiment, groups, parameters)
+        yield from _measure_in_processes(experiment, list(itertools.chain(*groups)), parameters)
         return
     for group in groups:
         if experiment.prepare is not None:
-            experiment.prepare([point for point in group if "status" not in point], parameters)
+            experiment.prepare(group, parameters)
         for point in group:
-            yield point, _measured(lambda point=point: experiment.measure(point, parameters), point, device)
+            try:
+                result = _as_measured(experiment.measure(point, parameters))
+            except Exception as error:
+                result = Measured([measuring.failure(error)])
+            measuring.release(device)  # out of the except block, whose traceback holds tensors
+            yield point, result
 
 
 def _measure_in_processes(
-    experiment: Experiment, groups: list[list[Point]], parameters: Parameters
+    experiment: Experiment, points: list[Point], parameters: Parameters
 ) -> Iterator[tuple[Point, Measured]]:
     from lmsys.bench import processes
 
-    points = list(itertools.chain(*groups))
-    for point in points:
-        if "status" in point:
-            yield point, Measured([{}])
-    items = [(experiment.processes(point, parameters), point) for point in points if "status" not in point]
+    items = [(experiment.processes(point, parameters), point) for point in points]
     call = functools.partial(_in_process, experiment.measure, parameters)
     for point, result in processes.stream(call, items, device=parameters.device, limit_s=experiment.limit_s):
         yield point, Measured(result["rows"], result["tables"]) if "rows" in result else Measured([result])
@@ -379,37 +374,20 @@ def _in_process(measure: Callable, parameters: Parameters, process: Any, point: 
     return None if result is None else dataclasses.asdict(_as_measured(result))
 
 
-def _measured(call: Callable[[], Any], point: Point, device: Any) -> Measured:
-    from lmsys.bench import measure as measuring
-
-    if "status" in point:
-        return Measured([{}])
-    try:
-        result = _as_measured(call())
-    except Exception as error:
-        result = Measured([measuring.failure(error)])
-    measuring.release(device)  # out of the except block, whose traceback holds tensors
-    return result
-
-
 def _as_measured(result: Row | Sequence[Row] | Measured) -> Measured:
     if isinstance(result, Measured):
         return result
-    return Measured(_as_list(result))
-
-
-def _as_list(rows: Row | Sequence[Row]) -> list[Row]:
-    return [rows] if isinstance(rows, dict) else list(rows)
+    return Measured([result] if isinstance(result, dict) else list(result))
 
 
 def _row(point: Point, measured: Row, experiment: Experiment, device: Any) -> Row:
     from lmsys.device import device_name
 
-    row = {"status": "ok", "device": device_name(device)} | {k: v for k, v in point.items() if k in experiment.columns}
-    row = {name: value for name, value in row.items() if name in experiment.columns or name == "status"}
-    unknown = set(measured) - set(experiment.columns) - {"status", "note"}
+    known = {*experiment.columns, "status"}
+    row = {"status": "ok", "device": device_name(device)} | point
+    unknown = set(measured) - known - {"note"}
     assert not unknown, f"{experiment.name}: measured columns that it does not declare: {sorted(unknown)}"
-    return row | measured
+    return {name: value for name, value in row.items() if name in known} | measured
 
 
 def _kept(path: Path, experiment: Experiment, device: Any, keep: Callable[[Row], bool]) -> list[Row]:
@@ -420,15 +398,12 @@ def _kept(path: Path, experiment: Experiment, device: Any, keep: Callable[[Row],
         return []
     frame = records.read_results(path)
     again = "measure all of it again, or name another machine for the results"
-    require(
-        list(frame.columns) == list(experiment.columns), f"the columns of {path} are not those of this version; {again}"
-    )
+    same = list(frame.columns) == list(experiment.columns)
+    require(same, f"the columns of {path} are not those of this version; {again}")
     rows = [row for row in frame.to_dict("records") if keep(row)]
     here = {device_name(one) for one in (device, resolve_device("auto"), resolve_device("cpu"))}
-    devices = {row["device"] for row in rows if "device" in row} - here
-    require(
-        not devices, f"{path} was measured on {', '.join(map(str, devices))}, this is {device_name(device)}; {again}"
-    )
+    others = ", ".join(str(row["device"]) for row in rows if row.get("device", device_name(device)) not in here)
+    require(not others, f"{path} was measured on {others}, this is {device_name(device)}; {again}")
     return rows
 
 
@@ -484,11 +459,9 @@ class Journal:
 def _json_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a journal; none where there is no file, or its first line is not whole."""
     lines = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
-        try:
+    with contextlib.suppress(ValueError, FileNotFoundError):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             lines.append(json.loads(line))
-        except ValueError:
-            break
     return lines if lines and "stamp" in lines[0] else []
 
 
@@ -526,22 +499,19 @@ class _Progress:
         keys = [key for key in points[0] if key not in ("status", "note")]
         self.keys = [key for key in keys if len({_key({key: point.get(key)}) for point in points}) > 1] or keys[:1]
 
-    def tell(self, rows: Sequence[Row]) -> None:
-        """The point of these rows is done."""
+    def tell(self, row: Row) -> None:
+        """A point is done; row: its last."""
         self.done += 1
-        row = rows[-1]
         seconds = (time.monotonic() - self.start) / (self.done - self.first) * (self.total - self.done)
         left = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
         what = " ".join(str(row.get(key)) for key in self.keys if isinstance(row.get(key), (str, int, float)))
-        self.say(f"[{self.done}/{self.total}, {left} left] {what}: {_result(row)}")
-
-
-def _result(row: Row) -> str:
-    if row.get("status", "ok") != "ok":
-        return f"{row['status']}: {row.get('note') or ''}"
-    name = next((name for name in row if name.endswith("_ms") and isinstance(row[name], (int, float))), None)
-    if name is None:
-        return "done"
-    if None not in (row.get("p20_ms"), row.get("p80_ms")):
-        return f"{records.spread(row[name], row['p20_ms'], row['p80_ms'])} ms"
-    return f"{records.significant(row[name])} ms"
+        time_ms = next((v for name, v in row.items() if name.endswith("_ms") and isinstance(v, (int, float))), None)
+        if row.get("status", "ok") != "ok":
+            result = f"{row['status']}: {row.get('note') or ''}"
+        elif time_ms is None:
+            result = "done"
+        elif None in (row.get("p20_ms"), row.get("p80_ms")):
+            result = f"{records.significant(time_ms)} ms"
+        else:
+            result = f"{records.spread(time_ms, row['p20_ms'], row['p80_ms'])} ms"
+        self.say(f"[{self.done}/{self.total}, {left} left] {what}: {result}")
