@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -194,13 +194,6 @@ def show(config: Any) -> Any:
 
     values = dataclasses.asdict(config).items()
     return Markdown(records.markdown_table({"setting": name, "value": text(value)} for name, value in values))
-
-
-def say(sentences: Iterable[str]) -> None:
-    """Display sentences as a list."""
-    from IPython.display import Markdown, display
-
-    display(Markdown("\n".join(f"- {sentence}" for sentence in sentences)))
 
 
 # --- The site -------------------------------------------------------------------------------------
