@@ -256,7 +256,7 @@ def block_gradient_bytes(config: ModelConfig) -> int:
 
 def saved_tensors(work: Callable[[], Any], known: Iterable[Tensor]) -> list[dict[str, Any]]:
     """The tensors that work() saves for its backward pass, those that share memory once, and not those of known; the
-    allocations.largest first.
+    largest first.
     """
     saved: list[tuple[Tensor, str]] = []
 
@@ -323,7 +323,7 @@ def measure_residuals(point: Point, p: Parameters) -> list[Row]:
 
 
 def contributors(residuals):
-    """memory_profiling (f): what a block keeps by the line that keeps it (where, tensors, mib, share), allocations.largest first."""
+    """memory_profiling (f): what a block keeps by the line that keeps it (where, tensors, mib, share), largest first."""
     block = residuals[(residuals.what == "block") & (residuals.status == "ok")]
     grouped = block.groupby("where", sort=False).mib.agg(tensors="count", mib="sum").reset_index()
     grouped["share"] = grouped.mib / grouped.mib.sum()

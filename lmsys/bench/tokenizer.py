@@ -17,12 +17,12 @@ import hashlib
 import json
 import os
 import random
-import shutil
+import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from lmsys import data
 from lmsys.bench.experiment import Experiment, Notebook, Parameters, Point, Row, require_numbers
 from lmsys.config import END_OF_TEXT, require
 from lmsys.data.bpe import train_bpe
@@ -44,37 +45,20 @@ _ENCODERS = ("lmsys", "tiktoken encode", "tiktoken encode_batch", "tiktoken enco
 # --- The text -------------------------------------------------------------------------------------
 
 
-def _words(text: str) -> list[str]:
-    return text.split()
-
-
-_COMMON = _words(
-    "the of and to a in that is was he for it with as his on be at by had not are but from or have an they which one "
-    "you were her all she there would their we him been has when who will more no if out so said what up its about "
-    "into than them can only other new some could time these two may then do first any my now such like our over man "
-    "me even most made after also did many before must through back years where much your way well down should "
-    "because each just those people how too little state good very make world still own see men work long get here "
-    "between both life being under never day same another know while last might us great old year off come since "
-    "against go came right used take three"
-)
-_ONSETS = _words("b bl br c ch cl cr d dr f fl fr g gl gr h j k l m n p ph pl pr qu r s sc sh sl sp st str t th tr v w")
-_VOWELS = _words("a e i o u a e i o ai ea ee ie oa oo ou")
-_CODAS = ["", "", "", *_words("b ck d g l ll m n nd ng nt p r rd rn rt s ss st t th x")]
-_ENDINGS = ["", "", "", "", *_words("s ed ing er ers ly ness tion able ment ful al ist ity")]
-
-
 def write_text(path: str | Path, text_mb: float, *, seed: int = 0) -> Path:
     """Write about text_mb (1e6 bytes) of text with the statistics of English: documents between end-of-text tokens,
     sentences and punctuation, and 60,000 words, the common ones English and shorter than the rare. A word's frequency
-    falls
-    with its rank r as in English: as 1/r among the first 5,000, then as 1/r^2 (Ferrer i Cancho and Sole, 2001)."""
+    falls with its rank r as in English: as 1/r among the first 5,000, then as 1/r^2 (Ferrer i Cancho and Sole, 2001).
+    """
     rng = random.Random(seed)
-    words = dict.fromkeys(_COMMON)
+    given = json.loads(Path(data.__file__).with_name("benchmark_words.json").read_text(encoding="utf-8"))
+    common, onsets, vowels, codas, endings = given.values()
+    words = dict.fromkeys(common)
     while len(words) < 60_000:
         syllables = rng.choices((1, 2, 3), (4, 5, 2))[0]
-        stem = "".join(rng.choice(_ONSETS) + rng.choice(_VOWELS) for _ in range(syllables)) + rng.choice(_CODAS)
-        words[stem + rng.choice(_ENDINGS)] = None
-    words = [*_COMMON, *sorted(list(words)[len(_COMMON) :], key=lambda word: len(word) + rng.gauss(0, 2))]
+        stem = "".join(rng.choice(onsets) + rng.choice(vowels) for _ in range(syllables)) + rng.choice(codas)
+        words[stem + rng.choice(endings)] = None
+    words = [*common, *sorted(list(words)[len(common) :], key=lambda word: len(word) + rng.gauss(0, 2))]
     weights = list(accumulate(1 / (rank + 2.7) * min(1, 5000 / (rank + 1)) for rank in range(len(words))))
     size = 0
     with open(path, "w", encoding="utf-8", newline="\n") as file:
@@ -109,19 +93,14 @@ def _paragraph(rng: random.Random, words: Sequence[str], weights: Sequence[float
 
 def check(p: Parameters) -> None:
     """Raises ValueError: a number out of range, or a text that is not there."""
-    require(
-        p.vocab_size >= 257, f"vocab_size is {p.vocab_size}; it takes at least 257: 256 bytes and the special token"
-    )
+    wanted = "at least 257: 256 bytes and the special token"
+    require(p.vocab_size >= 257, f"vocab_size is {p.vocab_size}; it takes {wanted}")
     require_numbers(p, {"repeats": 1, "workers": 1})
     require(p.encode_mb > 0, f"encode_mb is {p.encode_mb}; it must be positive")
     require(p.text is None or Path(p.text).is_file(), f"no text file at {p.text}; give --text a UTF-8 file")
 
 
 NOTEBOOK = Notebook("tokenizer_benchmark", check)
-
-
-def points(p: Parameters) -> list[Point]:
-    return [{"task": task, "vocab_size": p.vocab_size} for task in ("train", "encode")]
 
 
 def measure_point(point: Point, p: Parameters) -> list[Row]:
@@ -157,7 +136,7 @@ BENCHMARK = Experiment(
         *("implementation", "task", "workers", "vocab_size", "text_mb", "status"),
         *("seconds", "p20_s", "p80_s", "samples", "mb_per_s", "peak_mib", "tokens", "note"),
     ),
-    points=points,
+    points=lambda p: [{"task": task, "vocab_size": p.vocab_size} for task in ("train", "encode")],
     measure=measure_point,
     method=lambda p: {
         "timer": "time.perf_counter",
@@ -171,31 +150,24 @@ BENCHMARK = Experiment(
 
 def _copy(source: Path, target: Path, size: int, times: int = 1) -> None:
     """Write the first size bytes of a file, several times over."""
+    with open(source, "rb") as file:
+        content = file.read(size)
     with open(target, "wb") as file:
-        for _ in range(times):
-            start = file.tell()
-            with open(source, "rb") as original:
-                shutil.copyfileobj(original, file)
-            file.truncate(start + size)
-            file.seek(start + size)
+        file.writelines(content for _ in range(times))
 
 
 def _sample(jobs: Sequence[dict[str, Any]], repeats: int) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
     """Each job in `repeats` fresh processes, the jobs taking turns."""
-    results: list[list[dict[str, Any]]] = [[] for _ in jobs]
-    for _ in range(repeats):
-        for job, of_job in zip(jobs, results, strict=True):
-            of_job.append(_in_process(job))
-    return list(zip(jobs, results, strict=True))
+    rounds = [[_in_process(job) for job in jobs] for _ in range(repeats)]
+    return list(zip(jobs, map(list, zip(*rounds, strict=True)), strict=True))
 
 
 def _in_process(job: dict[str, Any]) -> dict[str, Any]:
     """Run a job in a fresh interpreter, watching its memory."""
     environment = {**os.environ, "RAYON_NUM_THREADS": str(job["workers"]), "TOKENIZERS_PARALLELISM": "true"}
     command = [sys.executable, "-m", "lmsys.bench.tokenizer", json.dumps(job)]
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, env=environment, **pipes, text=True, encoding="utf-8")
     peak = 0
     while process.poll() is None:
         peak = max(peak, _pss_bytes(process.pid))
@@ -219,27 +191,16 @@ def _pss_bytes(pid: int) -> int:
 
 def _row(job: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The row of a job from its samples."""
-    row = {key: job[key] for key in ("implementation", "workers")}
+    row = {"implementation": job["implementation"], "workers": job["workers"]}
     bad = next((result for result in results if result["status"] != "ok"), None)
     if bad:
-        return {**row, "status": bad["status"], "note": bad["note"]}
+        return row | {"status": bad["status"], "note": bad["note"]}
     median, p20, p80 = np.quantile([result["seconds"] for result in results], (0.5, 0.2, 0.8)).tolist()
     first = results[0]
+    row |= {"status": "ok", "seconds": median, "p20_s": p20, "p80_s": p80, "samples": len(results)}
+    row |= {name: first[name] for name in ("workers", "text_mb", "tokens")} | {"mb_per_s": first["text_mb"] / median}
     peaks = [result["peak_mib"] for result in results if result["peak_mib"] is not None]
-    return {
-        **row,
-        "workers": first["workers"],
-        "text_mb": first["text_mb"],
-        "status": "ok",
-        "seconds": median,
-        "p20_s": p20,
-        "p80_s": p80,
-        "samples": len(results),
-        "mb_per_s": first["text_mb"] / median,
-        "peak_mib": max(peaks, default=None),
-        "tokens": first["tokens"],
-        "note": "",
-    }
+    return row | {"peak_mib": max(peaks, default=None), "note": ""}
 
 
 # --- In the fresh process ---------------------------------------------------------------------------
@@ -305,12 +266,11 @@ def _encode_tiktoken(job: Mapping[str, Any]) -> Work:
     ranks = {token: index for index, token in ours.vocab.items() if index not in special.values()}
     encoding = tiktoken.Encoding("lmsys", pat_str=PRETOKEN.pattern, mergeable_ranks=ranks, special_tokens=special)
     text = _read(job["text"])
-    workers = job["workers"]
-    how = job["implementation"].split()[1]
+    workers, how = job["workers"], job["implementation"].split()[1]
     if how == "encode":
         return lambda: [encoding.encode(text, allowed_special="all")], lambda ids: {**_digest(ids), "workers": 1}
     if how == "encode_batch":
-        documents = list(_documents(text))
+        documents = _documents(text)
         return lambda: encoding.encode_batch(documents, num_threads=workers, allowed_special="all"), _digest
     bounds = find_chunk_boundaries(job["text"], special_tokens=[END_OF_TEXT])
     data = text.encode()
@@ -327,7 +287,7 @@ def _encode_tokenizers(job: Mapping[str, Any]) -> Work:
     import tokenizers
 
     tokenizer = tokenizers.Tokenizer.from_file(str(Path(job["folder"], "tokenizer.json")))
-    documents = list(_documents(_read(job["text"])))
+    documents = _documents(_read(job["text"]))
     return lambda: tokenizer.encode_batch_fast(documents), lambda encoded: _digest([e.ids for e in encoded])
 
 
@@ -344,12 +304,9 @@ def _read(path: str | Path) -> str:
     return Path(path).read_bytes().decode("utf-8")
 
 
-def _documents(text: str) -> Iterator[str]:
+def _documents(text: str) -> list[str]:
     """The text's documents, each with the end-of-text token that ends it."""
-    *documents, rest = text.split(END_OF_TEXT)
-    yield from (document + END_OF_TEXT for document in documents)
-    if rest:
-        yield rest
+    return [document for document in re.split(f"(?<={re.escape(END_OF_TEXT)})", text) if document]
 
 
 def _digest(parts: Iterable[Any]) -> dict[str, Any]:
