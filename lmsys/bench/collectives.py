@@ -2,8 +2,8 @@
 processes.
 
 Sizes and bus bandwidth are counted as nccl-tests does (its doc/PERFORMANCE.md): the size is that of each rank's tensor
-for an all-reduce and of the whole tensor for the others; bandwidth is size / time x 2 (n - 1) / n for an all-reduce, (n
-- 1) / n for the others, which is what each device sends in a ring and so compares between numbers of devices. NCCL
+for an all-reduce and of the whole tensor for the others; bandwidth is size / time x 2 (n - 1) / n for an all-reduce,
+(n - 1) / n for the others, which is what each device sends in a ring and so compares between numbers of devices. NCCL
 between GPUs, Gloo between processes on a CPU. In place, as nccl-tests is by default and as training uses them. float32
 sums.
 
@@ -16,6 +16,7 @@ distributed_communication_single_node.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -60,12 +61,8 @@ NOTEBOOK = Notebook("collectives", check)
 
 def points(p: Parameters) -> list[Point]:
     backend = "nccl" if resolve_device(p.device).type == "cuda" else "gloo"
-    return [
-        {"backend": backend, "op": op, "gpus": n, "size_mib": size}
-        for n in p.gpus
-        for op in p.ops
-        for size in p.sizes_mib
-    ]
+    points = itertools.product(p.gpus, p.ops, p.sizes_mib)
+    return [{"backend": backend, "op": op, "gpus": n, "size_mib": size} for n, op, size in points]
 
 
 def measure_point(point: Point, p: Parameters, process: Process) -> Row:
@@ -81,8 +78,7 @@ def measure_point(point: Point, p: Parameters, process: Process) -> Row:
         call()
     seconds = _batches(process, call, 1, 3)[0] / 1e3
     calls = max(1, min(_MOST_CALLS, int(_BATCH_S / seconds)))
-    batches = max(3, min(p.samples, int(p.budget_s / (calls * seconds))))
-    times = _batches(process, call, batches, calls)
+    times = _batches(process, call, max(3, min(p.samples, int(p.budget_s / (calls * seconds)))), calls)
     median, p20, p80 = quantiles(times)
     rate = cost.bus_factor(point["op"], process.world_size) * point["size_mib"] * 2**20 / median / 1e6
     return {"median_ms": median, "p20_ms": p20, "p80_ms": p80, "samples": len(times), "busbw_gb_s": rate}

@@ -1,7 +1,6 @@
 """What fewer bits cost: sums in several precisions, the dtypes that autocast chooses, and what layer norm loses.
 
-Three questions of Stanford CS336, assignment 2 (mixed_precision_accumulation, benchmarking_mixed_precision (a) and
-(b)):
+Three questions of Stanford CS336, assignment 2 (mixed_precision_accumulation, benchmarking_mixed_precision (a), (b)):
 
 - sums: 0.01 added a thousand times, with accumulator and addend in fp32 or fewer bits, every partial sum beside the
   truth.
@@ -12,7 +11,7 @@ Three questions of Stanford CS336, assignment 2 (mixed_precision_accumulation, b
   keep statistics in fp32.
 
 Rounding is that of IEEE 754 on every device: sums and layer_norm are computed on the CPU. What autocast chooses depends
-    on the device type.
+on the device type.
 """
 
 from __future__ import annotations
@@ -32,11 +31,8 @@ from lmsys.device import device_name, resolve_device
 ADDEND = 0.01
 # (accumulator, addend as it is made, whether it is cast to the accumulator's dtype first): the course's four, and bf16.
 ACCUMULATIONS = (
-    ("fp32", "fp32", False),
-    ("fp16", "fp16", False),
-    ("fp32", "fp16", False),
-    ("fp32", "fp16", True),
-    ("bf16", "bf16", False),
+    *(("fp32", "fp32", False), ("fp16", "fp16", False), ("fp32", "fp16", False)),
+    *(("fp32", "fp16", True), ("bf16", "bf16", False)),
 )
 LOW = ("fp16", "bf16")
 EPS = 1e-5  # of layer norm, PyTorch's own
@@ -55,39 +51,20 @@ NOTEBOOK = Notebook("mixed_precision", check)
 
 
 def accumulate(accumulator: str, addend: str, cast: bool, additions: int) -> list[float]:
-    """The partial sums of ADDEND added so many times to 0.
-
-    Cast: the addend is cast to the accumulator's dtype before it is added.
-    """
+    """The partial sums of ADDEND added so many times to 0; cast: in the accumulator's dtype before it is added."""
     total = torch.zeros((), dtype=TORCH_DTYPES[accumulator])
     term = torch.tensor(ADDEND, dtype=TORCH_DTYPES[addend])
     term = term.to(total.dtype) if cast else term
-    partial = []
-    for _ in range(additions):
-        total += term
-        partial.append(total.item())
-    return partial
+    return [total.add_(term).item() for _ in range(additions)]
 
 
 def sums(additions: int) -> list[dict[str, Any]]:
-    """A row for each partial sum of each of ACCUMULATIONS.
-
-    Its value, its error, and the spacing of the accumulator's numbers there.
-    """
+    """For each partial sum of each of ACCUMULATIONS its error, and the spacing of the accumulator's numbers there."""
     rows = []
     for accumulator, addend, cast in ACCUMULATIONS:
         for index, value in enumerate(accumulate(accumulator, addend, cast, additions), 1):
-            rows.append(
-                {
-                    "accumulator": accumulator,
-                    "addend": addend,
-                    "cast": cast,
-                    "additions": index,
-                    "sum": value,
-                    "error": value - ADDEND * index,
-                    "spacing": spacing(value, accumulator),
-                }
-            )
+            row = {"accumulator": accumulator, "addend": addend, "cast": cast, "additions": index, "sum": value}
+            rows.append(row | {"error": value - ADDEND * index, "spacing": spacing(value, accumulator)})
     return rows
 
 
@@ -126,7 +103,9 @@ def autocast_dtypes(device: torch.device, seed: int) -> list[dict[str, Any]]:
     for dtype in LOW:
         torch.manual_seed(seed)
         model = ToyModel(8, 5).to(device)
-        first, norm = (_outputs(module) for module in (model.fc1, model.ln))
+        outputs: dict[nn.Module, Tensor] = {}
+        for module in (model.fc1, model.ln):
+            module.register_forward_hook(lambda module, _inputs, output, seen=outputs: seen.update({module: output}))
         inputs, targets = torch.randn(16, 8, device=device), torch.randint(5, (16,), device=device)
         with torch.autocast(device.type, TORCH_DTYPES[dtype]):
             logits = model(inputs)
@@ -135,30 +114,17 @@ def autocast_dtypes(device: torch.device, seed: int) -> list[dict[str, Any]]:
         loss.backward()
         found = {
             "parameters": parameters,
-            "output of the first layer": {tensor.dtype for tensor in first},
-            "output of layer norm": {tensor.dtype for tensor in norm},
+            "output of the first layer": {outputs[model.fc1].dtype},
+            "output of layer norm": {outputs[model.ln].dtype},
             "logits": {logits.dtype},
             "loss": {loss.dtype},
             "gradients": {parameter.grad.dtype for parameter in model.parameters()},
         }
-        rows += [
-            {
-                "autocast": dtype,
-                "tensor": name,
-                "dtype": ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds)),
-                "device_type": device.type,
-                "device": device_name(device),
-            }
-            for name, kinds in found.items()
-        ]
+        for name, kinds in found.items():
+            names = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
+            row = {"autocast": dtype, "tensor": name, "dtype": names, "device_type": device.type}
+            rows.append(row | {"device": device_name(device)})
     return rows
-
-
-def _outputs(module: nn.Module) -> list[Tensor]:
-    """A list that fills with the module's outputs."""
-    outputs: list[Tensor] = []
-    module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
-    return outputs
 
 
 # --- Layer norm -----------------------------------------------------------------------------------
@@ -193,11 +159,10 @@ def layer_norm(x: Tensor, statistics: str) -> Tensor:
 
 
 def layer_norm_errors(width: int, rows: int, seed: int) -> list[dict[str, Any]]:
-    """A row for each input, dtype and place of fp32: ||output - exact|| / ||exact||, and the largest square's and the
-    variance's fate.
+    """For each input, dtype and place of fp32: ||output - exact|| / ||exact||, and whether it is lost or squares overflow.
 
     Inputs are normal: of mean 0 and growing standard deviation (what: scale), or of standard deviation 1 and growing
-        mean (what: mean).
+    mean (what: mean).
     """
     noise = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     scales = [2.0**power for power in range(-12, 13)]
@@ -218,17 +183,9 @@ def layer_norm_errors(width: int, rows: int, seed: int) -> list[dict[str, Any]]:
                     overflows = not bool(squares[index].isfinite().all())
                     # An infinite sum of squares makes every output 0: finite, and nothing of the input is left.
                     lost = not finite or not bool(output[index].any())
-                    found.append(
-                        {
-                            "what": what,
-                            "value": value,
-                            "dtype": dtype,
-                            "statistics": statistics,
-                            "error": 1.0 if lost else error[index].item(),
-                            "lost": lost,
-                            "square_overflows": overflows,
-                        }
-                    )
+                    row = {"what": what, "value": value, "dtype": dtype, "statistics": statistics}
+                    row |= {"error": 1.0 if lost else error[index].item(), "lost": lost}
+                    found.append(row | {"square_overflows": overflows})
     return found
 
 

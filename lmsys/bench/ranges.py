@@ -3,9 +3,8 @@ and their backward.
 
 A range is pushed as an NVTX range on a GPU and as a record_function of PyTorch's profiler, so that one set of names
 serves both. Autograd runs the backward pass in a thread of its own, where no range of the caller is open. So each
-part's inputs and output pass
-through an identity with a gradient: that of the output runs first of the part's backward pass, and opens `backward
-PART` in the thread that computes it; that of the inputs runs last, and closes it.
+part's inputs and output pass through an identity with a gradient: that of the output runs first of the part's backward
+pass, and opens `backward PART` in the thread that computes it; that of the inputs runs last, and closes it.
 
 Parts of attention (scores, softmax, values) are found by the call of softmax between them, for the kernels that make
 one. A kernel that is one operation, and a compiled block, is one range. Names cost microseconds each on the host: time
@@ -90,18 +89,15 @@ class _Exit(torch.autograd.Function):
         return None, gradient
 
 
-def _traced(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
 def _entered(name: str, *tensors: Tensor) -> tuple[Tensor, ...]:
     push(name)
-    return _Entry.apply(*tensors) if _traced(*tensors) else tensors
+    traced = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return _Entry.apply(*tensors) if traced else tensors
 
 
 def _left(name: str, tensor: Tensor) -> Tensor:
     pop()
-    return _Exit.apply(name, tensor) if _traced(tensor) else tensor
+    return _Exit.apply(name, tensor) if torch.is_grad_enabled() and tensor.requires_grad else tensor
 
 
 class _Parts(TorchFunctionMode):
@@ -128,10 +124,7 @@ def _attend_whole(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor
 
 
 def name_parts(model: TransformerLM) -> None:
-    """Give the parts of a model their ranges, from now on.
-
-    `block N`, in it `attention` and `feed-forward`; `final norm`, `head`.
-    """
+    """Give the parts of a model ranges from now on: `block N`, in it `attention`, `feed-forward`; `final norm`, `head`."""
     for index, layer in enumerate(model.layers):
         _name_module(layer, f"block {index}")
         _name_module(layer.attn, "attention")

@@ -38,15 +38,11 @@ ALL, WRITTEN, NONE = "all", "written", "none"
 _COMPILE_LIMIT_S = 100.0  # compiling ahead ends here; what is not done by then is compiled when it is measured
 _POWER = ("sm_mhz", "max_sm_mhz", "power_w", "limit_w")
 
-# What turns each option of the step off and on, of the config's train section.
-OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "fused_loss": ({"fused_loss": False}, {"fused_loss": True}),
-    "fused_rope": ({"fused_rope": False}, {"fused_rope": True}),
-    "merged_gate": ({"merged_gate": False}, {"merged_gate": True}),
-    "fused_optimizer": ({"fused_optimizer": False}, {"fused_optimizer": True}),
-    "bf16_residual": ({"residual_dtype": None}, {"residual_dtype": "bf16"}),
-    "autotune": ({"autotune": False}, {"autotune": True}),
-    "cuda_graph": ({"cuda_graph": False}, {"cuda_graph": True}),
+# What turns an option of the step on, in the config's train section; the preset plain has none.
+OPTIONS: dict[str, dict[str, Any]] = {
+    **{name: {name: True} for name in ("fused_loss", "fused_rope", "merged_gate", "fused_optimizer")},
+    "bf16_residual": {"residual_dtype": "bf16"},
+    **{name: {name: True} for name in ("autotune", "cuda_graph")},
 }
 WHERE_NAMED = ("autotune", "cuda_graph")  # takes minutes; is for a GPU that waits for its host, as these do not
 
@@ -84,7 +80,7 @@ NOTEBOOK = Notebook("train_step", check)
 def _is_possible(p: Parameters, option: str) -> bool:
     """Whether an option goes with the rest, by the rules of lmsys.options."""
     try:
-        config = _config(p, p.sizes[0], {"step_preset": "plain", "compile": p.compile} | OPTIONS[option][1])
+        config = _config(p, p.sizes[0], {"step_preset": "plain", "compile": p.compile} | OPTIONS[option])
     except ValueError:
         return False
     return not config.train.cuda_graph or resolve_device(p.device).type == "cuda"
@@ -118,7 +114,8 @@ def config_of(p: Parameters, point: Point) -> PipelineConfig:
         return _config(p, point["size"], {"step_preset": WRITTEN})
     if point["option"] != NONE:
         for name in p.options:
-            train |= OPTIONS[name][name != point["option"]]
+            if name != point["option"]:
+                train |= OPTIONS[name]
     return _config(p, point["size"], train)
 
 
