@@ -1,9 +1,7 @@
 """The pipeline: text -> tokenizer -> token files -> a trained model -> evaluation -> stories.
 
-Each stage before training writes its outputs to the run folder and notes, in stages.json, the settings and inputs they
-came from. A stage whose outputs are there and match is skipped, and says so. Training resumes from its newest
-checkpoint; it runs in this process, or in several under torchrun, which this one starts and follows. All else happens
-here, once.
+The stages before training are in lmsys.data.stages. Training resumes from its newest checkpoint; it runs in this
+process, or in several under torchrun, which this one starts and follows.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ from lmsys import cost, records
 from lmsys.config import PipelineConfig, require
 from lmsys.data import RandomTokenDataset, TextFileDataset, load_tokens
 from lmsys.data.corpora import choose_mode, input_file
-from lmsys.data.stages import Stages, existing, prepare
+from lmsys.data.stages import Stages, existing, load_tokenizer, prepare
 from lmsys.data.tokenizer import Tokenizer
 from lmsys.device import device_name, environment, resolve_device
 from lmsys.generate import generate_text
@@ -40,7 +38,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from lmsys.model import TransformerLM
-
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default_pipeline.json"
 
@@ -57,8 +54,6 @@ class StageReport:
 
 @dataclass
 class PipelineResult:
-    """What a pipeline run leaves: its resolved config, the training history, the evaluation and the stories."""
-
     config: PipelineConfig
     run_dir: Path
     history: History
@@ -102,11 +97,7 @@ def settings(
 
 
 def check(config: PipelineConfig, *, skip_data: bool = False) -> None:
-    """Everything that can be known to be wrong before any work: device, kernel, wrapper, inputs, folders.
-
-    Raises:
-        ValueError, OSError: one line that says what was given, what is allowed and how to mend it.
-    """
+    """ValueError or OSError for all that can be known to be wrong before any work: device, wrapper, inputs, folders."""
     require(
         not _under_torchrun(),
         "the pipeline starts its processes itself: run it without torchrun, with train.ddp_wrapper and "
@@ -138,14 +129,11 @@ def run(
     progress: bool = True,
     say: Callable[[str], None] = print,
 ) -> PipelineResult:
-    """Run the pipeline of a config.
+    """Run the pipeline of a config. ValueError or OSError for bad input comes before anything is run or lost.
 
     Args:
-        config: see lmsys.config.pipeline_config.
         skip_data: take the tokenizer and token files that the run folder holds, whatever settings they came from.
         progress: show progress bars. say: where each stage reports its line.
-    Raises:
-        ValueError, OSError: bad input, before anything is run or lost.
     """
     check(config, skip_data=skip_data)
     run_dir = records.output_path(config.run_dir)
@@ -155,7 +143,7 @@ def run(
         reports.append(StageReport(name, status, time.perf_counter() - start, detail))
         say(f"[{name}] {'skipped: ' if status == 'skipped' else ''}{detail}")
 
-    resumes = config.train.resume and any((run_dir / "checkpoints").glob("step-*"))
+    resumes = config.train.resume and any((run_dir / CHECKPOINTS).glob("step-*"))
     stages = Stages(run_dir, report, frozen=resumes)
     prepared = existing(run_dir, report) if skip_data else prepare(config, run_dir, stages, progress)
     tokenizer, train_tokens, valid_tokens, bytes_per_token = prepared
@@ -163,20 +151,17 @@ def run(
 
     start = time.perf_counter()
     wandb_run = init_wandb(config, run_dir)
+    inputs = {"train_tokens": train_tokens, "valid_tokens": valid_tokens, "tokenizer": tokenizer}
+    inputs |= {"run_dir": run_dir, "wandb_run": wandb_run}
+    processes = _processes(config)
     try:
-        inputs = {"train_tokens": train_tokens, "valid_tokens": valid_tokens, "tokenizer": tokenizer}
-        inputs |= {"run_dir": run_dir, "wandb_run": wandb_run}
-        processes = _processes(config)
         if processes == 1:
             history = train(config, progress=progress, **inputs)
         else:
             history = _train_in_processes(config, processes, say=say if progress else None, **inputs)
-        step, resumed_from = history.rows[-1]["step"], history.resumed_from
-        detail = (
-            f"{cost.model_parameters(config.model):,} parameters, step {step}, {history.rows[-1]['tokens']:,} tokens"
-        )
-        if processes > 1:
-            detail += f", in {processes} processes"
+        (step, tokens), resumed_from = (history.rows[-1][name] for name in ("step", "tokens")), history.resumed_from
+        detail = f"{cost.model_parameters(config.model):,} parameters, step {step}, {tokens:,} tokens"
+        detail += f", in {processes} processes" if processes > 1 else ""
         finished = resumed_from is not None and resumed_from >= step
         if finished:
             detail += "; the run was finished already"
@@ -191,10 +176,11 @@ def run(
         report("evaluation", "ran", start, detail)
 
         start = time.perf_counter()
-        stories = []
         with autocast(resolve_device(config.train.device), config.train.dtype):  # as it was trained
-            for prompt in config.generate.prompts if tokenizer else ():
-                stories.append({"prompt": prompt, "text": generate_text(model, tokenizer, prompt, config.generate)})
+            stories = [
+                {"prompt": prompt, "text": generate_text(model, tokenizer, prompt, config.generate)}
+                for prompt in (config.generate.prompts if tokenizer else ())
+            ]
         records.write_json(run_dir / "stories.json", stories)
         detail = f"{len(stories)} stories" if tokenizer else "no tokenizer given (tokenizer.path): no stories"
         report("generation", "ran" if stories else "skipped", start, detail)
@@ -218,16 +204,11 @@ def evaluate(config: PipelineConfig, model, valid_tokens, bytes_per_token: float
 
 
 def _under_torchrun() -> bool:
-    """Whether this is one of several processes that torchrun started."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def _processes(config: PipelineConfig) -> int:
-    """How many processes the training runs in: train.processes, else one for each GPU where the wrapper is for several.
-
-    Raises:
-        ValueError: more than there are GPUs, or one with a wrapper that needs more.
-    """
+    """How many processes train: train.processes, else one for each GPU where the wrapper is for several."""
     wrapper, count = config.train.ddp_wrapper, config.train.processes
     needs_several = get_wrapper(wrapper).many_processes
     gpus = torch.cuda.device_count() if resolve_device(config.train.device).type == "cuda" else 0
@@ -265,15 +246,11 @@ def _train_in_processes(
     resumed = checkpoint.latest(run_dir / CHECKPOINTS) if config.train.resume else None
     resumed_from = None if resumed is None else checkpoint.step_of(resumed)
     given = records.writable_dir(run_dir / "training")  # what its processes are given
-    if tokenizer is not None:
-        tokenizer.save(given / "tokenizer.json")
     settings = cfg.to_dict(config)
     settings["data"] |= {"dataset_mode": "local_npy", "text_path": None, "valid_text_path": None}
-    settings["data"] |= {
-        "train_tokens_path": str(train_tokens.filename),
-        "valid_tokens_path": str(valid_tokens.filename),
-    }
-    settings["tokenizer"]["path"] = str(given / "tokenizer.json") if tokenizer is not None else None
+    files = {"train_tokens_path": train_tokens, "valid_tokens_path": valid_tokens}
+    settings["data"] |= {name: str(tokens.filename) for name, tokens in files.items()}
+    settings["tokenizer"]["path"] = tokenizer and str(tokenizer.save(given / "tokenizer.json"))
     records.write_json(given / "config.json", settings)
     arguments = ["train", "--config", str(given / "config.json"), *(["--resume"] if config.train.resume else [])]
 
@@ -283,9 +260,8 @@ def _train_in_processes(
         nonlocal last
         if say is not None:
             say(line)
-        if wandb_run is None or not line.startswith("step "):  # before the first, the file may be an earlier run's
-            return
-        for row in logged(run_dir)[0]:
+        # Before the first step's line, the file may be an earlier run's.
+        for row in logged(run_dir)[0] if wandb_run is not None and line.startswith("step ") else ():
             if row["step"] > last:
                 wandb_run.log({name: value for name, value in row.items() if value is not None}, step=row["step"])
                 last = row["step"]
@@ -311,8 +287,8 @@ def _with_vocabulary(config: PipelineConfig, tokenizer: Tokenizer | None) -> Pip
     if tokenizer is None:
         return config
     size = config.model.vocab_size or tokenizer.vocab_size
-    least = f"model.vocab_size {size} is below the tokenizer's {tokenizer.vocab_size}: raise it, or leave it out"
-    require(size >= tokenizer.vocab_size, least)
+    message = f"model.vocab_size {size} is below the tokenizer's {tokenizer.vocab_size}: raise it, or leave it out"
+    require(size >= tokenizer.vocab_size, message)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
 
@@ -344,7 +320,9 @@ def train_alone(
         resume: continue the newest checkpoint of the run folder.
         file, overrides, flags: as for config.pipeline_config; without steps or epochs in any, one epoch.
     """
-    config = _alone_settings(size, context_length, vocab_size, tokenizer_path, file, overrides, flags or {}, resume)
+    flags = {key: value for key, value in (flags or {}).items() if value is not None}
+    flags |= {"train.resume": resume, "tokenizer.path": tokenizer_path}
+    config = _alone_settings(size, context_length, vocab_size, file, overrides, flags)
     run_dir = records.writable_dir(records.output_path(config.run_dir))
     if text is None:
         data = _given_tokens(config, num_tokens)
@@ -357,19 +335,10 @@ def train_alone(
 
 
 def _alone_settings(
-    size: str | None,
-    context_length: int | None,
-    vocab_size: int | None,
-    tokenizer_path: str | None,
-    file: str | Path | None,
-    overrides: Sequence[str],
-    flags: dict[str, Any],
-    resume: bool,
+    size: str | None, context_length: int | None, vocab_size: int | None, file: str | Path | None, overrides, flags
 ) -> PipelineConfig:
     """The config of train_alone: its defaults lie under the overrides, and only where the file says nothing."""
     given = {} if file is None else cfg.read_json(file)
-    flags = {key: value for key, value in flags.items() if value is not None}
-    flags |= {"train.resume": resume, "tokenizer.path": tokenizer_path}
     defaults = {} if "run_dir" in given else {"run_dir": f"runs/train-{size or 'small'}"}
     named = [*flags, *(text.partition("=")[0].strip() for text in overrides)]
     named += [f"train.{key}" for key in given.get("train", {})]
@@ -386,7 +355,7 @@ def _alone_settings(
     return cfg.pipeline_config(None, file, [*under, *overrides], flags)
 
 
-Data = tuple[PipelineConfig, "np.ndarray", "np.ndarray", "Tokenizer | None"]
+Data = tuple[PipelineConfig, "np.ndarray", "np.ndarray", Tokenizer | None]
 
 
 def _given_tokens(config: PipelineConfig, num_tokens: int) -> Data:
@@ -398,8 +367,7 @@ def _given_tokens(config: PipelineConfig, num_tokens: int) -> Data:
         return config, *_split(config, tokens), None
     require(all(paths.values()), f"give both {' and '.join(paths)} (--train_tokens, --valid_tokens)")
     tokens = [load_tokens(input_file(path, setting)) for setting, path in paths.items()]
-    path = config.tokenizer.path
-    tokenizer = None if path is None else Tokenizer.load(input_file(path, "tokenizer.path"))
+    tokenizer = load_tokenizer(config)
     return _with_vocabulary(config, tokenizer), *tokens, tokenizer
 
 
@@ -413,10 +381,8 @@ def _tokens_of_text(
         "processes itself, or give --train_tokens and --valid_tokens",
     )
     source = input_file(text, "--text")
-    if config.tokenizer.path:
-        tokenizer = Tokenizer.load(input_file(config.tokenizer.path, "--tokenizer"))
-    else:
-        tokenizer = Tokenizer.train(source, config.model.vocab_size, config.tokenizer.special_tokens, progress=progress)
+    special = config.tokenizer.special_tokens
+    tokenizer = load_tokenizer(config) or Tokenizer.train(source, config.model.vocab_size, special, progress=progress)
     tokenizer.save(run_dir / "tokenizer.json")
     if not fixed_vocabulary:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size))
@@ -435,19 +401,16 @@ def _split(config: PipelineConfig, tokens: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def load_run(path: str | Path, tokenizer_path: str | Path | None = None, *, device: str = "auto"):
-    """(model, tokenizer) of a checkpoint, or of a run folder: then its newest good checkpoint.
-
-    tokenizer_path: a tokenizer.json; None for the run folder's own.
-    """
+    """(model, tokenizer) of a checkpoint, or of a run folder: then its newest good one and, by default, its tokenizer."""
     path = Path(path).expanduser()
     path = path if path.exists() else records.output_path(path)
     require(path.is_dir(), f"no checkpoint or run folder at {path}")
-    run_dir = path if (path / "checkpoints").is_dir() else path.parent.parent
-    chosen = checkpoint.latest(path / "checkpoints") if path == run_dir else path
-    require(chosen is not None, f"{path} holds no good checkpoint")
+    run_dir = path if (path / CHECKPOINTS).is_dir() else path.parent.parent
+    saved = checkpoint.latest(path / CHECKPOINTS) if path == run_dir else path
+    require(saved is not None, f"{path} holds no good checkpoint")
     tokenizer_file = Path(tokenizer_path) if tokenizer_path else run_dir / "tokenizer.json"
     require(tokenizer_file.is_file(), f"no tokenizer at {tokenizer_file}: give --tokenizer")
-    return load_model(chosen, device), Tokenizer.load(tokenizer_file)
+    return load_model(saved, device), Tokenizer.load(tokenizer_file)
 
 
 def load_model(path: str | Path, device: str = "auto", attention_kernel: str = "vectorized_torch") -> TransformerLM:
@@ -460,7 +423,7 @@ def load_model(path: str | Path, device: str = "auto", attention_kernel: str = "
 
 
 def write_report(result: PipelineResult, folder: str | Path) -> tuple[Path, Any]:
-    """Write pipeline_metrics.csv with its stamp and the figure pipeline_loss to folder; return the path and the figure to show."""
+    """Write pipeline_metrics.csv with its stamp and pipeline_loss.png to folder; return the path and the figure."""
     from lmsys import figures  # matplotlib
 
     device = device_name(resolve_device(result.config.train.device))

@@ -3,11 +3,8 @@
 text --prepare_corpus--> train.txt, valid.txt --tokenize_to_npy--> train.npy, valid.npy --BatchSampler--> batches
 
 A token file is a 1-D `.npy` of uint16 or uint32 ids, opened as a read-only memory map, so its size is not bounded by
-memory. TinyStories is Eldan and Li 2023 (arXiv:2305.07759), read from the Hugging Face hub with `datasets`; the
-`stories` mode (lmsys.data.stories) is this package's own generator and no substitute for it beyond small models.
-Every file is written beside its name and moved there when it is whole.
-
-B batch size, T context length.
+memory. TinyStories is Eldan and Li 2023 (arXiv:2305.07759), read from the Hugging Face hub with `datasets`. Every file
+is written beside its name and moved there when it is whole. B batch size, T context length.
 """
 
 from __future__ import annotations
@@ -20,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -35,7 +32,6 @@ if TYPE_CHECKING:
 TINYSTORIES = "roneneldan/TinyStories"
 PROBE_SECONDS = 5.0  # how long auto waits for the hub before it takes the stories
 AUTO_STORIES_MB = 5.0  # what auto generates where text_mb is null, which stands for all of TinyStories
-TOKEN_DTYPES = (np.dtype(np.uint16), np.dtype(np.uint32))
 
 _CHUNK_BYTES = 1 << 22
 _SCAN_TOKENS = 1 << 22
@@ -59,22 +55,20 @@ class Corpus:
 
 def find_input(path: str | Path) -> Path | None:
     """The file that a setting names: tried from the working directory, then from the repository; None if in neither."""
-    return next((tried for tried in _candidates(path) if tried.is_file()), None)
+    return next((place for place in _places(path) if place.is_file()), None)
 
 
-def _candidates(path: str | Path) -> list[Path]:
+def _places(path: str | Path) -> list[Path]:
     path = Path(path).expanduser()
     return list(dict.fromkeys((path.absolute(), records.REPOSITORY / path)))
 
 
 def input_file(path: str | Path, setting: str) -> Path:
     """The file that a setting names, see find_input; ValueError where it is missing or empty."""
-    found = find_input(path)
-    if found is None:
-        tried = " and ".join(str(tried) for tried in _candidates(path))
-        raise ValueError(f"{setting}: no file '{path}' (looked for {tried})")
-    require(found.stat().st_size > 0, f"{setting}: {found} is empty")
-    return found
+    file = find_input(path)
+    require(file is not None, f"{setting}: no file '{path}' (looked for {' and '.join(map(str, _places(path)))})")
+    require(file.stat().st_size > 0, f"{setting}: {file} is empty")
+    return file
 
 
 def choose_mode(config: DataConfig) -> tuple[str, str]:
@@ -97,15 +91,14 @@ def choose_mode(config: DataConfig) -> tuple[str, str]:
 
     token_paths = [path for path in (config.train_tokens_path, config.valid_tokens_path) if path is not None]
     missing = [path for path in token_paths if find_input(path) is None]
-    if len(token_paths) == 2 and not missing:
-        return "local_npy", f"dataset_mode is 'auto' and the token files {' and '.join(token_paths)} are there"
-    reason = "dataset_mode is 'auto', "
     if missing:
-        reason += f"there is no token file {' or '.join(missing)}"
+        reason = f"dataset_mode is 'auto', there is no token file {' or '.join(missing)}"
+    elif len(token_paths) == 2:
+        return "local_npy", f"dataset_mode is 'auto' and the token files {' and '.join(token_paths)} are there"
+    elif token_paths:
+        reason = f"dataset_mode is 'auto', {token_paths[0]} is only one of the two token files"
     else:
-        reason += (
-            f"{token_paths[0]} is only one of the two token files" if token_paths else "no token files are configured"
-        )
+        reason = "dataset_mode is 'auto', no token files are configured"
     if text is not None and find_input(text) is not None:
         _text_inputs(config)
         return "local_text", f"{reason} and the text {text} is there"
@@ -144,7 +137,7 @@ def tinystories_unreachable(timeout_s: float = PROBE_SECONDS) -> str | None:
             answer.append(_first_line(error))
 
     # A thread, because the client's timeout bounds neither name resolution nor the sum over several addresses.
-    thread = threading.Thread(target=ask, name="tinystories-probe", daemon=True)
+    thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(timeout_s)
     return answer[-1]
@@ -161,10 +154,8 @@ def prepare_corpus(config: DataConfig, folder: str | Path, *, progress: bool = T
     """Make the texts of the configured corpus, or check the token files that it names.
 
     stories, tinystories, and a local_text without valid_text_path write folder/train.txt and folder/valid.txt, both or
-    neither; a local_text with valid_text_path is used where it lies.
+    neither; a local_text with valid_text_path is used where it lies. progress: show a bar for the download.
 
-    Args:
-        config: the data section of a pipeline. folder: where texts are written. progress: show a bar for the download.
     Raises:
         ValueError: a missing, empty or non-UTF-8 text, a text too short to split, a bad token file.
         OSError: TinyStories cannot be reached; the folder cannot be written or the disk is full.
@@ -200,50 +191,42 @@ def prepare_corpus(config: DataConfig, folder: str | Path, *, progress: bool = T
 
 
 def check_text(path: str | Path) -> int:
-    """The size in bytes of a text file, read once in bounded memory.
-
-    Raises:
-        ValueError: missing, empty or only white space, or not UTF-8 (with the offset of the first bad byte).
-    """
+    """The size in bytes of a text file. ValueError: missing, empty or only white space, or not UTF-8."""
     path = Path(path)
     require(path.is_file(), f"no text file at {path}")
+    blank, offset, chunk = True, 0, b"-"
     decoder = codecs.getincrementaldecoder("utf-8")()
-    blank, offset = True, 0
     with path.open("rb") as file:
-        while True:
-            chunk = file.read(_CHUNK_BYTES)
-            pending = len(decoder.getstate()[0])
+        while chunk:
+            chunk, pending = file.read(_CHUNK_BYTES), len(decoder.getstate()[0])
             try:
                 text = decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:
                 at = offset - pending + error.start
                 raise ValueError(f"{path} is not UTF-8: {error.reason} at byte {at}; convert it to UTF-8") from None
-            blank = blank and (not text or text.isspace())
+            blank = blank and not text.strip()
             offset += len(chunk)
-            if not chunk:
-                break
-    require(not blank, f"{path} is empty" if offset == 0 else f"{path} holds only white space")
+    require(not blank, f"{path} holds only white space" if offset else f"{path} is empty")
     return offset
 
 
 def _split_text(text: Path, train: Path, valid: Path, valid_fraction: float) -> None:
     """Hold out about the last valid_fraction of a text, cut after a document, else a line, else a character."""
     size = text.stat().st_size
-    with text.open("rb") as source:
-        with mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ) as view:
-            cut = _cut_before_end(view, size, valid_fraction)
-            # A part that starts or ends with 4 MiB of white space is not looked through further.
-            parts = view[max(0, cut - _CHUNK_BYTES) : cut], view[cut : cut + _CHUNK_BYTES]
-            require(
-                all(part.strip() for part in parts),
-                f"{text} is too short to hold out data.valid_fraction {valid_fraction:g} of its {size} bytes; "
-                "give more text, or data.valid_text_path",
-            )
-        source.seek(0)
+    with text.open("rb") as source, mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ) as view:
+        cut = _cut_before_end(view, size, valid_fraction)
+        # A part that starts or ends with 4 MiB of white space is not looked through further.
+        parts = view[max(0, cut - _CHUNK_BYTES) : cut], view[cut : cut + _CHUNK_BYTES]
+        require(
+            all(part.strip() for part in parts),
+            f"{text} is too short to hold out data.valid_fraction {valid_fraction:g} of its {size} bytes; "
+            "give more text, or data.valid_text_path",
+        )
         with records.atomic_path(train) as train_temporary, records.atomic_path(valid) as valid_temporary:
-            for path, temporary, length in ((train, train_temporary, cut), (valid, valid_temporary, size - cut)):
+            for path, temporary, start, end in ((train, train_temporary, 0, cut), (valid, valid_temporary, cut, size)):
                 with records.naming(path), temporary.open("wb") as out:
-                    _copy(source, out, length)
+                    for at in range(start, end, _CHUNK_BYTES):
+                        out.write(view[at : min(at + _CHUNK_BYTES, end)])
 
 
 def _cut_before_end(view: mmap.mmap, size: int, valid_fraction: float) -> int:
@@ -262,26 +245,18 @@ def _cut_before_end(view: mmap.mmap, size: int, valid_fraction: float) -> int:
     return wanted
 
 
-def _copy(source: BinaryIO, out: BinaryIO, size: int) -> None:
-    while size > 0:
-        chunk = source.read(min(size, _CHUNK_BYTES))
-        require(len(chunk) > 0, f"{source.name} became shorter while it was read")
-        out.write(chunk)
-        size -= len(chunk)
-
-
 def _download_tinystories(config: DataConfig, train: Path, valid: Path, progress: bool) -> None:
     """Stream both splits to text: text_mb in all, valid_fraction of it validation; text_mb None: everything."""
     unreachable = tinystories_unreachable()
     if unreachable is not None:
         raise OSError(f"TinyStories cannot be reached ({unreachable}); {_OTHER_MODES}")
-    limits = {"train": None, "validation": None}
-    if config.text_mb is not None:
-        limits["validation"] = config.text_mb * 1e6 * config.valid_fraction
-        limits["train"] = config.text_mb * 1e6 - limits["validation"]
+    share = config.valid_fraction
     with records.atomic_path(train) as train_temporary, records.atomic_path(valid) as valid_temporary:
-        for split, path, temporary in (("validation", valid, valid_temporary), ("train", train, train_temporary)):
-            written, limit = 0, limits[split]
+        for split, fraction, path, temporary in (
+            ("validation", share, valid, valid_temporary),
+            ("train", 1 - share, train, train_temporary),
+        ):
+            written, limit = 0, None if config.text_mb is None else round(config.text_mb * 1e6 * fraction)
             with (
                 records.naming(path),
                 temporary.open("wb") as out,
@@ -312,8 +287,7 @@ def _stream_tinystories(split: str) -> Iterator[str]:
         ) from error
 
 
-def _bar(total: float | None, what: str, progress: bool) -> tqdm:
-    total = None if total is None else round(total)
+def _bar(total: int | None, what: str, progress: bool) -> tqdm:
     return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=not progress)
 
 
@@ -337,31 +311,25 @@ def tokenize_to_npy(
     Raises:
         ValueError: the text is missing, empty or not UTF-8. OSError: out_path cannot be written.
     """
-    text_path, out_path = Path(text_path), Path(out_path)
     size = check_text(text_path)
-    dtype = np.dtype(tokenizer.token_dtype)
-    count = 0
+    dtype, count = np.dtype(tokenizer.token_dtype), 0
     with (
         records.atomic_path(out_path) as temporary,
         temporary.open("wb") as out,
-        _bar(size, f"tokenize {text_path.name}", progress) as bar,
+        _bar(size, f"tokenize {Path(text_path).name}", progress) as bar,
         closing(tokenizer.encode_file_chunks(text_path, num_workers=num_workers)) as chunks,
     ):
-        _write_npy_header(out, dtype, 0)
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (0,)}
+        np.lib.format.write_array_header_1_0(out, header)
         start = out.tell()
         for ids, consumed in chunks:
             out.write(np.ascontiguousarray(ids, dtype=dtype).data)
             count += len(ids)
             bar.update(consumed)
         out.seek(0)
-        _write_npy_header(out, dtype, count)
+        np.lib.format.write_array_header_1_0(out, header | {"shape": (count,)})
         assert out.tell() == start  # NumPy pads a header so that its first axis can grow in place
     return count
-
-
-def _write_npy_header(out: BinaryIO, dtype: np.dtype, count: int) -> None:
-    descr = np.lib.format.dtype_to_descr(dtype)
-    np.lib.format.write_array_header_1_0(out, {"descr": descr, "fortran_order": False, "shape": (count,)})
 
 
 def load_tokens(path: str | Path, *, vocab_size: int | None = None, context_length: int | None = None) -> np.ndarray:
@@ -381,29 +349,26 @@ def load_tokens(path: str | Path, *, vocab_size: int | None = None, context_leng
         raise
     except Exception as error:  # a header is read as Python source: a damaged one fails in any way that source can
         raise ValueError(f"{path} is not a whole .npy token file: {_first_line(error)}") from None
-    if not isinstance(tokens, np.memmap):
-        if hasattr(tokens, "close"):
-            tokens.close()
-        raise ValueError(f"{path} is an archive of arrays (.npz); a token file is one 1-D .npy array")
+    require(isinstance(tokens, np.memmap), f"{path} is an archive of arrays (.npz); a token file is one 1-D .npy array")
     require(
-        tokens.ndim == 1 and tokens.dtype in TOKEN_DTYPES,
+        tokens.ndim == 1 and tokens.dtype in (np.uint16, np.uint32),
         f"{path} holds {tokens.dtype} of shape {tokens.shape}; token files are 1-D, uint16 or uint32",
     )
     extra = path.stat().st_size - tokens.offset - tokens.nbytes
     require(extra == 0, f"{path} is damaged: {extra} bytes follow the {len(tokens)} tokens that its header states")
     _check_length(tokens, context_length, path)
     if vocab_size is not None:
-        for start in range(0, len(tokens), _SCAN_TOKENS):
-            largest = int(tokens[start : start + _SCAN_TOKENS].max())
-            require(
-                largest < vocab_size,
-                f"{path} holds token id {largest}, beyond the vocabulary of {vocab_size}: "
-                "was it made with another tokenizer? Tokenize again, or raise model.vocab_size",
-            )
+        largest = max(int(tokens[at : at + _SCAN_TOKENS].max()) for at in range(0, len(tokens), _SCAN_TOKENS))
+        require(
+            largest < vocab_size,
+            f"{path} holds token id {largest}, beyond the vocabulary of {vocab_size}: "
+            "was it made with another tokenizer? Tokenize again, or raise model.vocab_size",
+        )
     return tokens
 
 
-def _check_length(tokens: np.ndarray, context_length: int | None, source: str | Path) -> None:
+def _check_length(tokens: np.ndarray, context_length: int | None, source: str | Path | None = None) -> None:
+    source = source or getattr(tokens, "filename", None) or "the token array"
     require(len(tokens) > 0, f"{source} holds no tokens")
     require(
         context_length is None or len(tokens) > context_length,
@@ -430,8 +395,6 @@ class BatchSampler:
     Args:
         tokens: shape (tokens,), any integer dtype. batch_size: B, windows a micro-batch and rank. context_length: T.
         micro_batches: calls of next() that share a draw, for gradient accumulation.
-    Raises:
-        ValueError: fewer than T + 1 tokens, a negative seed, a rank outside world_size.
     """
 
     def __init__(
@@ -450,31 +413,26 @@ class BatchSampler:
             require(size >= 1, f"{name} is {size}; it must be at least 1")
         require(seed >= 0, f"the sampler's seed is {seed}; it must be 0 or more")
         require(0 <= rank < world_size, f"rank {rank} is not one of the {world_size} ranks 0 to world_size - 1")
-        _check_length(tokens, context_length, getattr(tokens, "filename", None) or "the token array")
+        _check_length(tokens, context_length)
         self.tokens, self.batch_size, self.context_length = tokens, batch_size, context_length
         self.micro_batches, self.seed, self.rank, self.world_size = micro_batches, seed, rank, world_size
         self.draws = 0
-        self._blocks: list[
-            np.ndarray
-        ] = []  # of this rank and draw, those that next() has still to give, the last first
+        self._blocks: list[np.ndarray] = []  # of this rank and draw, what next() has still to give, the last first
 
     def next(self) -> tuple[np.ndarray, np.ndarray]:
         """(inputs, targets), int64, shape (B, T) each; targets are inputs one token later."""
         if not self._blocks:
             generator = np.random.default_rng((self.seed, self.draws))
-            starts = generator.integers(len(self.tokens) - self.context_length, size=self._global_batch_size())
-            blocks = starts.reshape(self.micro_batches, self.world_size, self.batch_size)
+            shape = self.micro_batches, self.world_size, self.batch_size
+            blocks = generator.integers(len(self.tokens) - self.context_length, size=shape)
             self._blocks = list(blocks[::-1, self.rank])
             self.draws += 1
         return _windows(self.tokens, self._blocks.pop(), self.context_length)
 
-    def _global_batch_size(self) -> int:
-        return self.micro_batches * self.world_size * self.batch_size
-
     def _identity(self) -> dict[str, int]:
         return {
             "seed": self.seed,
-            "global_batch_size": self._global_batch_size(),
+            "global_batch_size": self.micro_batches * self.world_size * self.batch_size,
             "context_length": self.context_length,
             "num_tokens": len(self.tokens),
         }
@@ -505,7 +463,7 @@ def sequential_batches(
     All windows from the start, or max_batches * B of them spread evenly over the array where it has more. Only the
     last batch can be smaller than B, and only where every window is used.
     """
-    _check_length(tokens, context_length, getattr(tokens, "filename", None) or "the token array")
+    _check_length(tokens, context_length)
     total = (len(tokens) - 1) // context_length
     wanted = total if max_batches is None else min(total, max_batches * batch_size)
     starts = (np.arange(wanted) * total // wanted * context_length).tolist() if wanted else []
@@ -534,18 +492,10 @@ class RandomTokenDataset:
 class TextFileDataset:
     """The tokens of a UTF-8 text file, in memory: `.tokens` has shape (tokens,) and tokenizer.token_dtype.
 
-    Raises:
-        ValueError: the file is missing, empty, not UTF-8, or has fewer than context_length + 1 tokens.
+    ValueError: the file is missing, empty, not UTF-8, or has fewer than context_length + 1 tokens.
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        tokenizer: Tokenizer,
-        *,
-        context_length: int | None = None,
-        num_workers: int | None = None,
-    ):
+    def __init__(self, path: str | Path, tokenizer: Tokenizer, *, context_length=None, num_workers=None):
         check_text(path)
         chunks = tokenizer.encode_file_chunks(path, num_workers=num_workers)
         self.vocab_size = tokenizer.vocab_size

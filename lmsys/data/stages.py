@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import time
@@ -20,9 +19,8 @@ from lmsys.data.corpora import find_input, input_file, load_tokens, prepare_corp
 from lmsys.data.tokenizer import Tokenizer
 
 Report = Callable[[str, str, float, str], None]  # (stage, ran or skipped, time.perf_counter at its start, detail)
-Prepared = tuple[
-    Tokenizer | None, np.ndarray, np.ndarray, float | None
-]  # tokenizer, training, validation, bytes a token
+# (tokenizer, training tokens, validation tokens, bytes a token)
+Prepared = tuple[Tokenizer | None, np.ndarray, np.ndarray, float | None]
 
 
 class Stages:
@@ -33,7 +31,8 @@ class Stages:
     """
 
     def __init__(self, run_dir: Path, report: Report, *, frozen: bool):
-        self.run_dir, self.file, self.report, self.frozen = run_dir, run_dir / "stages.json", report, frozen
+        self.run_dir, self.report, self.frozen = run_dir, report, frozen
+        self.file = run_dir / "stages.json"
         self.done: dict[str, Any] = {}
         if self.file.is_file():
             try:
@@ -75,35 +74,34 @@ class Stages:
 
 
 def prepare(config: PipelineConfig, run_dir: Path, stages: Stages, progress: bool) -> Prepared:
-    """Stages data, tokenizer and tokens. Returns (tokenizer, training tokens, validation tokens, bytes a token)."""
-    data, vocabulary, workers = config.data, config.tokenizer, config.tokenizer.num_workers
+    """The stages data, tokenizer and tokens."""
+    data, vocabulary = config.data, config.tokenizer
+    options = {"num_workers": vocabulary.num_workers, "progress": progress}
     corpus_file, tokenizer_file = run_dir / "corpus.json", run_dir / "tokenizer.json"
     files = [run_dir / "train.npy", run_dir / "valid.npy"]
 
     def make_corpus() -> str:
         corpus = prepare_corpus(data, run_dir, progress=progress)
         # Files of the run folder are named relative to it, so that the folder can be moved.
-        named = {key: value and _relative(value, run_dir) for key, value in dataclasses.asdict(corpus).items()}
-        records.write_json(corpus_file, named | {"mode": corpus.mode, "reason": corpus.reason})
+        named = {
+            key: _relative(value, run_dir) if isinstance(value, Path) else value for key, value in vars(corpus).items()
+        }
+        records.write_json(corpus_file, named)
         return f"{corpus.mode}: {corpus.reason}"
 
     def make_tokenizer() -> str:
-        if vocabulary.path:
-            source = input_file(vocabulary.path, "tokenizer.path")
-            tokenizer, how = Tokenizer.load(source), f"loaded from {source}"
-        else:
-            options = {"num_workers": workers, "progress": progress}
-            tokenizer = Tokenizer.train(texts[0], vocabulary.vocab_size, vocabulary.special_tokens, **options)
-            how = f"trained on {texts[0].name}"
+        tokenizer, how = load_tokenizer(config), f"loaded from {vocabulary.path}"
+        if tokenizer is None:
+            size, special = vocabulary.vocab_size, vocabulary.special_tokens
+            tokenizer, how = Tokenizer.train(texts[0], size, special, **options), f"trained on {texts[0].name}"
         tokenizer.save(tokenizer_file)
         return f"vocabulary of {tokenizer.vocab_size:,}, {how}"
 
     def make_tokens() -> str:
-        counts = [
-            tokenize_to_npy(text, tokenizer, out, num_workers=workers, progress=progress)
-            for text, out in zip(texts, files, strict=True)
-        ]
-        return f"{counts[0]:,} training and {counts[1]:,} validation tokens"
+        train, valid = (
+            tokenize_to_npy(text, tokenizer, out, **options) for text, out in zip(texts, files, strict=True)
+        )
+        return f"{train:,} training and {valid:,} validation tokens"
 
     paths = data.text_path, data.valid_text_path, data.train_tokens_path, data.valid_tokens_path
     inputs = {"data": cfg.to_dict(data), "inputs": [_input_state(path) for path in paths]}
@@ -111,7 +109,7 @@ def prepare(config: PipelineConfig, run_dir: Path, stages: Stages, progress: boo
     corpus, texts = json.loads(corpus_file.read_text(encoding="utf-8")), _texts(run_dir)
     if corpus["mode"] == "local_npy":
         files = [run_dir / corpus["train_tokens"], run_dir / corpus["valid_tokens"]]
-        tokenizer = Tokenizer.load(input_file(vocabulary.path, "tokenizer.path")) if vocabulary.path else None
+        tokenizer = load_tokenizer(config)
         require(
             tokenizer is not None or config.model.vocab_size is not None,
             "token files were found: give tokenizer.path (their tokenizer) or model.vocab_size",
@@ -125,6 +123,12 @@ def prepare(config: PipelineConfig, run_dir: Path, stages: Stages, progress: boo
     vocab_size = tokenizer.vocab_size if config.model.vocab_size is None else config.model.vocab_size
     tokens = [load_tokens(file, vocab_size=vocab_size, context_length=config.model.context_length) for file in files]
     return tokenizer, *tokens, _bytes_per_token(texts[1], tokens[1])
+
+
+def load_tokenizer(config: PipelineConfig) -> Tokenizer | None:
+    """The tokenizer that the setting tokenizer.path names; None where it names none."""
+    path = config.tokenizer.path
+    return Tokenizer.load(input_file(path, "tokenizer.path")) if path else None
 
 
 def _texts(run_dir: Path) -> list[Path | None]:
@@ -163,7 +167,6 @@ def _crc32(path: Path) -> int:
     return crc
 
 
-def _relative(path: str | Path, folder: Path) -> str:
+def _relative(path: Path, folder: Path) -> str:
     """The path relative to the folder where it lies in it, else as it is."""
-    path = Path(path)
     return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
