@@ -48,7 +48,7 @@ def test_parameters_fill_from_the_scale_and_keep_what_is_given():
     assert p.causal == [False] and p.iters == 3 and p.kv_heads == p.heads
     full = parameters("full")
     assert set(full.kernels) == set(kernels.KERNELS) and full.dtypes == ["bf16"]
-    assert {(n, n) for n in (2048, 4096, 8192, 16384)} <= set(full.tiers.values())
+    assert {(n, n) for n in (2048, 4096, 8192, 16384)} <= set(map(tuple, full.tiers.values()))
     assert (full.batch, full.heads, full.head_dim) == (4, 12, 64) and any(q != k for q, k in full.tiers.values())
     for bad, message in (
         ({"passes": ["forwards"]}, "unknown passe? 'forwards'. Did you mean 'forward'"),

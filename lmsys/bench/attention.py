@@ -19,8 +19,8 @@ measured as well: see the column path.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from lmsys import cost, records
 from lmsys.attention import KERNELS, attention, check_support, explain
 from lmsys.attention.reference import reference_attention, scaled_dot_prod_attention
 from lmsys.bench import ahead
-from lmsys.bench.experiment import Experiment, Notebook, Parameters, Point, Row, require_names, require_numbers
+from lmsys.bench.experiment import Experiment, Notebook, Parameters, Point, Row, require_names, require_numbers, scales
 from lmsys.bench.measure import DTYPES, Measurement, available_bytes, failure, measure, method, release
 from lmsys.bench.standings import CASE as SHAPE
 from lmsys.bench.standings import GROUPS, of_group, with_series
@@ -45,48 +45,7 @@ _ERROR_FLOOR = 4e-6  # fp32 of a few keys: PyTorch's own error is near 0 there, 
 
 # --- Parameters -----------------------------------------------------------------------------------
 
-_SQUARE = {"small": 128, "compact": 512, "medium": 2048, "large": 4096, "XL": 8192, "XXL": 16384}
-TIERS: dict[str, dict[str, tuple[int, int]]] = {  # scale -> name -> queries, keys
-    "smoke": {"small": (64, 64), "wide": (32, 64)},
-    "cpu": {"small": (128, 128), "smallish": (256, 256), "wide": (128, 256)},
-    "full": {name: (n, n) for name, n in _SQUARE.items()}
-    | {"wide": (1024, 4096), "tall": (4096, 1024), "wide XL": (2048, 16384)},
-}
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The shapes of the groups beside the tiers.
-
-    Attributes:
-        tokens: batch x length of throughput and grouped_query (batch 1 where a length is more than that).
-        width: heads x head_dim. lengths, head_dims: of throughput.
-        grouped_lengths, ratios: lengths and query heads a key head, of grouped_query.
-        few: (heads, query lengths, key length) of few_blocks, at batch 1.
-    """
-
-    tokens: int
-    width: int
-    lengths: tuple[int, ...]
-    head_dims: tuple[int, ...]
-    grouped_lengths: tuple[int, ...]
-    ratios: tuple[int, ...]
-    few: tuple[int, tuple[int, ...], int]
-
-
-GRIDS = {
-    "smoke": Grid(64, 32, (64,), (16,), (64,), (2,), (1, (16,), 128)),
-    "cpu": Grid(128, 128, (64, 128), (64,), (64,), (2,), (1, (16,), 256)),
-    "full": Grid(
-        tokens=16384,
-        width=2048,
-        lengths=(512, 1024, 2048, 4096, 8192, 16384, 32768),
-        head_dims=(64, 128),
-        grouped_lengths=(4096, 16384),
-        ratios=(4, 8),
-        few=(4, (128, 1024), 32768),
-    ),
-}
+SCALES = scales("attention_shapes")  # of each: tiers, name -> (queries, keys), and the sizes of the other groups
 
 
 def check(p: Parameters) -> None:
@@ -98,7 +57,7 @@ def check(p: Parameters) -> None:
     require_numbers(p, {"warmup": 0, "compile_ahead": 0})
     p.kv_heads = p.heads if p.kv_heads is None else p.kv_heads
     require(p.heads % p.kv_heads == 0, f"heads {p.heads} is not a multiple of kv_heads {p.kv_heads}")
-    p.tiers = dict(map(parse_tier, p.custom_tiers)) if p.custom_tiers else TIERS[p.scale]
+    p.tiers = dict(map(parse_tier, p.custom_tiers)) if p.custom_tiers else SCALES[p.scale]["tiers"]
     resolve_device(p.device)
     _select_groups(p)
 
@@ -138,36 +97,33 @@ NOTEBOOK = Notebook("attention_sweep", check)
 
 def shapes(p: Parameters) -> list[Point]:
     """The shapes of a sweep, group by group."""
-    return [shape | {"dtype": dtype} for dtype in p.dtypes for shape in _shapes(p)]
+    keys = [key for key in SHAPE if key not in ("tier", "dtype")]
+    groups = [name for name in GROUPS if name in p.groups]
+    return [
+        {"tier": tier} | dict(zip(keys, values, strict=True)) | {"dtype": dtype}
+        for dtype in p.dtypes
+        for group in groups
+        for tier, *values in _shapes(p, group)
+    ]
 
 
-def _shapes(p: Parameters) -> list[Point]:
-    grid, found = GRIDS[p.scale], []
-
-    def add(*values: Any) -> None:
-        found.append(dict(zip((key for key in SHAPE if key != "dtype"), values, strict=True)))
-
-    for group in [name for name in GROUPS if name in p.groups]:
-        if group == "tiers":
-            for causal in p.causal:
-                for name, (q_len, k_len) in p.tiers.items():
-                    add(name, p.batch, p.heads, p.kv_heads, q_len, k_len, p.head_dim, causal)
-        elif group == "throughput":
-            for causal in p.causal:
-                for d in grid.head_dims:
-                    for n in grid.lengths:
-                        add(group, max(1, grid.tokens // n), grid.width // d, grid.width // d, n, n, d, causal)
-        elif group == "grouped_query":
-            for d in grid.head_dims:
-                for ratio in grid.ratios:
-                    for n in grid.grouped_lengths:
-                        add(group, grid.tokens // n, grid.width // d, grid.width // d // ratio, n, n, d, True)
-        else:
-            heads, q_lens, k_len = grid.few
-            for d in grid.head_dims:
-                for q_len in q_lens:
-                    add(group, 1, heads, heads, q_len, k_len, d, False)
-    return found
+def _shapes(p: Parameters, group: str) -> Iterator[tuple]:
+    """Tier, batch, heads, kv_heads, q_len, k_len, head_dim and causal of a group's shapes."""
+    sizes = SCALES[p.scale]
+    tokens, width, head_dims = sizes["tokens"], sizes["width"], sizes["head_dims"]
+    if group == "tiers":
+        for causal, (name, lengths) in itertools.product(p.causal, p.tiers.items()):
+            yield name, p.batch, p.heads, p.kv_heads, *lengths, p.head_dim, causal
+    elif group == "throughput":
+        for causal, d, n in itertools.product(p.causal, head_dims, sizes["lengths"]):
+            yield group, max(1, tokens // n), width // d, width // d, n, n, d, causal
+    elif group == "grouped_query":
+        for d, ratio, n in itertools.product(head_dims, sizes["ratios"], sizes["grouped_lengths"]):
+            yield group, tokens // n, width // d, width // d // ratio, n, n, d, True
+    else:
+        heads = sizes["few_heads"]
+        for d, q_len in itertools.product(head_dims, sizes["few_queries"]):
+            yield group, 1, heads, heads, q_len, sizes["few_keys"], d, False
 
 
 def points(p: Parameters) -> list[Point]:
@@ -190,12 +146,10 @@ def variants(kernel: str, shape: Point, device: torch.device) -> list[tuple[dict
     """
     if "path" not in KERNELS[kernel].options:
         return [({}, {})]
-    q, k = (
-        torch.empty(
-            shape["batch"], shape[heads], shape[length], shape["head_dim"], dtype=DTYPES[shape["dtype"]], device=device
-        )
-        for heads, length in (("heads", "q_len"), ("kv_heads", "k_len"))
-    )
+    sizes = [
+        (shape["batch"], shape[h], shape[n], shape["head_dim"]) for h, n in (("heads", "q_len"), ("kv_heads", "k_len"))
+    ]
+    q, k = (torch.empty(size, dtype=DTYPES[shape["dtype"]], device=device) for size in sizes)
     found: list[tuple[dict[str, Any], dict[str, str]]] = []
     for options in ({}, {"path": "portable"}):
         try:
@@ -269,14 +223,12 @@ class Case:
         self.backward = any(which != "forward" for which in p.passes)
         generator = torch.Generator(self.device).manual_seed(p.seed)
 
-        def random(heads: int, length: int) -> torch.Tensor:
-            size = (shape["batch"], heads, length, shape["head_dim"])
+        def random(heads: str, length: str) -> torch.Tensor:
+            size = (shape["batch"], shape[heads], shape[length], shape["head_dim"])
             return torch.randn(size, generator=generator, device=self.device, dtype=torch.float32).to(self.dtype)
 
-        self.q = random(shape["heads"], shape["q_len"])
-        self.k = random(shape["kv_heads"], shape["k_len"])
-        self.v = random(shape["kv_heads"], shape["k_len"])
-        self.grad = random(shape["heads"], shape["q_len"])
+        self.q, self.k, self.v = random("heads", "q_len"), random("kv_heads", "k_len"), random("kv_heads", "k_len")
+        self.grad = random("heads", "q_len")
         # A causal mask aligned top left makes the first rows of the queries a smaller problem of the same kind.
         self.heads_a_key_head = shape["heads"] // shape["kv_heads"]
         elements_a_row = shape["k_len"] * self.heads_a_key_head
@@ -293,26 +245,24 @@ class Case:
 
     def _check(self, kernel: str, options: Mapping[str, Any]) -> dict[str, Row]:
         refused: dict[str, Row] = {}
+
+        def errors_of(passes: list[str], backward: bool) -> dict[str, Row]:
+            try:
+                return self._errors(kernel, options, passes, backward)
+            except Exception as reason:  # one kernel's failure is a row, not the end of the others' measurements
+                return dict.fromkeys(passes, failure(reason))
+
         for which in self.p.passes:
             try:
                 self._check_support(kernel, which)
-                if shortage := self._cpu_shortage(kernel, which):
-                    refused[which] = {"status": "oom", "note": shortage}
-            except ValueError as reason:  # the kernel does not take this shape, dtype or device, and says so
+            except (ValueError, MemoryError) as reason:  # the kernel does not take this shape, dtype or device
                 refused[which] = failure(reason)
         passes = [which for which in self.p.passes if which not in refused]
         backward = any(which != "forward" for which in passes)
-        errors: dict[str, Row] = {}
-        try:
-            errors = self._errors(kernel, options, backward) if passes else {}
-        except Exception as reason:  # one kernel's failure is a row, not the end of the others' measurements
-            errors = dict.fromkeys(passes, failure(reason))
+        errors = errors_of(passes, backward) if passes else {}
         release(self.device)
         if backward and "forward" in passes and "status" in errors["forward"]:  # which may be fine without gradients
-            try:
-                errors["forward"] = self._errors(kernel, options, backward=False)["forward"]
-            except Exception as reason:
-                errors["forward"] = failure(reason)
+            errors |= errors_of(["forward"], False)
         return errors | refused
 
     def measure(self, kernel: str, options: Mapping[str, Any], which: str) -> Measurement:
@@ -334,13 +284,12 @@ class Case:
             "backward": (backward, lambda: (forward(),)),
             "forward_backward": (lambda: backward(forward()), None),
         }
-        function, arguments = functions[which]
         return measure(
-            function,
+            functions[which][0],
             device=self.device,
             warmup=self.p.warmup,
             iterations=self.p.iters,
-            prepare=arguments,
+            prepare=functions[which][1],
             resident=(*inputs, self.grad),
             budget_s=getattr(self.p, "budget_s", _SLOW_BUDGET_S if KERNELS[kernel].slow else _BUDGET_S),
         )
@@ -361,17 +310,18 @@ class Case:
         return attention(self.q, self.k, self.v, causal=self.causal, kernel=kernel, **options)
 
     def _check_support(self, kernel: str, which: str) -> None:
-        check_support(
-            kernel,
-            device=self.device,
-            dtype=self.dtype,
-            head_dim=self.shape["head_dim"],
-            heads=self.shape["heads"],
-            kv_heads=self.shape["kv_heads"],
-            backward=which != "forward",
-        )
+        """Raises ValueError: the kernel does not take it. MemoryError: a CPU has none, whose own end ends the process."""
+        shape = {name: self.shape[name] for name in ("head_dim", "heads", "kv_heads")}
+        check_support(kernel, device=self.device, dtype=self.dtype, backward=which != "forward", **shape)
+        arrays = KERNELS[kernel].score_arrays
+        if self.device.type == "cuda" or not arrays:
+            return
+        scores = self.q.shape[0] * self.q.shape[1] * self.q.shape[2] * self.k.shape[2] * self.q.element_size()
+        needed, free = (arrays + 2 * (which != "forward")) * scores, available_bytes()
+        if free is not None and needed >= 0.8 * free:
+            raise MemoryError(f"the scores alone need {needed / 2**30:.1f} GiB; {free / 2**30:.1f} GiB are free")
 
-    def _errors(self, kernel: str, options: Mapping[str, Any], backward: bool) -> dict[str, Row]:
+    def _errors(self, kernel: str, options: Mapping[str, Any], passes: Sequence[str], backward: bool) -> dict[str, Row]:
         """For each pass, the largest relative error (2-norm) of its checked tensors, and PyTorch's in the same dtype.
 
         An error row where it is more than twice PyTorch's.
@@ -388,10 +338,9 @@ class Case:
         if self.checked_rows == self.shape["q_len"]:  # dk and dv sum over all queries
             actual += [t[0, :1] for t in tensors[2:]]
         errors: dict[str, Row] = {}
-        for which in self.p.passes if backward else ("forward",):
+        for which in passes:
             last = 1 if which == "forward" else len(actual)
-            error = _largest_error(actual[:last], exact[:last])
-            error_pytorch = _largest_error(plain[:last], exact[:last])
+            error, error_pytorch = (_largest_error(each[:last], exact[:last]) for each in (actual, plain))
             errors[which] = {"error": error, "error_pytorch": error_pytorch}
             if not error <= 2 * error_pytorch + _ERROR_FLOOR:
                 note = f"wrong: error {error:.2e} against float64, PyTorch's {error_pytorch:.2e}"
@@ -408,21 +357,6 @@ class Case:
             return [output]
         gradients = torch.autograd.grad(output, (q, k, v), self.grad[0, :heads, :rows].to(dtype))
         return [output.detach(), *gradients]
-
-    def _cpu_shortage(self, kernel: str, which: str) -> str:
-        """Why a point would not fit the machine's free memory.
-
-        Empty where it does. A CPU's own OOM ends the process.
-        """
-        arrays = KERNELS[kernel].score_arrays
-        if self.device.type == "cuda" or not arrays:
-            return ""
-        arrays += 0 if which == "forward" else 2
-        elements = self.shape["batch"] * self.shape["heads"] * self.shape["q_len"] * self.shape["k_len"]
-        needed, free = arrays * elements * self.q.element_size(), available_bytes()
-        if free is None or needed < 0.8 * free:
-            return ""
-        return f"the scores alone need {needed / 2**30:.1f} GiB; {free / 2**30:.1f} GiB are free"
 
 
 def _largest_error(actual: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> float:

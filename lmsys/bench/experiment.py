@@ -124,6 +124,12 @@ class Parameters(SimpleNamespace):
         return name in self._given
 
 
+def scales(name: str) -> dict[str, dict[str, Any]]:
+    """What configs/NAME.toml says of each scale."""
+    path = Path(config.__file__).with_name("configs") / f"{name}.toml"
+    return tomllib.loads(path.read_text(encoding="utf-8"))
+
+
 @dataclass(frozen=True)
 class Notebook:
     """A notebook's parameters.
@@ -140,8 +146,7 @@ class Notebook:
     @functools.cached_property
     def presets(self) -> dict[str, dict[str, Any]]:
         """For each scale the values of parameters that are left at None."""
-        path = Path(config.__file__).with_name("configs") / f"{self.name}.toml"
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return scales(self.name)
 
     def parameters(self, given: Mapping[str, Any] | None = None) -> Parameters:
         """The parameters: those given, else the scale's, else the cell's defaults.
