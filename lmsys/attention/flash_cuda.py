@@ -1,12 +1,13 @@
 """FlashAttention-2 in CUDA C++ (lmsys/csrc/flash_attention.cu), forward and backward, built by nvcc on first use.
 
-Source: Dao, "FlashAttention-2" (arXiv:2307.08691), algorithms 1 and 2, on mma.sync tensor cores with asynchronous copies. The kernel
-file explains layouts and tiles. This module finds the tools, builds the file for the GPU that is there, and calls its two C functions
-with pointers and strides: the kernels include no torch header, so a build takes seconds and fits any torch version.
+Source: Dao, "FlashAttention-2" (arXiv:2307.08691), algorithms 1 and 2, on mma.sync tensor cores with asynchronous
+copies. The kernel file explains layouts and tiles. This module finds the tools, builds the file for the GPU that is
+there, and calls its two C functions with pointers and strides: the kernels include no torch header, so a build takes
+seconds and fits any torch version.
 
-Limits: float16 and bfloat16; head dim 64 or 128; compute capability 8.0 and up; a positive scale. dQ is summed by atomic additions in
-float32, whose order differs between runs: dq may differ in its last bits, o, dk and dv never. Inputs whose last dimension is not
-contiguous, or whose rows do not start at multiples of 16 bytes, are copied first.
+Limits: float16 and bfloat16; head dim 64 or 128; compute capability 8.0 and up; a positive scale. dQ is summed by
+atomic additions in float32, whose order differs between runs: dq may differ in its last bits, o, dk and dv never.
+Inputs whose last dimension is not contiguous, or whose rows do not start at multiples of 16 bytes, are copied first.
 
 Legend: B batch, H heads, H_kv key heads, T queries, S keys, D head dim.
 """
@@ -26,6 +27,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lmsys.attention import autograd
 
 NAME = "flash_attention_cuda"
 SOURCE = Path(__file__).parents[1] / "csrc" / "flash_attention.cu"
@@ -50,12 +54,14 @@ def unavailable(device_type: str, dtype: torch.dtype) -> str | None:
 
 def _missing_tool() -> str | None:
     if _nvcc() is None:
-        return "is built on first use by nvcc, which was not found; install the CUDA toolkit, or set CUDA_HOME to where it is"
-    if shutil.which("ninja") is None:
-        return "is built on first use with ninja, which was not found; pip install ninja"
-    if shutil.which(os.environ.get("CXX", "c++")) is None:
-        return "is built on first use with a C++ compiler, which was not found; install g++, or set CXX"
-    return None
+        missing = "by nvcc, which was not found; install the CUDA toolkit, or set CUDA_HOME to where it is"
+    elif shutil.which("ninja") is None:
+        missing = "with ninja, which was not found; pip install ninja"
+    elif shutil.which(os.environ.get("CXX", "c++")) is None:
+        missing = "with a C++ compiler, which was not found; install g++, or set CXX"
+    else:
+        return None
+    return f"is built on first use {missing}"
 
 
 def _nvcc() -> str | None:
@@ -74,13 +80,8 @@ def nvcc_flags(arch: str, small_shared_memory: bool = False) -> list[str]:
 
 @functools.cache
 def _library(device_index: int) -> ctypes.CDLL:
-    """The kernels for that GPU.
-
-    Raises:
-        RuntimeError: a tool is missing, cannot build for the GPU, or fails; the message says which.
-    """
-    problem = _missing_tool()
-    if problem is not None:
+    """The kernels for that GPU; RuntimeError, which says why, where they cannot be built for it."""
+    if (problem := _missing_tool()) is not None:
         raise RuntimeError(f"{NAME} {problem}")
     properties = torch.cuda.get_device_properties(device_index)
     arch = f"sm_{properties.major}{properties.minor}"
@@ -100,8 +101,7 @@ def _build(arch: str, small_shared_memory: bool) -> ctypes.CDLL:
     flags = nvcc_flags(arch, small_shared_memory)
     key = hashlib.sha256(SOURCE.read_bytes() + " ".join(flags).encode()).hexdigest()[:12]
     name = f"lmsys_flash_attention_{arch}_{key}"
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
-    folder = root / name
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions")) / name
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / f"{name}.so").exists():
         print(f"{NAME}: building {SOURCE.name} for {arch} in {folder}; less than a minute, once", file=sys.stderr)
@@ -119,47 +119,34 @@ def _build(arch: str, small_shared_memory: bool) -> ctypes.CDLL:
 # --- Launch ---------------------------------------------------------------------------------------
 
 _Strides = ctypes.c_int64 * 3  # batch, head, row; in elements
-_SIZES = [(name, ctypes.c_int32) for name in ("batch", "heads", "kv_heads", "q_len", "k_len", "causal")]
-_LAST = [*_SIZES, ("scale", ctypes.c_float), ("section", ctypes.c_int32)]
 
 
-def _pointers(*names: str) -> list[tuple[str, Any]]:
-    return [(name, ctypes.c_void_p) for name in names]
-
-
-def _strides(*names: str) -> list[tuple[str, Any]]:
-    return [(f"{name}_strides", _Strides) for name in names]
+def _fields(pointers: str, strided: str) -> tuple[tuple[str, Any], ...]:
+    """Of a struct of the kernel file, in its order."""
+    sizes = ("batch", "heads", "kv_heads", "q_len", "k_len", "causal")
+    return (
+        *((name, ctypes.c_void_p) for name in pointers.split()),
+        *((f"{name}_strides", _Strides) for name in strided.split()),
+        *((name, ctypes.c_int32) for name in sizes),
+        ("scale", ctypes.c_float),
+        ("section", ctypes.c_int32),
+    )
 
 
 class _ForwardParams(ctypes.Structure):
-    """The kernel file's struct of this name, field by field."""
-
-    _fields_ = (*_pointers("q", "k", "v", "o", "lse"), *_strides("q", "k", "v", "o"), *_LAST)
+    _fields_ = _fields("q k v o lse", "q k v o")
 
 
 class _BackwardParams(ctypes.Structure):
-    """The kernel file's struct of this name, field by field."""
-
-    _fields_ = (
-        *_pointers("q", "k", "v", "o", "do", "lse", "dq", "dk", "dv", "rows", "dq_sum"),
-        *_strides("q", "k", "v", "o", "do", "dq", "dk", "dv"),
-        *_LAST,
-    )
+    _fields_ = _fields("q k v o do lse dq dk dv rows dq_sum", "q k v o do dq dk dv")
 
 
 def _params(kind: type, causal: bool, scale: float, strided: dict[str, Tensor], **contiguous: Tensor) -> Any:
-    q, k = strided["q"], strided["k"]
-    return kind(
-        **{name: tensor.data_ptr() for name, tensor in (strided | contiguous).items()},
-        **{f"{name}_strides": _Strides(*tensor.stride()[:3]) for name, tensor in strided.items()},
-        batch=q.shape[0],
-        heads=q.shape[1],
-        kv_heads=k.shape[1],
-        q_len=q.shape[2],
-        k_len=k.shape[2],
-        causal=causal,
-        scale=scale,
-    )
+    (batch, heads, q_len, _), (_, kv_heads, k_len, _) = strided["q"].shape, strided["k"].shape
+    sizes = {"batch": batch, "heads": heads, "kv_heads": kv_heads, "q_len": q_len, "k_len": k_len}
+    pointers = {name: tensor.data_ptr() for name, tensor in (strided | contiguous).items()}
+    strides = {f"{name}_strides": _Strides(*tensor.stride()[:3]) for name, tensor in strided.items()}
+    return kind(**pointers, **strides, **sizes, causal=causal, scale=scale)
 
 
 def _call(function: str, params: Any, q: Tensor) -> None:
@@ -173,11 +160,8 @@ def _call(function: str, params: Any, q: Tensor) -> None:
 def _aligned(t: Tensor) -> Tensor:
     """t, or a copy where its rows are not contiguous or do not start at multiples of 16 bytes."""
     *outer, last = t.stride()
-    if (
-        last == 1
-        and t.data_ptr() % 16 == 0
-        and all(n == 1 or stride % 8 == 0 for n, stride in zip(t.shape, outer, strict=False))
-    ):
+    in_eights = all(n == 1 or stride % 8 == 0 for n, stride in zip(t.shape, outer, strict=False))
+    if last == 1 and in_eights and t.data_ptr() % 16 == 0:
         return t
     return t.clone(memory_format=torch.contiguous_format)
 
@@ -204,8 +188,7 @@ def _backward(
             "rows": q.new_empty(2, batch, heads, padded, dtype=torch.float32),
             "dq_sum": q.new_empty(batch, heads, padded, head_dim, dtype=torch.float32),
         }
-        params = _params(_BackwardParams, causal, scale, inputs | gradients, lse=lse, **scratch)
-        _call("lmsys_backward", params, q)
+        _call("lmsys_backward", _params(_BackwardParams, causal, scale, inputs | gradients, lse=lse, **scratch), q)
     return gradients["dq"], gradients["dk"], gradients["dv"]
 
 
@@ -243,60 +226,41 @@ def _(
 
 
 class FlashAttentionCUDA(torch.autograd.Function):
-    """apply(q, k, v, is_causal=False, scale=None); saves q, k, v, o and one log-sum-exp a query.
-
-    q: (B, T, D) and k, v: (B, S, D), or q: (B, H, T, D) and k, v: (B, H_kv, S, D). The log-sum-exp is (B, T) or (B, H, T).
-    """
+    """apply(q, k, v, is_causal=False, scale=None); shapes, and what is saved, as in lmsys.attention.autograd."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, scale: float | None = None
     ) -> Tensor:
         _check(q, k, v, scale)
-        scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
         launch = flash_forward if torch.compiler.is_compiling() else _forward  # eager, the op would only cost time
-        o, lse = launch(_heads(q), _heads(k), _heads(v), is_causal, scale)
-        o, lse = o.view(q.shape), lse.view(q.shape[:-1])
-        ctx.save_for_backward(q, k, v, o, lse)
-        ctx.is_causal, ctx.scale = is_causal, scale
-        return o
+        return autograd.forward(ctx, launch, q, k, v, is_causal, scale)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, o, lse = ctx.saved_tensors
-        four = [_heads(t) for t in (q, k, v, o)]
-        launch = flash_backward if torch.compiler.is_compiling() else _backward
-        dq, dk, dv = launch(*four, lse.view(four[0].shape[:-1]), _heads(do), ctx.is_causal, ctx.scale)
-        return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape), None, None
-
-
-def _heads(t: Tensor) -> Tensor:
-    return t.unsqueeze(1) if t.ndim == 3 else t
+        return autograd.backward(ctx, flash_backward if torch.compiler.is_compiling() else _backward, do)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
+    got = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.ndim not in (3, 4) or k.ndim != q.ndim or k.shape != v.shape or q.shape[0] != k.shape[0]:
-        raise _refuse(_shapes(q, k, v), "q (B, H, T, D) and k, v (B, H_kv, S, D), or q (B, T, D) and k, v (B, S, D)")
-    if q.shape[-1] != k.shape[-1] or q.shape[-1] not in HEAD_DIMS:
-        raise _refuse(_shapes(q, k, v), f"head_dim {' or '.join(map(str, HEAD_DIMS))}, the same for all")
-    if q.numel() == 0 or k.numel() == 0:
-        raise _refuse(_shapes(q, k, v), "no empty dimension")
-    if q.ndim == 4 and q.shape[1] % k.shape[1] != 0:
-        raise _refuse(_shapes(q, k, v), "a number of query heads that is a multiple of the key heads")
-    if not (q.dtype == k.dtype == v.dtype and q.dtype in DTYPES):
-        raise _refuse(f"q {q.dtype}, k {k.dtype}, v {v.dtype}", "float16 or bfloat16, the same for all")
-    if not (q.is_cuda and q.device == k.device == v.device):
-        raise _refuse(f"q on {q.device}, k on {k.device}, v on {v.device}", "tensors on one CUDA GPU")
-    if scale is not None and not (scale > 0 and math.isfinite(scale)):
-        raise _refuse(f"scale {scale}", "a positive, finite one")
-
-
-def _refuse(given: str, allowed: str) -> ValueError:
-    return ValueError(f"attention kernel '{NAME}': got {given}; it takes {allowed}")
-
-
-def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
-    return f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        taken = "q (B, H, T, D) and k, v (B, H_kv, S, D), or q (B, T, D) and k, v (B, S, D)"
+    elif q.shape[-1] != k.shape[-1] or q.shape[-1] not in HEAD_DIMS:
+        taken = f"head_dim {' or '.join(map(str, HEAD_DIMS))}, the same for all"
+    elif q.numel() == 0 or k.numel() == 0:
+        taken = "no empty dimension"
+    elif q.ndim == 4 and q.shape[1] % k.shape[1] != 0:
+        taken = "a number of query heads that is a multiple of the key heads"
+    elif not (q.dtype == k.dtype == v.dtype and q.dtype in DTYPES):
+        got, taken = f"q {q.dtype}, k {k.dtype}, v {v.dtype}", "float16 or bfloat16, the same for all"
+    elif not (q.is_cuda and q.device == k.device == v.device):
+        got, taken = f"q on {q.device}, k on {k.device}, v on {v.device}", "tensors on one CUDA GPU"
+    elif scale is not None and not 0 < scale < math.inf:
+        got, taken = f"scale {scale}", "a positive, finite one"
+    else:
+        return
+    raise ValueError(f"attention kernel '{NAME}': got {got}; it takes {taken}")
 
 
 def flash_attention_cuda(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, scale: float | None = None) -> Tensor:

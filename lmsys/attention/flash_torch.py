@@ -1,11 +1,12 @@
-"""FlashAttention-2 in plain PyTorch, forward and backward, tile by tile: the algorithm to read before the Triton kernels.
+"""FlashAttention-2 in plain PyTorch, forward and backward, tile by tile: to read before the Triton kernels.
 
 Source: Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning" (arXiv:2307.08691),
-algorithm 1 (forward) and algorithm 2 (backward). As there, no (T, S) array exists: the forward pass keeps a running maximum and
-sum a row, and saves one number a row, the log-sum-exp L, from which the backward pass makes the probabilities again.
+algorithm 1 (forward) and algorithm 2 (backward). As there, no (T, S) array exists: the forward pass keeps a running
+maximum and sum a row, and saves one number a row, the log-sum-exp L, from which the backward pass makes the
+probabilities again.
 
-Differences: the tiles of all batches and heads are worked on at once, as batched products; tiles above the causal diagonal are
-skipped; the query heads of a group are stacked as rows of one tile, so dK and dV sum over them by themselves.
+Differences: the tiles of all batches and heads are worked on at once, as batched products; tiles above the causal
+diagonal are skipped; the query heads of a group are stacked as rows of one tile, so dK and dV sum over them.
 Products run in the inputs' dtype, sums and the softmax in float32 (float64 for float64).
 
 Limits: a readable version, not a fast one: each tile is a handful of small PyTorch operations.
@@ -22,45 +23,32 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# A tile's side. On a GPU each operation on a tile is a launch, so few large tiles: on an H200, causal, bf16, batch 4, 12 heads,
-# head_dim 64, 16,384 tokens, forward takes 1002 ms with 128, 267 with 256, 130 with 512, 111 with 1024 and 110 with 2048, at a peak
-# with its backward of 1315, 1315, 1330, 1726 and 4054 MiB. On a CPU a tile of 128 stays in the cache.
+from lmsys.attention import autograd
+
+# A tile's side. On a GPU each operation on a tile is a launch, so few large tiles: on an H200, causal, bf16, batch 4,
+# 12 heads, head_dim 64, 16,384 tokens, forward takes 1002 ms with 128, 267 with 256, 130 with 512, 111 with 1024 and 110
+# with 2048, at a peak with its backward of 1315, 1315, 1330, 1726 and 4054 MiB. On a CPU 128 stays in the cache.
 TILE = {"cpu": 128, "cuda": 512}
 
 
 class FlashAttentionTorch(torch.autograd.Function):
-    """apply(q, k, v, is_causal=False, scale=None, q_tile=None, k_tile=None); saves q, k, v, o and one log-sum-exp a query.
+    """apply(q, k, v, is_causal=False, scale=None, q_tile=None, k_tile=None).
 
-    q: (B, T, D) and k, v: (B, S, D), or q: (B, H, T, D) and k, v: (B, H_kv, S, D). The log-sum-exp is (B, T) or (B, H, T).
-    scale: of the scores; None: 1 / sqrt(D). q_tile, k_tile: rows of a tile; None: TILE of the device.
+    Shapes, and what is saved, as in lmsys.attention.autograd. q_tile, k_tile: rows of a tile; None: TILE of the device.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        is_causal: bool = False,
-        scale: float | None = None,
-        q_tile: int | None = None,
-        k_tile: int | None = None,
-    ) -> Tensor:
-        q_tile, k_tile = (TILE[q.device.type] if tile is None else tile for tile in (q_tile, k_tile))
-        options = is_causal, 1 / math.sqrt(q.shape[-1]) if scale is None else scale, q_tile, k_tile
-        o, lse = flash_forward(_heads(q), _heads(k), _heads(v), *options)
-        o, lse = o.view(q.shape), lse.view(q.shape[:-1])
-        ctx.save_for_backward(q, k, v, o, lse)
-        ctx.options = options
-        return o
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, scale: float | None = None,
+        q_tile: int | None = None, k_tile: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        tiles = (TILE[q.device.type] if tile is None else tile for tile in (q_tile, k_tile))
+        return autograd.forward(ctx, flash_forward, q, k, v, is_causal, scale, *tiles)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, o, lse = ctx.saved_tensors
-        four = [_heads(t) for t in (q, k, v, o)]
-        dq, dk, dv = flash_backward(*four, lse.view(four[0].shape[:-1]), _heads(do), *ctx.options)
-        return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape), None, None, None, None
+        return autograd.backward(ctx, flash_backward, do)
 
 
 def flash_attention_torch(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, scale: float | None = None) -> Tensor:
@@ -121,17 +109,13 @@ def flash_backward(
 
 
 def _scores(q_i: Tensor, k_j: Tensor, scale: float, i: int, j: int, rows: int, causal: bool) -> Tensor:
-    """Scaled scores (B, H_kv, H / H_kv * rows, keys) of the tile whose first query is i and first key j; hidden ones -inf."""
+    """Scaled scores (B, H_kv, H / H_kv * rows, keys) of the tile from query i and key j on; hidden ones -inf."""
     scores = (q_i @ k_j.transpose(-2, -1)).to(_accumulator(q_i)) * scale
     keys = k_j.shape[2]
     if causal and j + keys - 1 > i:
         hidden = torch.ones(rows, keys, dtype=torch.bool, device=q_i.device).triu(i - j + 1)
         scores.unflatten(-2, (-1, rows)).masked_fill_(hidden, -math.inf)
     return scores
-
-
-def _heads(t: Tensor) -> Tensor:
-    return t.unsqueeze(1) if t.ndim == 3 else t
 
 
 def _accumulator(t: Tensor) -> torch.dtype:

@@ -1,22 +1,20 @@
 """flash_attention_triton: its autograd function, its custom operators, and its portable kernels.
 
-The choice between the portable path (here) and the Hopper path (lmsys.attention.flash_hopper) is that of lmsys.attention.paths, made
-at each pass. The portable path is FlashAttention-2 in Triton, forward and backward, for any GPU that Triton knows and for its CPU
-interpreter.
+lmsys.attention.paths chooses between the portable path (here) and the Hopper path (flash_hopper) at each pass. The portable path is FlashAttention-2 in Triton, for any GPU that Triton knows and for its CPU interpreter.
 
 Source: Dao, "FlashAttention-2" (arXiv:2307.08691), algorithms 1 and 2. Differences:
 - Base-2 exponentials, with scale * log2(e) folded into one multiplication.
-- Tiles that every query sees in full run in a loop without masks; tiles on the causal diagonal or past the end in another.
-- The backward pass is one kernel with a program for each key tile (dK, dV) and one with a program for each query tile (dQ).
-  That is seven products a tile where one fused kernel has five, but no atomics: gradients are the same bits in every run.
+- Tiles that every query sees in full run in a loop without masks; tiles on the causal diagonal or past the end in
+  another. Causal programs start with the longest rows.
+- The backward pass is one kernel with a program for each key tile (dK, dV) and one with a program for each query tile
+  (dQ): seven products a tile instead of five, but no atomics: gradients are the same bits in every run.
 - Grouped-query heads: a key tile's program loops over the query heads that read it and writes dK and dV once.
 - Any strides, any lengths >= 1, any head dim up to 256 (padded to a power of two in registers, never in memory).
-Causal programs start with the longest rows. float32 products keep float32's accuracy.
-A call like an earlier one launches the compiled kernel itself (_Launcher), past Triton's autotuner and argument binding.
+A call like an earlier one launches the compiled kernel itself (_Launcher), past Triton's autotuner and binding.
 
-Limits: no dropout, no bias. The log-sum-exp is kept in float32, so with logits in the hundreds float32 gradients lose digits (as with
-torch's flash kernels, and less). On the CPU interpreter (no GPU, or TRITON_INTERPRET=1) it is there to check, not to be fast, and takes
-float32 and float16 only, since the interpreter's bfloat16 product is wrong.
+Limits: no dropout, no bias. The log-sum-exp is kept in float32, so with logits in the hundreds float32 gradients lose
+digits (as with torch's flash kernels, and less). The CPU interpreter (no GPU, or TRITON_INTERPRET=1) is there to check,
+not to be fast, and takes float32 and float16 only, since its bfloat16 product is wrong.
 
 Legend: B batch, H heads, H_kv key heads, T queries, S keys, D head dim, D_PAD the power of two that holds D.
 """
@@ -33,6 +31,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lmsys.attention import autograd
 from lmsys.attention.paths import choose
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
@@ -50,8 +49,8 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 _LOG2_E = tl.constexpr(math.log2(math.e))
 _LN_2 = tl.constexpr(math.log(2))
 
-# tl.max, tl.sum and tl.cdiv are Triton functions themselves, and interpreted only where TRITON_INTERPRET was set before the first
-# import of Triton, which torch.compile may have made. Reductions with these combine functions work in either order.
+# tl.max, tl.sum and tl.cdiv are Triton functions themselves, and interpreted only where TRITON_INTERPRET was set before
+# the first import of Triton, which torch.compile may have made. Reductions with these functions work in either order.
 _MAX, _SUM = tl.standard._elementwise_max, tl.standard._sum_combine
 
 
@@ -94,7 +93,7 @@ def _attend(
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_K: tl.constexpr,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the key tiles in [start, end): algorithm 1, lines 7 to 10. k_base, v_base: the tile at start."""
+    """Online softmax over the key tiles in [start, end): algorithm 1, lines 7 to 10. k_base, v_base: at start."""
     local = tl.arange(0, BLOCK_K)
     for j in tl.range(start, end, BLOCK_K):
         k = _load(k_base, local, stride_ks, stride_kd, S - j, D, D_PAD, MASKED)
@@ -201,7 +200,7 @@ def _dq_kernel(
     D: tl.constexpr, D_PAD: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, EVEN_S: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One query tile of one head: dq, and delta (B, H, T) = rowsum(o * do) for the next kernel. Algorithm 2, lines 4 and 15."""
+    """One query tile of one head: dq, and delta (B, H, T) = rowsum(o * do). Algorithm 2, lines 4 and 15."""
     tiles = (T + BLOCK_Q - 1) // BLOCK_Q
     tile, head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     if CAUSAL:
@@ -251,10 +250,9 @@ def _accumulate_dk_dv(
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_Q: tl.constexpr,
     MASKED: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the query tiles in [start, end). The scores are transposed, so that P^T and dS^T are left operands: no transposition.
+    """Add the query tiles in [start, end). The scores are transposed, so that P^T and dS^T are left operands.
 
-    Queries past T get P = 0 from their log-sum-exp of infinity. Keys past S get anything: each key has its own row of dK and
-    dV, and theirs are not stored.
+    Queries past T get P = 0 from their log-sum-exp of infinity. Keys past S get anything: their rows are not stored.
     """
     local = tl.arange(0, BLOCK_Q)
     for i in tl.range(start, end, BLOCK_Q):
@@ -285,10 +283,10 @@ def _dk_dv_kernel(
     stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
     stride_vb, stride_vh, stride_vs, stride_vd, stride_gb, stride_gh, stride_gt, stride_gd,
     stride_dkb, stride_dkh, stride_dks, stride_dkd, stride_dvb, stride_dvh, stride_dvs, stride_dvd,
-    D: tl.constexpr, D_PAD: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, EVEN_T: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, EVEN_T: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One key tile of one key head: dk and dv, summed over the query heads that read it. Algorithm 2 without line 15."""
+    """One key tile of one key head: dk and dv over the query heads that read it. Algorithm 2 without line 15."""
     tiles = (S + BLOCK_K - 1) // BLOCK_K
     tile, kv_head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     first = tile * BLOCK_K
@@ -333,9 +331,9 @@ def _dk_dv_kernel(
 
 # --- Tiles ----------------------------------------------------------------------------------------
 
-# (BLOCK_Q, BLOCK_K, warps, stages) to choose among, by D_PAD: forward, dQ, dK and dV. Chosen on an H200 (Triton 3.6) at 16k tokens of
-# heads x head_dim = 2048, seq 1024 to 16384, TFLOP/s of a kernel's own products. The last of a list needs less shared memory, for GPUs
-# with 100 KiB or less; one that does not fit is passed over.
+# (BLOCK_Q, BLOCK_K, warps, stages) to choose among, by D_PAD: forward, dQ, dK and dV. Chosen on an H200 (Triton 3.6) at
+# 16k tokens of heads x head_dim = 2048, seq 1024 to 16384, TFLOP/s of a kernel's own products. The last of a list needs
+# less shared memory, for GPUs with 100 KiB or less; one that does not fit is passed over.
 _HALF = {  # float16, bfloat16
     64: (
         [(64, 64, 4, 3), (128, 64, 4, 4)],  # causal 1024: 273 and 251; 16384: 374 and 396; 128 x 128 with 8 warps 362
@@ -390,23 +388,17 @@ _SIGNATURES = 4096  # most that a launcher remembers: a training run has a few, 
 class _Launcher:
     """A tuned kernel, called as launcher(tensors, scale, causal): q, k, v first, then in the kernel's order.
 
-    Triton's own way to a launch, through the autotuner and the binding of 40 arguments by name, costs the host several times the
-    launch itself. What it finds depends on the dtypes, the integers that it specializes on (equal to 1, multiple of 16) and the
-    alignment of the pointers. So the compiled kernel, its grid and its integers are kept for each signature, which is all shapes,
-    strides and dtypes as they are, where all pointers are 16-byte aligned (those that are not go Triton's way), and a later call
-    of the signature launches with the pointers and the scale alone. On AMD GPUs Triton also specializes on a storage's size, and
-    in the interpreter nothing is compiled: there each call goes Triton's way. Profilers' launch hooks run as ever; Triton's debug
-    settings are those of a signature's first call.
+    Triton's own way to a launch, through the autotuner and the binding of 40 arguments by name, costs the host several
+    times the launch itself. What it finds depends on the dtypes, the integers that it specializes on (equal to 1,
+    multiple of 16) and the alignment of the pointers. So the compiled kernel, its grid and its integers are kept for
+    each signature: all shapes, strides and dtypes, where all pointers are 16-byte aligned (others go Triton's way). A
+    later call of the signature launches with the pointers and the scale alone. On AMD GPUs Triton also specializes on
+    a storage's size, and in the interpreter nothing is compiled: there each call goes Triton's way. Profilers' launch
+    hooks run as ever; Triton's debug settings are those of a signature's first call.
     """
 
-    def __init__(
-        self,
-        kernel: Any,
-        which: int,
-        constants: Callable[[Tensor, Tensor], tuple[Any, ...]],
-        grid: Callable[[Tensor, Tensor, int, int], tuple[int, int, int]],
-    ) -> None:
-        """constants: the kernel's own constant arguments; grid: from the block sizes. Both also take q and k."""
+    def __init__(self, kernel: Any, which: int, constants: Callable, grid: Callable) -> None:
+        """constants(q, k): the kernel's own; grid(q, k, BLOCK_Q, BLOCK_K). which: of the lists of tiles above."""
         self.tuned = _tuned(kernel, which)
         self.constants, self.grid = constants, grid
         self.compiled: dict[tuple[Any, ...], tuple[Any, tuple[int, int, int], tuple[Any, ...]]] = {}
@@ -433,11 +425,8 @@ class _Launcher:
         """Tune and compile where needed, launch, and remember how."""
         q, k, v = tensors[:3]
         if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
-            raise ValueError(
-                "attention kernel 'flash_attention_triton': got "
-                + ", ".join(f"{name} {t.dtype} on {t.device}" for name, t in zip("qkv", (q, k, v), strict=True))
-                + "; it takes one dtype and one device"
-            )
+            got = ", ".join(f"{name} {t.dtype} on {t.device}" for name, t in zip("qkv", (q, k, v), strict=True))
+            raise ValueError(f"attention kernel 'flash_attention_triton': got {got}; it takes one dtype and one device")
         constants = (
             q.shape[1], k.shape[1], q.shape[2], k.shape[2], _length_class(q, k),
             *[stride for t in tensors if t.ndim == 4 for stride in t.stride()],
@@ -451,8 +440,7 @@ class _Launcher:
             return self.grid(q, k, *blocks)
 
         kernel = self.tuned[grid](*tensors, scale, *constants)
-        misaligned = signature[1]
-        if INTERPRETED or torch.version.hip is not None or misaligned:
+        if INTERPRETED or torch.version.hip is not None or signature[1]:  # misaligned
             return
         if len(self.compiled) >= _SIGNATURES:
             self.compiled.clear()
@@ -477,19 +465,14 @@ def _padded(head_dim: int) -> int:
 
 
 def _precision(q: Tensor) -> str:
-    """How float32 products are made: from three TF32 ones on NVIDIA GPUs that have them, which keeps float32's accuracy.
+    """How float32 products are made: from three TF32 ones on NVIDIA GPUs that have them, as accurate as float32.
 
-    H200, float64 the reference, seq 1024, head_dim 64: o is off by 5.5e-7, with IEEE products by 9.9e-7, PyTorch's float32 by 9.9e-7;
-    at seq 2048 the forward pass takes 2.97 ms for 16k tokens of 32 heads and is four times slower with IEEE products.
+    H200, float64 the reference, seq 1024, head_dim 64: o is off by 5.5e-7, with IEEE products and in PyTorch by 9.9e-7;
+    at seq 2048 the forward pass takes 2.97 ms for 16k tokens of 32 heads, four times that with IEEE products.
     """
-    if (
-        q.dtype != torch.float32
-        or INTERPRETED
-        or torch.version.hip
-        or torch.cuda.get_device_capability(q.device) < (8, 0)
-    ):
+    if q.dtype != torch.float32 or INTERPRETED or torch.version.hip:
         return "ieee"
-    return "tf32x3"
+    return "tf32x3" if torch.cuda.get_device_capability(q.device) >= (8, 0) else "ieee"
 
 
 _launch_forward = _Launcher(_forward_kernel, 0, lambda q, k: (k.shape[2] % _EVEN == 0,), _query_tiles)
@@ -552,7 +535,7 @@ def _backward(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor,
     causal: bool, scale: float, deterministic: bool, path: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv as torch.empty_like makes them of q, k, v. o, do: (B, H, T, D), any strides; lse: (B, H, T), contiguous."""
+    """dq, dk, dv, shaped as q, k, v. o, do: (B, H, T, D), any strides; lse: (B, H, T), contiguous."""
     if choose(q, k, v, causal=causal, backward=True, deterministic=deterministic, path=path).name == "hopper":
         from lmsys.attention import flash_hopper_backward
 
@@ -575,57 +558,28 @@ def _(
 
 
 class FlashAttentionTriton(torch.autograd.Function):
-    """apply(q, k, v, is_causal=False, scale=None, deterministic=False, path="auto"); saves q, k, v, o and one log-sum-exp a query.
+    """apply(q, k, v, is_causal=False, scale=None, deterministic=False, path="auto").
 
-    q: (B, T, D) and k, v: (B, S, D), or q: (B, H, T, D) and k, v: (B, H_kv, S, D). The log-sum-exp is (B, T) or (B, H, T).
-    scale: of the scores; None: 1 / sqrt(D). deterministic, path: see lmsys.attention.paths.
+    Shapes, and what is saved, as in lmsys.attention.autograd. deterministic, path: see lmsys.attention.paths.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        is_causal: bool = False,
-        scale: float | None = None,
-        deterministic: bool = False,
-        path: str = "auto",
-    ) -> Tensor:
-        options = is_causal, 1 / math.sqrt(q.shape[-1]) if scale is None else scale, deterministic, path
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, scale: float | None = None,
+        deterministic: bool = False, path: str = "auto",
+    ) -> Tensor:  # fmt: skip
         launch = flash_forward if torch.compiler.is_compiling() else _forward  # eager, the op would only cost 20 us
-        o, lse = launch(_heads(q), _heads(k), _heads(v), *options)
-        if q.ndim == 3:
-            o, lse = o.squeeze(1), lse.squeeze(1)
-        ctx.save_for_backward(q, k, v, o, lse)
-        ctx.options = options
-        return o
+        return autograd.forward(ctx, launch, q, k, v, is_causal, scale, deterministic, path)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, o, lse = ctx.saved_tensors
-        launch = flash_backward if torch.compiler.is_compiling() else _backward
-        if q.ndim == 4:
-            dq, dk, dv = launch(q, k, v, o, lse, do, *ctx.options)
-        else:
-            one_head = (t.unsqueeze(1) for t in (q, k, v, o, lse, do))
-            dq, dk, dv = (t.squeeze(1) for t in launch(*one_head, *ctx.options))
-        return dq, dk, dv, None, None, None, None
-
-
-def _heads(t: Tensor) -> Tensor:
-    return t.unsqueeze(1) if t.ndim == 3 else t
+        return autograd.backward(ctx, flash_backward if torch.compiler.is_compiling() else _backward, do)
 
 
 def flash_attention_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool = False,
-    scale: float | None = None,
-    deterministic: bool = False,
-    path: str = "auto",
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, causal: bool = False, scale: float | None = None,
+    deterministic: bool = False, path: str = "auto",
+) -> Tensor:  # fmt: skip
     """q: (B, H, T, D), k, v: (B, H_kv, S, D) -> (B, H, T, D)."""
     return FlashAttentionTriton.apply(q, k, v, causal, scale, deterministic, path)
