@@ -27,6 +27,15 @@ def matmul_parameters(config: ModelConfig) -> int:
     return model_parameters(config) - (0 if config.tie_embeddings else _vocab(config) * config.d_model)
 
 
+def matmul_parameters_in_products(config: ModelConfig) -> int:
+    """Parameters that are matrices of a product: matmul_parameters without the norms' gains."""
+    return matmul_parameters(config) - _gains(config)
+
+
+def _gains(config: ModelConfig) -> int:
+    return (2 * config.num_layers + 1) * config.d_model
+
+
 def _vocab(config: ModelConfig) -> int:
     if config.vocab_size is None:
         raise ValueError("model.vocab_size is not set: take the tokenizer's before counting parameters")
@@ -34,8 +43,10 @@ def _vocab(config: ModelConfig) -> int:
 
 
 def visible_pairs(q_len: int, k_len: int, causal: bool) -> float:
-    """Query-key pairs that attention computes. Causal, top left aligned: half a square of min(q_len, k_len), and all
-    keys for the queries past it. The diagonal is not counted apart, as is the convention (FlashAttention's benchmarks).
+    """Query-key pairs that attention computes.
+
+    Causal, top left aligned: half a square of min(q_len, k_len), and all keys for the queries past it. The diagonal is
+    not counted apart, as is the convention (FlashAttention's benchmarks).
     """
     if not causal:
         return float(q_len * k_len)
@@ -53,10 +64,10 @@ def attention_flops(batch: int, heads: int, q_len: int, k_len: int, head_dim: in
 
 
 def train_flops_per_token(config: ModelConfig, context_length: int | None = None) -> float:
-    """FLOPs of forward and backward a token: 6 x parameters (without the input embedding) + 6 L d T.
+    """FLOPs of forward and backward a token: 6 x parameters (without the input embedding) + 6 L d T. MFU counts these.
 
-    The second term is causal attention: forward 4 T d a layer, halved by the mask; forward and backward three times that.
-    Source: PaLM, arXiv 2204.02311, appendix B, with attention halved. This is the count that MFU uses here.
+    The second term is causal attention: forward 4 T d a layer, halved by the mask; with its backward three times that.
+    Source: PaLM, arXiv 2204.02311, appendix B, with attention halved.
     """
     context = config.context_length if context_length is None else context_length
     return 6.0 * matmul_parameters(config) + 6.0 * config.num_layers * config.d_model * context
@@ -65,32 +76,25 @@ def train_flops_per_token(config: ModelConfig, context_length: int | None = None
 def forward_flops(config: ModelConfig, batch: int, context_length: int, *, causal: bool = True) -> float:
     """FLOPs of one forward pass: the matrix products of the weights, and attention."""
     products = 2.0 * matmul_parameters_in_products(config) * batch * context_length
-    scores = attention_flops(
-        batch, config.num_heads, context_length, context_length, config.head_dim, causal, "forward"
-    )
-    return products + config.num_layers * scores
-
-
-def matmul_parameters_in_products(config: ModelConfig) -> int:
-    """Parameters that are matrices of a product: matmul_parameters without the norms' gains."""
-    return matmul_parameters(config) - (2 * config.num_layers + 1) * config.d_model
+    shape = batch, config.num_heads, context_length, context_length, config.head_dim
+    return products + config.num_layers * attention_flops(*shape, causal, "forward")
 
 
 def mfu(tokens_per_s: float, flops_per_token: float, peak_flops: float | None) -> float | None:
-    """Model FLOPs utilization: FLOPs a second over the device's dense peak in that dtype; None where the peak is unknown."""
+    """Model FLOPs utilization: FLOPs a second over the device's dense peak in that dtype; None where it is unknown."""
     return None if peak_flops is None else tokens_per_s * flops_per_token / peak_flops
 
 
 # --- Collectives ----------------------------------------------------------------------------------
 
-# What each device sends (and receives) in a ring, as a share of the data's size, for (n - 1) / n of a pass around it. The size is each
-# rank's tensor for an all-reduce, the whole tensor for the others, as nccl-tests counts it (its doc/PERFORMANCE.md).
+# What each device sends (and receives) in a ring, in units of (n - 1) / n of the data's size: each rank's tensor for an
+# all-reduce, the whole tensor for the others, as nccl-tests counts it (its doc/PERFORMANCE.md).
 _RING_PASSES = {"all_reduce": 2, "reduce_scatter": 1, "all_gather": 1}
 COLLECTIVES = tuple(_RING_PASSES)
 
 
 def bus_factor(op: str, gpus: int) -> float:
-    """Bytes that each device sends for a byte of the collective: 2 (n - 1) / n for an all-reduce, (n - 1) / n for the others."""
+    """Bytes that each device sends for a byte of the collective: 2 (n - 1) / n for an all-reduce, else (n - 1) / n."""
     if op not in _RING_PASSES:
         raise unknown_name("collective", op, COLLECTIVES)
     return _RING_PASSES[op] * (gpus - 1) / gpus
@@ -98,7 +102,7 @@ def bus_factor(op: str, gpus: int) -> float:
 
 @dataclass(frozen=True)
 class Link:
-    """How long a collective takes: latency_s + bus_factor x bytes / bandwidth, bandwidth in bus bytes a second and device."""
+    """How long a collective takes: latency_s + bus_factor x bytes / bandwidth, in bus bytes a second and device."""
 
     latency_s: float
     bandwidth: float
@@ -108,28 +112,25 @@ class Link:
 
     @classmethod
     def fit(cls, op: str, gpus: int, sizes_bytes: Sequence[float], seconds: Sequence[float]) -> Link:
-        """The least squares of the relative error over measured times, so that small messages count as much as large ones.
+        """The least squares of the relative error over measured times: small messages count as much as large ones.
 
         Raises:
             ValueError: fewer than two sizes, or times that do not grow with the size.
         """
+        import numpy as np
+
         if len(set(sizes_bytes)) < 2:
             raise ValueError(
                 f"a latency and a bandwidth need times at two sizes or more, not {sorted(set(sizes_bytes))}"
             )
-        factor = bus_factor(op, gpus)
-        rows = [(1 / t, factor * size / t) for size, t in zip(sizes_bytes, seconds, strict=True)]
-        aa, ab, bb = (sum(x[i] * x[j] for x in rows) for i, j in ((0, 0), (0, 1), (1, 1)))
-        a, b = (sum(x[i] for x in rows) for i in (0, 1))
-        determinant = aa * bb - ab * ab
-        latency, slope = (a * bb - b * ab) / determinant, (b * aa - a * ab) / determinant
+        times = np.asarray(seconds)
+        terms = np.stack([1 / times, bus_factor(op, gpus) * np.asarray(sizes_bytes) / times], axis=1)
+        latency, slope = np.linalg.lstsq(terms, np.ones(len(times)))[0]
         if latency < 0:  # noise at the small sizes: the line through the origin
-            latency, slope = 0.0, b / bb
+            latency, slope = 0.0, terms[:, 1].sum() / (terms[:, 1] ** 2).sum()
         if slope <= 0:
-            raise ValueError(
-                "the times do not grow with the size, so that they show no bandwidth; measure larger sizes"
-            )
-        return cls(latency, 1 / slope)
+            raise ValueError("the times do not grow with the size, so they show no bandwidth; measure larger sizes")
+        return cls(float(latency), float(1 / slope))
 
 
 # --- Data parallel --------------------------------------------------------------------------------
@@ -147,21 +148,21 @@ def parameter_sizes(config: ModelConfig) -> list[int]:
 
 def buckets(sizes: Sequence[int], element_bytes: int, bucket_bytes: float) -> list[int]:
     """Bytes of each bucket when gradients fill them in this order: one that would pass bucket_bytes begins the next."""
-    made: list[int] = []
+    filled: list[int] = []
     for size in sizes:
-        if made and made[-1] + size * element_bytes <= bucket_bytes:
-            made[-1] += size * element_bytes
+        if filled and filled[-1] + size * element_bytes <= bucket_bytes:
+            filled[-1] += size * element_bytes
         else:
-            made.append(size * element_bytes)
-    return made
+            filled.append(size * element_bytes)
+    return filled
 
 
 def exposed_communication(messages: Sequence[float], link: Link, gpus: int, backward_s: float = 0.0) -> float:
     """Seconds that the all-reduces of messages (bytes each) take past the end of the backward pass.
 
-    A message can start when its gradients are there, which is after its share by bytes of backward_s, and when the one before it is
-    done. backward_s 0: nothing is hidden, as where communication waits for the whole backward pass. The model leaves out what
-    communication takes from the computation beside it: memory bandwidth and multiprocessors.
+    A message starts when its gradients are there, which is after its share by bytes of backward_s, and when the one
+    before it is done. backward_s 0: nothing is hidden. Left out: what communication takes from the computation beside
+    it, memory bandwidth and multiprocessors.
     """
     total, done, ready = sum(messages), 0.0, 0.0
     for message in messages:
@@ -175,7 +176,7 @@ def ddp_overhead(
 ) -> float:
     """Seconds after the backward pass where computing a bucket takes as long as sending it: s / (n w) + n o.
 
-    The last bucket has nothing to hide behind, and each call puts communication its overhead o further behind computation.
+    The last bucket has nothing to hide behind, and each call puts communication its overhead o further behind.
     s: gradient_bytes. w: algorithm_bandwidth, a rank's bytes over the time of their all-reduce. n: num_buckets.
     """
     return gradient_bytes / (num_buckets * algorithm_bandwidth) + num_buckets * call_overhead_s
@@ -195,13 +196,13 @@ MEMORY_POINTS = ("after init", "before optimizer step", "after optimizer step")
 def training_state(config: ModelConfig, sharding: str, gpus: int) -> dict[str, float]:
     """Bytes on a device of fp32 parameters, gradients and Adam's two moments, after ZeRO (arXiv 1910.02054, section 3).
 
-    zero1: the moments are divided by the number of devices; zero2: gradients, too; fsdp: matrices, too, but not the norms' gains.
-    Padding, and what is gathered for the moment, are not counted.
+    zero1: the moments are divided by the number of devices; zero2: gradients, too; fsdp: matrices, too, but not the
+    norms' gains. Padding, and what is gathered for the moment, are not counted.
     """
     if sharding not in SHARDINGS:
         raise unknown_name("sharding", sharding, SHARDINGS)
     parameters = model_parameters(config)
-    gains = (2 * config.num_layers + 1) * config.d_model
+    gains = _gains(config)
     held = gains + (parameters - gains) / gpus if sharding == "fsdp" else parameters
     moments = 2 * (parameters / gpus if sharding in ("zero1", "zero2") else held)
     gradients = parameters / gpus if sharding == "zero2" else held
@@ -209,7 +210,7 @@ def training_state(config: ModelConfig, sharding: str, gpus: int) -> dict[str, f
 
 
 def memory_at(config: ModelConfig, sharding: str, gpus: int) -> dict[str, float]:
-    """Bytes of training_state that are there at each of MEMORY_POINTS of the first step, whose end makes the moments."""
+    """Bytes of training_state at each of MEMORY_POINTS of the first step, whose end makes the moments."""
     state = training_state(config, sharding, gpus)
     sums = itertools.accumulate((state["parameters"], state["gradients"], state["optimizer"]))
     return dict(zip(MEMORY_POINTS, sums, strict=True))
@@ -219,7 +220,7 @@ def memory_at(config: ModelConfig, sharding: str, gpus: int) -> dict[str, float]
 
 
 def residual_stream_bytes(config: ModelConfig, batch: int, context_length: int) -> int:
-    """Bytes of what flows from block to block: B T d elements of fp32, under autocast too, as the embedding is a lookup in fp32."""
+    """Bytes of what flows from block to block: B T d of fp32, under autocast too, as the embedding's lookup is."""
     return 4 * batch * context_length * config.d_model
 
 
@@ -228,36 +229,33 @@ def block_residuals(
 ) -> dict[str, float]:
     """Bytes that one eager block of TransformerLM keeps for its backward pass, its input among them, parameters not.
 
-    Counted from the operations of lmsys.model, each tensor once. e: 4 bytes of an element in fp32, 2 in bf16 under autocast.
+    Counted from the operations of lmsys.model, each tensor once.
 
     Args:
-        dtype: fp32 or bf16.
-        scores: attention keeps the T x T probabilities and the mask, as vectorized_torch does; else Q, K, V, output and log-sum-exp.
-        fp32_softmax: autocast makes the probabilities in fp32 and casts them, and both are kept: so on a GPU, not on a CPU.
+        dtype: fp32 or bf16 (autocast).
+        scores: attention keeps the T x T probabilities and the mask, as vectorized_torch does; else Q, K, V, output and
+            log-sum-exp.
+        fp32_softmax: autocast makes the probabilities in fp32 and casts them, and both are kept: on a GPU, not a CPU.
     """
     d, f, heads, length = config.d_model, config.d_ff, config.num_heads, context_length
     tokens, low = batch * length, dtype != "fp32"
-    e = 2 if low else 4
-    square = float(batch * heads * length * length)
-    parts = {
+    element = 2 if low else 4
+    if scores:
+        probabilities = batch * heads * length**2 * (element + (4 if low and fp32_softmax else 0))
+        # Scaled Q, K and V in the order of batched products, and the output in that of the projection.
+        attention = 4.0 * element * tokens * d + probabilities + length * length
+    else:  # The product's output, which V is a view of; rotated Q and K; the output, which the projection reads too.
+        attention = 6.0 * element * tokens * d + 4.0 * tokens * heads
+    return {
         "input and mid-block stream": 2.0 * 4 * tokens * d,
         "norms": 2.0 * 4 * tokens * (d + 1),  # the normalized values before the gain, and 1 / rms
-        "inputs of products": e
-        * tokens
-        * d
-        * (3.0 if low else 2.0),  # each product casts its input: one for QKV, two of W1 and W3
+        # Under autocast each product casts its input: one for QKV, two of W1 and W3.
+        "inputs of products": element * tokens * d * (3.0 if low else 2.0),
         "rotation": 4.0 * length * d / heads,  # cos + i sin, (T, D / 2) of complex64
-        "feed-forward": 4.0 * e * tokens * f,  # W1 x, its silu, W3 x and their product
+        "feed-forward": 4.0 * element * tokens * f,  # W1 x, its silu, W3 x and their product
         "cast weights": 2.0 * (4 * d * d + 3 * d * f) if low else 0.0,
+        "attention": attention,
     }
-    if scores:
-        probabilities = square * (e + (4 if low and fp32_softmax else 0))
-        # Scaled Q, K and V in the order of batched products, and the output in that of the projection.
-        parts["attention"] = 4.0 * e * tokens * d + probabilities + length * length
-    else:
-        # The product's output, which V is a view of; rotated Q and K; the output, which the projection reads too; the log-sum-exp.
-        parts["attention"] = 6.0 * e * tokens * d + 4.0 * tokens * heads
-    return parts
 
 
 def head_peak(config: ModelConfig, batch: int, context_length: int, dtype: str) -> float:
@@ -272,29 +270,28 @@ def head_peak(config: ModelConfig, batch: int, context_length: int, dtype: str) 
 
 @dataclass(frozen=True)
 class Checkpointing:
-    """Which blocks keep what, as TransformerLM.checkpoint_blocks(size, nested=nested) has it: what each costs in memory and time."""
+    """Which blocks keep what, as TransformerLM.checkpoint_blocks(size, nested=nested) has it: its memory and time."""
 
     num_blocks: int
     size: int | None = None
     nested: bool = False
 
     def backward(self) -> list[tuple[int, int]]:
-        """(inputs kept, blocks whose residuals are there) when the backward pass comes to each block, from the last to the first."""
-        found = []
-        for first, last, inputs in self._leaves():
-            found += [(inputs, block - first + 1) for block in reversed(range(first, last))]
-        return found
+        """(inputs kept, blocks whose residuals are there) when the backward comes to each block, the last first."""
+        return [
+            (inputs, block - first + 1)
+            for first, end, inputs in self._leaves()
+            for block in reversed(range(first, end))
+        ]
 
     def _leaves(self) -> list[tuple[int, int, int]]:
-        """(first block, end, inputs kept by then) of each group that is run without further checkpoints, from the last to the first."""
+        """(first block, end, inputs kept by then) of each group that runs without checkpoints, the last first."""
         n = self.num_blocks
         if self.size is None:
             return [(0, n, 1)]
         if self.nested:
             return self._halves(0, n, 1)
-        return [
-            (first, min(first + self.size, n), first // self.size + 1) for first in reversed(range(0, n, self.size))
-        ]
+        return [(at, min(at + self.size, n), at // self.size + 1) for at in reversed(range(0, n, self.size))]
 
     def _halves(self, first: int, last: int, inputs: int) -> list[tuple[int, int, int]]:
         if last - first <= self.size:
@@ -305,7 +302,7 @@ class Checkpointing:
     def forwards(self) -> int:
         """Block forwards of a step: those of the forward pass and those that the backward pass does again.
 
-        A recomputation ends with the last tensor that it has to find: that of two halves runs the first one only, to get the second's input.
+        A recomputation ends with the last tensor that it has to find: that of two halves runs the first one only.
         """
         n = self.num_blocks
         if self.size is None or (self.nested and n <= self.size):
@@ -339,10 +336,11 @@ class Checkpointing:
 
 # --- Parallel feed-forward layers -----------------------------------------------------------------
 #
-# The course's analysis (CS336, assignment 2: communication_accounting of 2025, section 8 of 2026), which follows "How to Scale Your
-# Model" (Austin et al., 2025). Attention, embeddings and the element-wise function are left out; weights, activations and
-# messages take 2 bytes; computation hides communication, so a layer is compute-bound where computing takes longer.
-# B tokens of the whole batch, D d_model, F d_ff, n devices; N_F of them along the FSDP axis, N_T along the tensor-parallel one.
+# The course's analysis (CS336, assignment 2: communication_accounting of 2025, section 8 of 2026), after "How to Scale
+# Your Model" (Austin et al., 2025). Attention, embeddings and the element-wise function are left out; weights,
+# activations and messages take 2 bytes; computation hides communication, so a layer is compute-bound where computing
+# takes longer. B tokens of the whole batch, D d_model, F d_ff, W bandwidth, C FLOPs a second, n devices; N_F of them
+# along the FSDP axis, N_T along the tensor-parallel one.
 
 
 @dataclass(frozen=True)
@@ -356,6 +354,9 @@ class Accelerator:
     def intensity(self) -> float:
         """FLOPs in the time in which a byte is sent."""
         return self.flops / self.bandwidth
+
+
+_PASSES = {"forward": 1, "backward": 2}  # products, and messages of weights, of a pass
 
 
 @dataclass(frozen=True)
@@ -381,30 +382,28 @@ class FeedForward:
         return 2.0 * tokens * (self.d_model + self.d_ff) * self.num_blocks
 
     def device_bytes(self, tokens: float, devices: float) -> float:
-        """On a device, where the state and the activations of every second layer are divided by the number of devices."""
+        """On a device, where the state and the activations of every second layer are divided by the devices."""
         half = self.activation_bytes(tokens) / 2
         return (self.state_bytes + half) / devices + half
 
     def devices_for(self, tokens: float, memory_bytes: float) -> int | None:
         """The fewest devices whose memory holds device_bytes; None where the half that is not divided is too much."""
-        left = memory_bytes - self.activation_bytes(tokens) / 2
-        return math.floor((self.state_bytes + self.activation_bytes(tokens) / 2) / left) + 1 if left > 0 else None
+        half = self.activation_bytes(tokens) / 2
+        return math.floor((self.state_bytes + half) / (memory_bytes - half)) + 1 if memory_bytes > half else None
 
     def compute_s(self, tokens: float, devices: float, accelerator: Accelerator, which: str = "forward") -> float:
-        """Seconds of the products: 2 FLOPs a token and parameter forward, twice that backward, divided by the devices."""
-        flops = {"forward": 2.0, "backward": 4.0}[which] * self.parameters * tokens
-        return flops / devices / accelerator.flops
+        """Seconds of the products: 2 FLOPs a token and parameter forward, twice that backward, over the devices."""
+        return _PASSES[which] * 2.0 * self.parameters * tokens / devices / accelerator.flops
 
     def weights_s(self, fsdp: float, tensor: float, accelerator: Accelerator, which: str = "forward") -> float:
-        """Seconds along the FSDP axis. Forward: an all-gather of the weights; backward: that and a reduce-scatter of gradients.
+        """Seconds along the FSDP axis. Forward: an all-gather of the weights; backward: also a gradient reduce-scatter.
 
         Plain data parallelism sends the same backward, as its all-reduce is those two, and nothing forward.
         """
-        passes = {"forward": 1, "backward": 2}[which]
-        return passes * (fsdp - 1) / fsdp * 2.0 * self.parameters / tensor / accelerator.bandwidth
+        return _PASSES[which] * (fsdp - 1) / fsdp * 2.0 * self.parameters / tensor / accelerator.bandwidth
 
     def activations_s(self, tokens: float, fsdp: float, tensor: float, accelerator: Accelerator) -> float:
-        """Seconds along the tensor-parallel axis of one pass, forward or backward: an all-reduce of (B / N_F, D) a layer."""
+        """Seconds along the tensor-parallel axis of one pass: an all-reduce of (B / N_F, D) a layer."""
         size = 2.0 * tokens / fsdp * self.d_model * self.num_blocks
         return 2 * (tensor - 1) / tensor * size / accelerator.bandwidth
 
@@ -415,15 +414,15 @@ class FeedForward:
         return 1 + tokens / accelerator.intensity
 
     def most_tensor(self, accelerator: Accelerator, which: str = "forward") -> float:
-        """Of tensor parallelism: n - 1 <= m F W / (2 C) forward (m matrices), twice that backward, whatever the batch."""
-        passes = {"forward": 1, "backward": 2}[which]
-        return 1 + passes * self.matrices * self.d_ff / (2 * accelerator.intensity)
+        """Of tensor parallelism: n - 1 <= m F W / (2 C) forward (m matrices), twice that backward."""
+        return 1 + _PASSES[which] * self.matrices * self.d_ff / (2 * accelerator.intensity)
 
     def most_mixed(self, tokens: float, accelerator: Accelerator, *, overlapped: bool = True) -> float:
         """Of N_F x N_T devices in the forward pass, at the best shape of the mesh.
 
-        overlapped: the axes send at the same time, so that each has its own bound and the product is theirs. Else the times add:
-        with a = m F and b = 2 B, a (N_F - 1) + b (N_T - 1) <= a B W / C, whose largest product has a N_F = b N_T.
+        overlapped: the axes send at the same time, so that each has its own bound and the product is theirs. Else the
+        times add: with a = m F and b = 2 B, a (N_F - 1) + b (N_T - 1) <= a B W / C, whose largest product has
+        a N_F = b N_T.
         """
         if overlapped:
             return self.most_data_parallel(tokens, accelerator) * self.most_tensor(accelerator)
@@ -431,10 +430,10 @@ class FeedForward:
         return (a * tokens / accelerator.intensity + a + b) ** 2 / (4 * a * b)
 
     def tokens_per_device(self, fsdp: int, tensor: int, accelerator: Accelerator, links: int = 1) -> float | None:
-        """The least tokens a device at which a mesh's forward pass is compute-bound; None where tensor parallelism never is.
+        """The least tokens a device at which a mesh's forward pass is compute-bound; None where it never is.
 
-        links: of a ring that the FSDP axis sends over at once (M_X of the Scaling Book, whose M_Y is 1 here). As there, (n - 1) / n
-        counts as 1, and the axes overlap: B / N_F >= C / (W M_X), and m F / 2 >= N_T C / W.
+        links: of a ring that the FSDP axis sends over at once (M_X of the Scaling Book, whose M_Y is 1 here). As there,
+        (n - 1) / n counts as 1, and the axes overlap: B / N_F >= C / (W M_X), and m F / 2 >= N_T C / W.
         """
         if self.matrices * self.d_ff / 2 < tensor * accelerator.intensity:
             return None
@@ -446,5 +445,5 @@ TPU_V5P = Accelerator(flops=4.6e14, bandwidth=2 * 9e10)  # as that problem gives
 
 
 def odd_ring_all_reduce_s(size_bytes: float, gpus: int, bandwidth: float) -> float:
-    """The ring of alternate_ring_all_reduce, which passes whole tensors: (n - 1) S / W, n / 2 times as long as the usual one."""
+    """The ring of alternate_ring_all_reduce, which passes whole tensors: (n - 1) S / W, n / 2 times the usual one."""
     return (gpus - 1) * size_bytes / bandwidth

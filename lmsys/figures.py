@@ -237,17 +237,14 @@ def _value_text(row: Mapping, value: str, annotate: bool | str) -> str:
 # --- The shapes -------------------------------------------------------------------------------------
 
 
-def lines(
-    frame, x, y, by=None, *, low=None, high=None, log="", zero=False, nested=False, direct_labels=True, **more
-) -> Figure:
-    """A line a series; series of one point are labelled points.
+def lines(frame, x, y, by=None, *, low=None, high=None, log="", zero=False, nested=False, **more) -> Figure:
+    """A line a series, named at its end in a single panel, else in a legend; series of one point are labelled points.
 
     Args:
         x: numbers, or names in their order. by: of two columns the first gives the colour, the second the line style.
         low, high: columns with the ends of the spread: a band, or whiskers at points and where by has two columns.
         log: "x", "y" or "xy"; followed by log2 ("xlog2", "xylog2") x counts in powers of two.
         nested: series lie on each other; each is thinner than the one before, so that all show.
-        direct_labels: names at the ends of the lines of a single panel; else, and with several panels, a legend below.
         zero: the y axis begins at 0. more: as above; panels share their axes by default.
     """
     by, *dash_by = [by] if isinstance(by, str) or by is None else by
@@ -287,7 +284,7 @@ def lines(
             axis.xaxis.set_minor_locator(NullLocator())
     entries = {look.label: _key(look.colour, look.line, "o") for look in looks.values()} if len(looks) > 1 else {}
     entries |= {_text(value): _key(line=line) for value, line in dashes.items()}
-    direct = direct_labels and len(board.panels) == 1 and not dash_by and len(ends) <= 9
+    direct = len(board.panels) == 1 and not dash_by and len(ends) <= 9
     figure = board.finish(x, y, None if direct else entries)
     for axis, _ in board.panels if zero and "y" not in letters else ():
         axis.set_ylim(bottom=0)
@@ -362,19 +359,18 @@ def bars(
     return board.finish(x, y, entries, lying=horizontal)
 
 
-def stacked(frame, x, y, by, *, areas=False, horizontal=False, annotate=False, phases=None, **more) -> Figure:
+def stacked(frame, x, y, by, *, areas=False, phases=None, **more) -> Figure:
     """Series on top of each other: bars at the categories of x or, with areas, steps over the numbers of x.
 
     Args:
-        annotate: the value in each part of a bar that is large enough: True, or a format.
         phases: with areas, a column that names stretches of x; dotted lines part them.
         more: as above, and share: panels have one scale of values; False by default.
     """
-    more.setdefault("share_x" if horizontal else "share_y", more.pop("share", False))
-    board = _Board(frame, (y, x, phases), by, [x] if horizontal else None, **more)
+    more.setdefault("share_y", more.pop("share", False))
+    board = _Board(frame, (y, x, phases), by, None, **more)
     for axis, rows in board.panels:
         table = rows.pivot_table(index=x, columns=by, values=y, aggfunc="sum", sort=False).fillna(0.0)
-        table, base = table.reindex(columns=[name for name in board.looks if name in table]), np.zeros(len(table))
+        table = table.reindex(columns=[name for name in board.looks if name in table])
         if areas:
             table = table.sort_index()
             colours = [board.looks[name].colour for name in table]
@@ -386,29 +382,24 @@ def stacked(frame, x, y, by, *, areas=False, horizontal=False, annotate=False, p
                 axis.axvline(begin, color=INK, linewidth=0.9, linestyle=":")
                 if (end - begin) * board.inches > 0.08 * len(name) * (high - low):
                     _write(axis, name, ((begin + end) / 2, 1.0), va="top", xycoords=("data", "axes fraction"))
-            continue
-        for name, values in table.items():
-            style = {"left" if horizontal else "bottom": base} | board.looks[name].patch
-            (axis.barh if horizontal else axis.bar)(np.arange(len(table)), values, 0.8, **style)
-            for place, (foot, value) in enumerate(zip(base, values, strict=True)):
-                if value > 0.06 * table.sum(axis=1).max():
-                    middle, text = (place, foot + value / 2), _value_text({y: value}, y, annotate)
-                    _write(axis, text, middle[::-1] if horizontal else middle, colour=_on(board.looks[name].colour))
-            base = base + values.to_numpy()
-        _categories(axis, table.index, horizontal, board.inches)
-    return board.finish(x, y, board.keys(), lying=horizontal)
+        else:
+            tops = table.cumsum(axis=1)
+            for name, values in table.items():
+                foot = tops[name] - values
+                axis.bar(np.arange(len(table)), values, 0.8, bottom=foot, **board.looks[name].patch)
+            _categories(axis, table.index, False, board.inches)
+    return board.finish(x, y, board.keys())
 
 
-def heatmap(frame, rows, columns, value, *, annotate=True, relative=None, label=None, **more) -> Figure:
-    """A coloured cell a row and column, panels one below the other.
+def heatmap(frame, rows, columns, value, *, annotate=True, relative=None, **more) -> Figure:
+    """A coloured cell a row and column, panels one below the other. Of styles only the labels count.
 
     Args:
         columns: a column or several, whose values stand below each other. annotate: as in bars.
-        relative: "column max" or "row max": the colour says the share of the largest value there, the text the value.
-        label: of the colour bar. Of styles only the labels count.
+        relative: "column max": the colour says the share of the column's largest value, the text the value.
     """
-    if relative not in (None, "column max", "row max"):
-        raise ValueError(f'figure: relative is "{relative}"; it takes "column max", "row max" or None')
+    if relative not in (None, "column max"):
+        raise ValueError(f'figure: relative is "{relative}"; it takes "column max" or None')
     across = [columns] if isinstance(columns, str) else list(columns)
     cells = len(frame[across].drop_duplicates()) if len(frame) else 0
     more = {"per_row": 1, "width": min(13.0, max(7.0, 0.62 * cells + 2.8))} | more
@@ -419,8 +410,7 @@ def heatmap(frame, rows, columns, value, *, annotate=True, relative=None, label=
         table = np.full((len(row_names), len(column_names)), np.nan)
         table[down, along] = group[value]
         if relative:
-            largest = pd.DataFrame(table).max(axis=0 if relative == "column max" else 1).to_numpy()
-            table = table / (largest if relative == "column max" else largest[:, None])
+            table = table / pd.DataFrame(table).max().to_numpy()
         image = axis.imshow(table, aspect="auto", vmin=0 if relative else None, vmax=1 if relative else None)
         for i, j, cell in zip(down, along, group.to_dict("records"), strict=True):
             colour = INK if np.isnan(table[i, j]) else _on(image.to_rgba(table[i, j])[:3])
@@ -429,7 +419,7 @@ def heatmap(frame, rows, columns, value, *, annotate=True, relative=None, label=
         axis.set_xticks(range(len(column_names)), column_names)
         axis.set_yticks(range(len(row_names)), [board.looks[name].label for name in row_names])
         bar = board.figure.colorbar(image, ax=axis, pad=0.01)
-        bar.set_label(label or (f"share of {relative}" if relative else value), color=INK, fontsize=SMALL)
+        bar.set_label(f"share of {relative}" if relative else value, color=INK, fontsize=SMALL)
         bar.ax.tick_params(colors=INK, labelsize=SMALL)
         bar.outline.set_visible(False)
     return board.finish(", ".join(across), "", {})
@@ -480,9 +470,8 @@ def roofline(frame, *, intensity, rate, by, ceilings, bandwidths, marker=None, c
                 axis.plot(*both, linewidth=0.9, markerfacecolor="none", markevery=[1], **style)
         entries |= {_text(value, marker): _key(line="none", marker=shape) for value, shape in shapes.items()}
         xs = np.geomspace(rows[intensity].min() / 3, rows[intensity].max() * 4, 200)
-        roofs = [
-            (name, np.minimum(value * xs, max(ceilings.values(), default=np.inf))) for name, value in bandwidths.items()
-        ]
+        highest = max(ceilings.values(), default=np.inf)
+        roofs = [(name, np.minimum(value * xs, highest)) for name, value in bandwidths.items()]
         roofs += [(name, np.full(len(xs), value)) for name, value in ceilings.items()]
         for (name, ys), line in zip(roofs, itertools.cycle(LINES), strict=False):
             axis.plot(xs, ys, color=INK, linestyle=line, linewidth=1.3)

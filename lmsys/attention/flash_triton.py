@@ -1,6 +1,7 @@
 """flash_attention_triton: its autograd function, its custom operators, and its portable kernels.
 
-lmsys.attention.paths chooses between the portable path (here) and the Hopper path (flash_hopper) at each pass. The portable path is FlashAttention-2 in Triton, for any GPU that Triton knows and for its CPU interpreter.
+lmsys.attention.paths chooses between the portable path (here) and the Hopper path (flash_hopper) at each pass. The
+portable path is FlashAttention-2 in Triton, for any GPU that Triton knows and for its CPU interpreter.
 
 Source: Dao, "FlashAttention-2" (arXiv:2307.08691), algorithms 1 and 2. Differences:
 - Base-2 exponentials, with scale * log2(e) folded into one multiplication.
