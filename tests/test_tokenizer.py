@@ -110,7 +110,8 @@ def write(path, text):
 def english(seed, characters):
     """A text with documents, as the benchmark makes them."""
     rng = random.Random(seed)
-    words = [w for w in bench._COMMON for _ in range(3)] + [
+    common = json.loads(Path(bench.data.__file__).with_name("benchmark_words.json").read_text(encoding="utf-8"))
+    words = [w for w in common["common"] for _ in range(3)] + [
         "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(300)
     ]
     weights = list(itertools.accumulate(1 / (n + 1) for n in range(len(words))))

@@ -3,20 +3,19 @@
 Source: Sennrich, Haddow and Birch, "Neural Machine Translation of Rare Words with Subword Units" (2016), section 3.2,
 over bytes. Pairs are counted within pre-tokens; the most frequent pair becomes a token, ties go to the
 lexicographically greater pair of byte strings. A word is a `str` whose characters are token ids, so merging a pair is
-`str.replace`, which goes left to right as it must. Counts are updated only where the merged pair occurs, and the next
-pair comes from a heap with lazy deletion. Memory grows with the number of distinct pre-tokens of the text, not with its
-length.
+`str.replace`. Counts are updated only where the merged pair occurs, and the next pair comes from a heap with lazy
+deletion. Memory grows with the number of distinct pre-tokens of the text, not with its length.
 """
 
 from __future__ import annotations
 
 import heapq
-import os
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from operator import add
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -37,17 +36,16 @@ _TASK_CHUNKS = 16  # chunks that a counting task goes through before it sends it
 
 
 def train_bpe(
-    input_path: str | os.PathLike,
+    input_path: str | Path,
     vocab_size: int,
     special_tokens: Sequence[str] = (END_OF_TEXT,),
     *,
     num_workers: int | None = None,
     progress: bool = False,
 ) -> tuple[dict[int, bytes], list[tuple[bytes, bytes]]]:
-    """Learn a byte-level BPE vocabulary from a UTF-8 file.
+    """Learn a byte-level BPE vocabulary from a UTF-8 file, whose line ends are kept.
 
     Args:
-        input_path: the text. Line ends are kept as they are.
         vocab_size: the 256 bytes, the special tokens and the merges together; at least 257.
         special_tokens: boundaries of the text that take no part in merges, as 256, 257, ... in the vocabulary.
         num_workers: processes that count pre-tokens; None: one for each core. 1 starts none. The result is the same.
@@ -60,11 +58,8 @@ def train_bpe(
     """
     special_tokens = check_special_tokens(special_tokens)
     least = 256 + max(1, len(special_tokens))
-    require(
-        least <= vocab_size <= MAX_IDS,
-        f"vocab_size is {vocab_size}; it must be at least {least}, 256 bytes and {least - 256} more, "
-        f"and at most {MAX_IDS}",
-    )
+    allowed = f"at least {least}, 256 bytes and {least - 256} more, and at most {MAX_IDS}"
+    require(least <= vocab_size <= MAX_IDS, f"vocab_size is {vocab_size}; it must be {allowed}")
     counts = _count_pretokens(input_path, special_tokens, resolve_workers(num_workers), progress)
     vocab = {byte: bytes([byte]) for byte in range(256)}
     for token in special_tokens:
@@ -80,7 +75,7 @@ def train_bpe(
     return vocab, merges
 
 
-def _count_pretokens(path: str | os.PathLike, special_tokens: Sequence[str], workers: int, progress: bool) -> Counter:
+def _count_pretokens(path: str | Path, special_tokens: Sequence[str], workers: int, progress: bool) -> Counter:
     """How often each pre-token occurs in the file."""
     bounds = find_chunk_boundaries(path, special_tokens=special_tokens)
     chunks = len(bounds) - 1
@@ -89,20 +84,18 @@ def _count_pretokens(path: str | os.PathLike, special_tokens: Sequence[str], wor
     spans = [bounds[i : i + step + 1] for i in range(0, chunks, step)]
     counts: Counter[str] = Counter()
     with tqdm(total=bounds[-1], desc="counting words", unit="B", unit_scale=True, disable=not progress) as bar:
-        state = (os.fspath(path), special_tokens)
-        results = map_in_order(_count_span, state, spans, min(workers, len(spans)))
+        results = map_in_order(_count_span, (path, special_tokens), spans, min(workers, len(spans)))
         for span, counted in zip(spans, results, strict=True):
             counts.update(counted)
             bar.update(span[-1] - span[0])
     return counts
 
 
-def _count_span(state: tuple[str, Sequence[str]], bounds: Sequence[int]) -> Counter:
+def _count_span(state: tuple[str | Path, Sequence[str]], bounds: Sequence[int]) -> Counter:
     """Count the pre-tokens of the file's chunks between bounds, one chunk in memory at a time."""
     path, special_tokens = state
     special = special_pattern(special_tokens)
-    pieces: Counter[str] = Counter()
-    counts: Counter[str] = Counter()
+    pieces, counts = Counter(), Counter()
     with open(path, "rb") as file:
         file.seek(bounds[0])
         for start, end in pairwise(bounds):
@@ -156,19 +149,13 @@ def _learn_merges(
                 vocab[len(vocab)] = token
                 descending[chr(ids[token])] = _descending(token)
                 bar.update()
-            grown = _merge_pair(pair, chr(ids[token]), words, frequencies, counts, places)
-            for new in grown:
+            for new in _merge_pair(pair, chr(ids[token]), words, frequencies, counts, places):
                 heapq.heappush(heap, (-counts[new], descending[new[0]], descending[new[1]], new))
     return list(merges)
 
 
 def _merge_pair(
-    pair: str,
-    merged: str,
-    words: list[str],
-    frequencies: Sequence[int],
-    counts: dict[str, int],
-    places: dict[str, list[int]],
+    pair: str, merged: str, words: list[str], frequencies: list[int], counts: dict[str, int], places: dict[str, list]
 ) -> set[str]:
     """Replace pair by merged in all words and update the counts around it. Returns the pairs that are now more."""
     left, right = pair
@@ -181,19 +168,18 @@ def _merge_pair(
         last = len(word) - 1
         at = word.find(merged)
         while at >= 0:
+            new = []
             if at > 0:
                 before = word[at - 1]
                 counts[(right if before == merged else before) + left] -= frequency
-                new = before + merged
-                counts[new] += frequency
-                places[new].append(index)
-                grown.add(new)
+                new.append(before + merged)
             if at < last and (after := word[at + 1]) != merged:
                 counts[right + after] -= frequency
-                new = merged + after
-                counts[new] += frequency
-                places[new].append(index)
-                grown.add(new)
+                new.append(merged + after)
+            for one in new:
+                counts[one] += frequency
+                places[one].append(index)
+            grown.update(new)
             at = word.find(merged, at + 1)
     del counts[pair]
     return grown

@@ -64,9 +64,7 @@ class PieceTable:
     def __init__(
         self, dtype: Any, encode_new: Callable[[Sequence[bytes]], tuple[np.ndarray, np.ndarray]], max_entries: int
     ):
-        self._dtype = dtype
-        self._encode_new = encode_new
-        self._max_entries = max_entries
+        self._dtype, self._encode_new, self._max_entries = dtype, encode_new, max_entries
         self._block = max_entries // 4  # pieces looked up at a time
         self._slots = 2 * max_entries  # a power of two, so that a hash's upper bits are its slot
         self._shift = np.uint64(64 - (self._slots - 1).bit_length())
@@ -113,9 +111,8 @@ class PieceTable:
             if new:
                 slots, _ = self._find(low, high)
             entries[short] = self._entry[slots]
-            pieces = [
-                data[bounds[place] : bounds[place + 1]] for place in (np.concatenate(new).tolist() if new else ())
-            ]
+            new = np.concatenate(new).tolist() if new else ()
+            pieces = [data[bounds[place] : bounds[place + 1]] for place in new]
             for place in long.tolist():
                 piece = data[bounds[place] : bounds[place + 1]]
                 entry = self._long.get(piece)
@@ -124,7 +121,10 @@ class PieceTable:
                     pieces.append(piece)
                 entries[place] = entry
             if pieces:
-                self._append(pieces)
+                ids, counts = self._encode_new(pieces)
+                self._offsets = np.append(self._offsets, len(self._pool) + np.cumsum(counts) - counts)
+                self._counts = np.append(self._counts, counts)
+                self._pool = np.append(self._pool, ids.astype(self._dtype))
         except BaseException:
             self._clear()  # it may know pieces that were not encoded
             raise
@@ -142,13 +142,6 @@ class PieceTable:
             self._entry[slots] = entry + np.arange(len(place))
             entry += len(place)
             yield place
-
-    def _append(self, pieces: Sequence[bytes]) -> None:
-        """Encode new pieces and add them to the pool."""
-        ids, counts = self._encode_new(pieces)
-        self._offsets = np.append(self._offsets, len(self._pool) + np.cumsum(counts) - counts)
-        self._counts = np.append(self._counts, counts)
-        self._pool = np.append(self._pool, ids.astype(self._pool.dtype))
 
     def _find(self, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(slot, whether it holds the key) for each key; where it does not, it is the free slot that would take it."""

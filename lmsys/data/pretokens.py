@@ -27,16 +27,9 @@ WHITESPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B
 PIECE = re.compile(f"[{WHITESPACE}]?[^{WHITESPACE}]+|[{WHITESPACE}]+(?![^{WHITESPACE}])")
 
 
-def _cut_pattern() -> re.Pattern[bytes]:
-    """Matches in UTF-8, with no width, before ASCII whitespace that follows a character other than whitespace."""
-    encoded = [character.encode() for character in WHITESPACE]
-    not_after = b"".join(
-        b"(?<!%s)" % b"|".join(re.escape(c) for c in encoded if len(c) == width) for width in (1, 2, 3)
-    )
-    return re.compile(rb"(?<=[\x00-\xff])" + not_after + rb"(?=[\t-\r ])")
-
-
-CUT = _cut_pattern()
+# In UTF-8: before ASCII whitespace that follows a character other than whitespace, with no width.
+_NOT_AFTER = b"".join(b"(?<!%s)" % re.escape(character.encode()) for character in WHITESPACE)
+CUT = re.compile(rb"(?<=[\x00-\xff])" + _NOT_AFTER + rb"(?=[\t-\r ])")
 WIDE_SPACE = re.compile(b"|".join(character.encode() for character in WHITESPACE if not character.isascii()))
 
 CHUNK_BYTES = 2**20  # text that one process holds at a time
@@ -58,9 +51,8 @@ def split_piece(piece: str) -> Sequence[str]:
 
 
 def check_special_tokens(special_tokens: Sequence[str] | None) -> tuple[str, ...]:
-    require(
-        not isinstance(special_tokens, str), f"special_tokens is the string {special_tokens!r}; give a list of strings"
-    )
+    is_string = isinstance(special_tokens, str)
+    require(not is_string, f"special_tokens is the string {special_tokens!r}; give a list of strings")
     special_tokens = tuple(special_tokens or ())
     for token in special_tokens:
         require(isinstance(token, str) and token != "", f"special token {token!r} is not a non-empty string")
@@ -91,13 +83,8 @@ def find_chunk_boundaries(
 
     A cut lies at the start of a special token or, where none comes within 64 KiB, before ASCII whitespace that follows
     a character other than whitespace, where a pre-token always ends (see the top of the module). No occurrence of a
-    special token lies across a cut, so no character and no special token is split. Text without such a place stays one
-    chunk.
-
-    Returns:
-        Offsets from 0 to the file's size, strictly increasing.
-    Raises:
-        ValueError: the file is missing or empty.
+    special token lies across a cut. Text without such a place stays one chunk. Offsets go from 0 to the file's size,
+    strictly increasing. ValueError: the file is missing or empty.
     """
     require(chunk_bytes >= 1, f"chunk_bytes is {chunk_bytes}; it must be at least 1")
     try:
@@ -114,23 +101,15 @@ def find_chunk_boundaries(
         while target < size:
             start = max(0, target - max(longest, 3))  # 3 bytes: the longest whitespace character
             file.seek(start)
-            window = file.read(target - start + _SEARCH_BYTES + longest)
             end = target - start + _SEARCH_BYTES
-            cut = next(
-                (
-                    start + match.start()
-                    for cuts in (pattern, CUT)
-                    if cuts
-                    for match in cuts.finditer(window, target - start)
-                    if match.start() < end and not inside_special(window, match.start(), special)
-                ),
-                None,
-            )
+            window = file.read(end + longest)
+            places = (m.start() for cuts in (pattern, CUT) if cuts for m in cuts.finditer(window, target - start))
+            cut = next((at for at in places if at < end and not inside_special(window, at, special)), None)
             if cut is None:
                 target += _SEARCH_BYTES
             else:
-                bounds.append(cut)
-                target = cut + chunk_bytes
+                bounds.append(start + cut)
+                target = start + cut + chunk_bytes
     return [*bounds, size]
 
 
@@ -143,6 +122,5 @@ def decode_utf8(data: bytes, path: str | os.PathLike, offset: int) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: not UTF-8 text: byte 0x{data[error.start]:02x} at offset {offset + error.start} ({error.reason})"
-        ) from None
+        what = f"byte 0x{data[error.start]:02x} at offset {offset + error.start} ({error.reason})"
+        raise ValueError(f"{path}: not UTF-8 text: {what}") from None

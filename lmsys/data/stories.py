@@ -37,7 +37,7 @@ GIRLS, BOYS, ANIMAL_NAMES, ANIMALS = (_bank(_DATA[key]) for key in ("girls", "bo
 GROWN_UPS = _DATA["grown_ups"]  # by kind of hero: [noun, address, pronoun]
 BANKS = {
     name: _bank(value) for name, value in _DATA["banks"].items()
-}  # a slot, with or without a digit, draws from one
+}  # what a slot, with or without a digit, draws from
 # Several texts that belong together. {place_to} is the field `to` of the story's place; a field that is a list becomes
 # a bank of the story, so that {spot}, {spot2} and {spot3} lie in the same place.
 RECORDS = _DATA["records"]
@@ -60,7 +60,7 @@ def _parse(template: str) -> tuple[Any, ...]:
     pieces = re.findall(r"[\[\]|]|\{\w+\}|[^\[\]|{}]+", template)
     assert "".join(pieces) == template, f"not a slot: {template}"
     nodes: list[Any] = []
-    stack: list[tuple[list[Any], list[list[Any]]]] = []
+    stack: list[tuple[list[Any], list[list[Any]]]] = []  # the nodes around an open bracket, and its alternatives
     for piece in pieces:
         if piece == "[":
             stack.append((nodes, alternatives := []))
@@ -113,25 +113,24 @@ class _Slots(dict):
 
     def _cast(self, kind: str) -> None:
         """Draw the hero (h), a friend (f) and a grown-up (g), with their pronouns."""
-        rng = self.rng
+        rng, is_animal = self.rng, kind == "animal"
         species: list[str] = []
         names: list[str] = []
         for role in ("", "f_"):
             girl = rng.random() < 0.5
             self[f"{role}he"], self[f"{role}him"], self[f"{role}his"] = _PRONOUNS["she" if girl else "he"]
-            options = ANIMAL_NAMES if kind == "animal" else GIRLS if girl else BOYS
-            while (name := _pick(rng, options)) in names:
+            while (name := _pick(rng, ANIMAL_NAMES if is_animal else GIRLS if girl else BOYS)) in names:
                 pass
             names.append(name)
-            options = ANIMALS if kind == "animal" else ("girl",) if girl else ("boy",)
-            while (animal := _pick(rng, options)) in species and kind == "animal":
+            options = ANIMALS if is_animal else ("girl",) if girl else ("boy",)
+            while (animal := _pick(rng, options)) in species and is_animal:
                 pass
             species.append(animal)
         self["h"], self["f"] = names
         self["himself"] = "herself" if self["he"] == "she" else "himself"
         self["species"] = species[0]
         self["f_intro"] = f"a {species[1]} named {names[1]}"
-        full = f"{names[1]} the {species[1]}" if kind == "animal" else names[1]
+        full = f"{names[1]} the {species[1]}" if is_animal else names[1]
         self["f_full"] = _pick(rng, (self["f_intro"], f"{self['his']} friend {full}", full))
         noun, address, pronoun = _pick(rng, GROWN_UPS[kind])
         self["g"] = self.render(noun)
@@ -183,13 +182,7 @@ def story(rng: random.Random) -> str:
 
 
 def generate(path: str | Path, size_mb: float, seed: int = 0) -> int:
-    """Write at least size_mb (1e6 bytes) of stories with END_OF_TEXT after each, atomically; returns their number.
-
-    The same seed gives the same bytes.
-
-    Raises:
-        ValueError: size_mb is not positive. OSError: path cannot be written.
-    """
+    """Write at least size_mb (1e6 bytes) of stories with END_OF_TEXT after each, atomically; returns their number."""
     require(size_mb > 0, f"size_mb is {size_mb}; it must be positive")
     rng = random.Random(seed)
     count = written = 0

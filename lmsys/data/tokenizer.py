@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import heapq
 import json
-import os
 import sys
-from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice, pairwise
@@ -47,16 +45,19 @@ _MAX_CACHED_LENGTH = 64  # longer pieces are rare, and not kept
 _SHORT_WORD = 128  # bytes; longer words are merged one by one, with a heap
 _NEVER = sys.maxsize  # the rank of a pair that is not merged
 _FORMAT = "lmsys byte-level BPE 1"
+# Of a Hugging Face BPE model: what must be absent, and what must be off.
+_HF_MODEL_NULL = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+_HF_MODEL_FALSE = ("byte_fallback", "ignore_merges")
 
 # GPT-2's printable character for each byte: itself where it is a visible Latin-1 character, else the next from U+0100.
-_VISIBLE = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+_VISIBLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
 _HIDDEN = [byte for byte in range(256) if byte not in _VISIBLE]
 _PRINTABLE = {byte: chr(byte) for byte in _VISIBLE} | {byte: chr(256 + n) for n, byte in enumerate(_HIDDEN)}
 _BYTES = {character: byte for byte, character in _PRINTABLE.items()}
 
 
 def _to_printable(token: bytes) -> str:
-    return "".join(map(_PRINTABLE.__getitem__, token))
+    return token.decode("latin-1").translate(_PRINTABLE)
 
 
 def _from_printable(text: str) -> bytes:
@@ -76,27 +77,18 @@ class Tokenizer:
         ValueError: the parts do not fit together.
     """
 
-    def __init__(
-        self,
-        vocab: Mapping[int, bytes],
-        merges: Sequence[tuple[bytes, bytes]],
-        special_tokens: Sequence[str] | None = None,
-    ):
+    def __init__(self, vocab: Mapping[int, bytes], merges: Sequence[tuple[bytes, bytes]], special_tokens=None):
         self.special_tokens = check_special_tokens(special_tokens)
         self.vocab: dict[int, bytes] = dict(vocab)
+        self._ids: dict[bytes, int] = {}
         for index, token in self.vocab.items():
-            if not (isinstance(index, int) and 0 <= index < MAX_IDS and isinstance(token, bytes) and token):
-                raise ValueError(
-                    f"vocabulary entry {index!r}: {token!r} is not an id from 0 to {MAX_IDS - 1} with its bytes"
-                )
-        self._ids: dict[bytes, int] = {token: index for index, token in self.vocab.items()}
-        if len(self._ids) < len(self.vocab):
-            index, token = next((i, t) for i, t in self.vocab.items() if self._ids[t] != i)
-            raise ValueError(f"the vocabulary has the bytes {token!r} twice, as ids {index} and {self._ids[token]}")
-        missing = [byte for byte in range(256) if bytes([byte]) not in self._ids]
-        require(
-            not missing, f"the vocabulary lacks {len(missing)} of the 256 single bytes, first {bytes(missing[:1])!r}"
-        )
+            fits = isinstance(index, int) and 0 <= index < MAX_IDS and isinstance(token, bytes) and token
+            entry = f"vocabulary entry {index!r}: {token!r}"
+            require(fits, f"{entry} is not an id from 0 to {MAX_IDS - 1} with its bytes")
+            other = self._ids.setdefault(token, index)
+            require(other == index, f"the vocabulary has the bytes {token!r} twice, as ids {other} and {index}")
+        missing = bytes(byte for byte in range(256) if bytes([byte]) not in self._ids)
+        require(not missing, f"the vocabulary lacks {len(missing)} of the 256 single bytes, first {missing[:1]!r}")
         for token in map(str.encode, self.special_tokens):
             if token not in self._ids:
                 self._ids[token] = max(self.vocab) + 1
@@ -106,8 +98,7 @@ class Tokenizer:
         self._ranks: dict[int, int] = {}  # key of a pair, left id * MAX_IDS + right id -> when it was learned
         for rank, (left, right) in enumerate(self.merges):
             for token in (left, right, left + right):
-                if token not in self._ids:
-                    raise ValueError(f"merge {rank}, {left!r} and {right!r}: the vocabulary lacks {token!r}")
+                require(token in self._ids, f"merge {rank}, {left!r} and {right!r}: the vocabulary lacks {token!r}")
             self._ranks.setdefault(self._ids[left] * MAX_IDS + self._ids[right], rank)
         # The same for arrays, sorted by key; the last entry is no pair.
         keys = sorted(self._ranks)
@@ -118,7 +109,6 @@ class Tokenizer:
 
         self.vocab_size: int = max(self.vocab) + 1  # the highest id + 1
         self.token_dtype = np.uint16 if self.vocab_size <= 65_536 else np.uint32  # the smallest that holds all ids
-        self._typecode = np.dtype(self.token_dtype).char
         self._special = special_pattern(self.special_tokens)
         self._special_bytes = special_pattern(self.special_tokens, bytes)
         self._longest_special = max(map(len, self.special_tokens), default=0)
@@ -129,23 +119,15 @@ class Tokenizer:
         return Tokenizer, (self.vocab, self.merges, self.special_tokens)
 
     def __repr__(self) -> str:
-        return (
-            f"Tokenizer(vocab_size={self.vocab_size}, merges={len(self.merges)}, special_tokens={self.special_tokens})"
-        )
+        sizes = f"vocab_size={self.vocab_size}, merges={len(self.merges)}"
+        return f"Tokenizer({sizes}, special_tokens={self.special_tokens})"
 
     @classmethod
     def train(
-        cls,
-        path: str | os.PathLike,
-        vocab_size: int,
-        special_tokens: Sequence[str] = (END_OF_TEXT,),
-        *,
-        num_workers: int | None = None,
-        progress: bool = False,
+        cls, path: str | Path, vocab_size: int, special_tokens: Sequence[str] = (END_OF_TEXT,), **options: Any
     ) -> Tokenizer:
-        """A tokenizer trained on a UTF-8 file; see train_bpe."""
-        vocab, merges = train_bpe(path, vocab_size, special_tokens, num_workers=num_workers, progress=progress)
-        return cls(vocab, merges, special_tokens)
+        """A tokenizer trained on a UTF-8 file; see train_bpe, whose options are num_workers and progress."""
+        return cls(*train_bpe(path, vocab_size, special_tokens, **options), special_tokens)
 
     def token_id(self, token: str) -> int:
         """The id of a token given as text. ValueError where it is not one token."""
@@ -162,23 +144,19 @@ class Tokenizer:
     def encode_to_array(self, text: str, dtype: Any = None) -> np.ndarray:
         """The token ids of a text as a one-dimensional array of token_dtype, or of dtype where it holds them all."""
         dtype = np.dtype(self.token_dtype if dtype is None else dtype)
-        require(
-            dtype.kind in "iu" and np.iinfo(dtype).max >= self.vocab_size - 1,
-            f"dtype {dtype} cannot hold the ids of a vocabulary of {self.vocab_size}; take "
-            f"{np.dtype(self.token_dtype)}",
-        )
+        fits = dtype.kind in "iu" and np.iinfo(dtype).max >= self.vocab_size - 1
+        what = f"dtype {dtype} cannot hold the ids of a vocabulary of {self.vocab_size}"
+        require(fits, f"{what}; take {np.dtype(self.token_dtype)}")
         try:
-            if len(text) > SHORT_TEXT:
-                return self._encode_long(text).astype(dtype, copy=False)
-            return np.frombuffer(self._encode_short(text), self.token_dtype).astype(dtype, copy=False)
+            ids = self._encode_long(text) if len(text) > SHORT_TEXT else self._encode_short(text)
         except UnicodeEncodeError:
             at, character = next((i, c) for i, c in enumerate(text) if not is_encodable(c))
-            raise ValueError(
-                f"the text has a lone surrogate, U+{ord(character):04X} at character {at}, which UTF-8 cannot hold"
-            ) from None
+            what = f"a lone surrogate, U+{ord(character):04X} at character {at}"
+            raise ValueError(f"the text has {what}, which UTF-8 cannot hold") from None
+        return ids.astype(dtype, copy=False)
 
     def encode_iterable(self, iterable: Iterable[str]) -> Iterator[int]:
-        """The ids of encode("".join(iterable)), as the pieces come and in bounded memory.
+        """The ids of encode("".join(iterable)), as the pieces come.
 
         What has come is encoded up to the last place where a pre-token surely ends: before a space or line feed after
         a character other than whitespace. Only text without such a place is held until it comes.
@@ -193,7 +171,7 @@ class Tokenizer:
         yield from self.encode(text)
 
     def encode_file_chunks(
-        self, path: str | os.PathLike, *, num_workers: int | None = None, chunk_bytes: int = CHUNK_BYTES
+        self, path: str | Path, *, num_workers: int | None = None, chunk_bytes: int = CHUNK_BYTES
     ) -> Iterator[tuple[np.ndarray, int]]:
         """The ids of a UTF-8 file in order, chunk by chunk, encoded in processes and in bounded memory.
 
@@ -207,11 +185,10 @@ class Tokenizer:
         """
         workers = resolve_workers(num_workers)
         bounds = find_chunk_boundaries(path, chunk_bytes=chunk_bytes, special_tokens=self.special_tokens)
-        state = (self, os.fspath(path))
-        yield from map_in_order(_encode_chunk, state, pairwise(bounds), min(workers, len(bounds) - 1))
+        yield from map_in_order(_encode_chunk, (self, path), pairwise(bounds), min(workers, len(bounds) - 1))
 
-    def _encode_short(self, text: str) -> bytearray:
-        """The ids of a text as an array's bytes, by a dict."""
+    def _encode_short(self, text: str) -> np.ndarray:
+        """The ids of a text, by a dict."""
         pieces: list[str] = []
         start = 0
         for match in self._special.finditer(text) if self._special else ():
@@ -228,14 +205,14 @@ class Tokenizer:
             if len(self._pieces) + len(kept) > MAX_PIECES:
                 self._pieces.clear()
             self._pieces.update(islice(kept.items(), MAX_PIECES))
-        return bytearray().join(known)  # writable, as an array from it should be
+        return np.frombuffer(bytearray().join(known), self.token_dtype)  # a bytearray, so that it is writable
 
     def _encode_piece(self, piece: str) -> bytes:
         if piece in self.special_tokens:  # no other piece is one
             ids = [self.token_id(piece)]
         else:
             ids = [index for word in split_piece(piece) for index in self._merge(word.encode())]
-        return array(self._typecode, ids).tobytes()
+        return np.array(ids, self.token_dtype).tobytes()
 
     def _encode_long(self, text: str) -> np.ndarray:
         """The ids of a text, by arrays: for a text of more than some thousand characters, several times faster."""
@@ -323,12 +300,10 @@ class Tokenizer:
             return self._ranks.get(symbols[place] * MAX_IDS + symbols[after[place]]) if after[place] >= 0 else None
 
         def note(place: int) -> None:
-            rank = rank_at(place)
-            if rank is not None:
+            if (rank := rank_at(place)) is not None:
                 if rank not in places:
-                    places[rank] = []
                     heapq.heappush(heap, rank)
-                places[rank].append(place)
+                places.setdefault(rank, []).append(place)
 
         for place in range(len(word) - 1):
             note(place)
@@ -372,20 +347,15 @@ class Tokenizer:
 
     # Files
 
-    def save(self, path: str | os.PathLike) -> Path:
+    def save(self, path: str | Path) -> Path:
         """Write vocabulary, merges and special tokens to a JSON file, bytes in GPT-2's printable characters; atomic."""
-        return write_json(
-            path,
-            {
-                "format": _FORMAT,
-                "special_tokens": list(self.special_tokens),
-                "vocab": {_to_printable(token): index for index, token in self.vocab.items()},
-                "merges": [f"{_to_printable(left)} {_to_printable(right)}" for left, right in self.merges],
-            },
-        )
+        vocab = {_to_printable(token): index for index, token in self.vocab.items()}
+        merges = [f"{_to_printable(left)} {_to_printable(right)}" for left, right in self.merges]
+        value = {"format": _FORMAT, "special_tokens": list(self.special_tokens), "vocab": vocab, "merges": merges}
+        return write_json(path, value)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> Tokenizer:
+    def load(cls, path: str | Path) -> Tokenizer:
         """A tokenizer that save() wrote. ValueError names a file that is missing, damaged or something else."""
         with _naming_damage(path):
             value = json.loads(Path(path).read_bytes())
@@ -400,16 +370,9 @@ class Tokenizer:
 
     @classmethod
     def from_files(
-        cls,
-        vocab_path: str | os.PathLike,
-        merges_path: str | os.PathLike,
-        special_tokens: Sequence[str] | None = (END_OF_TEXT,),
+        cls, vocab_path: str | Path, merges_path: str | Path, special_tokens: Sequence[str] | None = (END_OF_TEXT,)
     ) -> Tokenizer:
-        """A tokenizer from GPT-2's files: a JSON object of printable token -> id, and a merge a line.
-
-        Raises:
-            ValueError: names the file that is missing or damaged.
-        """
+        """A tokenizer from GPT-2's files: a JSON object of printable token -> id, and a merge a line."""
         special_tokens = check_special_tokens(special_tokens)
         vocab: dict[int, bytes] = {}
         with _naming_damage(vocab_path):
@@ -425,22 +388,18 @@ class Tokenizer:
 
     from_gpt2 = from_files
 
-    def export_huggingface(self, path: str | os.PathLike) -> Path:
+    def export_huggingface(self, path: str | Path) -> Path:
         """Write a tokenizer.json that Hugging Face `tokenizers` loads and that gives the same ids; atomic.
 
         Raises:
             ValueError: a special token reads like the printable form of another, which the format cannot tell apart.
         """
         special = {self.token_id(token): token for token in self.special_tokens}
-        names = {index: special.get(index) or _to_printable(token) for index, token in self.vocab.items()}
-        vocab = {name: index for index, name in names.items()}
+        vocab = {_to_printable(token): index for index, token in self.vocab.items() if index not in special}
         for index, name in special.items():
-            same = next(i for i, other in names.items() if other == name and (i != index or vocab[name] == index))
-            require(
-                same == index,
-                f"special token {name!r} cannot be exported: tokenizer.json would take it for token {same}, "
-                f"{self.vocab[same]!r}",
-            )
+            same = vocab.setdefault(name, index)
+            what = f"special token {name!r} cannot be exported: tokenizer.json would take it for token {same}"
+            require(same == index, f"{what}, {self.vocab[same]!r}")
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         added = [{"id": index, "content": name, **flags, "special": True} for index, name in sorted(special.items())]
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -452,7 +411,7 @@ class Tokenizer:
         return write_json(path, value)
 
     @classmethod
-    def from_huggingface(cls, path: str | os.PathLike) -> Tokenizer:
+    def from_huggingface(cls, path: str | Path) -> Tokenizer:
         """A tokenizer from a Hugging Face tokenizer.json, which gives the same ids.
 
         Raises:
@@ -461,7 +420,7 @@ class Tokenizer:
 
         def only(what: str, given: Any, *allowed: Any) -> None:
             require(
-                any(type(given) is type(one) and given == one for one in allowed),
+                json.dumps(given) in map(json.dumps, allowed),
                 f"{path}: {what} is {json.dumps(given)[:80]}, which is not supported: only "
                 f"{' or '.join(map(json.dumps, allowed))} is, as in byte-level BPE with GPT-2's pattern",
             )
@@ -494,12 +453,7 @@ class Tokenizer:
             return cls(vocab, merges, list(special))
 
 
-# Of a Hugging Face BPE model: what must be absent, and what must be off.
-_HF_MODEL_NULL = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
-_HF_MODEL_FALSE = ("byte_fallback", "ignore_merges")
-
-
-def _encode_chunk(state: tuple[Tokenizer, str], bounds: tuple[int, int]) -> tuple[np.ndarray, int]:
+def _encode_chunk(state: tuple[Tokenizer, str | Path], bounds: tuple[int, int]) -> tuple[np.ndarray, int]:
     tokenizer, path = state
     start, end = bounds
     with open(path, "rb") as file:
@@ -514,7 +468,7 @@ def _merge_from_line(line: str) -> tuple[bytes, bytes]:
 
 
 @contextmanager
-def _naming_damage(path: str | os.PathLike):
+def _naming_damage(path: str | Path):
     """A missing file, and content of an unexpected shape, become a ValueError that names the file."""
     try:
         yield
