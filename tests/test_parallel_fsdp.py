@@ -260,11 +260,8 @@ def peer(process) -> float:
             optimizer.step()
         if step == 0:
             wrapped.full_state_dict()
-            wrapped.load_full_state_dict(model.state_dict())
             optimizers[1].load_state_dict(optimizers[1].state_dict())
             wrapped.scatter_optimizer_state(optimizers[1], optimizers[0].state_dict())
-    with wrapped.gather_full_params() as module:
-        torch.testing.assert_close(module.lm_head.weight, model.lm_head.weight, atol=1e-5, rtol=0)
     states = wrapped.gather_optimizer_state(optimizers[1])["state"]
     assert (process.rank == 0) == bool(states)
     assert abs(norm - expected) < 1e-5

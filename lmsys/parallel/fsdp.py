@@ -37,10 +37,11 @@ the module is not compiled whole, pickled, cast or moved; no CUDA graphs around 
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -81,13 +82,6 @@ class _Unit:
             flat.free()
 
 
-class _Call(NamedTuple):
-    """A call of a block."""
-
-    number: int  # of all calls
-    position: int  # in its forward pass
-
-
 @functools.cache
 def _gathering(cls: type[nn.Module]) -> type[nn.Module]:
     """The class whose instances gather their parameters around a call, outside of hooks and of a compiled forward."""
@@ -97,8 +91,8 @@ def _gathering(cls: type[nn.Module]) -> type[nn.Module]:
             owner, unit = self.__dict__["_fully_sharded"]
             if owner._is_whole:
                 return super().__call__(*args, **kwargs)
-            call = owner._before_forward(unit)
-            return owner._after_forward(unit, call, super().__call__(*args, **kwargs))
+            number, position = owner._before_forward(unit)
+            return owner._after_forward(unit, number, position, super().__call__(*args, **kwargs))
 
     Gathering.__name__, Gathering.__qualname__, Gathering.__module__ = cls.__name__, cls.__qualname__, cls.__module__
     return Gathering
@@ -227,10 +221,8 @@ class FullyShardedModule(ShardedState):
     def _cast(self, value: Tensor) -> Tensor:
         return value.to(self.compute_dtype) if value.is_floating_point() else value
 
-    # --- Forward of a block -----------------------------------------------------------------------
-
-    def _before_forward(self, unit: _Unit) -> _Call:
-        """Gather a block, and start on those that come after it."""
+    def _before_forward(self, unit: _Unit) -> tuple[int, int]:
+        """Gather a block, and start on those that come after it. Returns the call's number, ever and in the pass."""
         position = len(self._called)
         unit.gather()
         if _graph_task() == -1:
@@ -240,22 +232,20 @@ class FullyShardedModule(ShardedState):
                     ahead.gather()
         unit.wait()
         self._calls += 1
-        return _Call(self._calls, position)
+        return self._calls, position
 
-    def _after_forward(self, unit: _Unit, call: _Call, output: Any) -> Any:
+    def _after_forward(self, unit: _Unit, number: int, position: int, output: Any) -> Any:
         if _graph_task() != -1:  # a checkpoint computes the block again for its backward, which needs it right after
             if unit not in self._begun:
                 unit.free()
             return output
         trained = _trained(output)
         for tensor in trained:
-            tensor.register_hook(functools.partial(self._before_backward, unit, call))
-        is_last = call.position == len(self._order) - 1 and self._order[-1] is unit
+            tensor.register_hook(functools.partial(self._before_backward, unit, number, position))
+        is_last = position == len(self._order) - 1 and self._order[-1] is unit
         if not (is_last and trained):  # the last one's backward comes next
             unit.free()
         return output
-
-    # --- Backward ---------------------------------------------------------------------------------
 
     def _begin_backward(self, gradient: Tensor | None = None) -> None:
         """The gradient of the module's output has come."""
@@ -268,15 +258,15 @@ class FullyShardedModule(ShardedState):
             unit.gather()
         self._rest.wait()
 
-    def _before_backward(self, unit: _Unit, call: _Call, gradient: Tensor) -> None:
+    def _before_backward(self, unit: _Unit, number: int, position: int, gradient: Tensor) -> None:
         """The gradient of a block's output has come: the blocks after it are done."""
         self._begin_backward()
-        if self._begun.get(unit) == call.number:  # another of its outputs
+        if self._begun.get(unit) == number:  # another of its outputs
             return
-        for done, number in list(self._begun.items()):
-            if number > call.number:
+        for done, begun in list(self._begun.items()):
+            if begun > number:
                 self._finish_block(done)
-        self._begun[unit] = call.number
+        self._begun[unit] = number
         self._entered += 1
         if self._plan is not None and self._forwards == 1:
             for flat, entered in self._plan.items():
@@ -284,7 +274,7 @@ class FullyShardedModule(ShardedState):
                     self._reduce(flat)
                     flat.free()
         unit.gather()
-        for ahead in self._order[max(call.position - self.prefetch, 0) : call.position][::-1]:
+        for ahead in self._order[max(position - self.prefetch, 0) : position][::-1]:
             ahead.gather()
         unit.wait()
 
@@ -344,8 +334,6 @@ class FullyShardedModule(ShardedState):
         self._forwards = 0
         self._reset()
 
-    # --- A step -----------------------------------------------------------------------------------
-
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Changes nothing: gradients accumulate in the shards, each backward pass reducing its own."""
@@ -378,7 +366,7 @@ class FullyShardedModule(ShardedState):
     @property
     def gathered(self) -> list[str]:
         """The names of the blocks that are whole or on their way."""
-        return [unit.name for unit in self._units if any(flat.gathered for flat in unit.flats)]
+        return [unit.name for unit in self._units if unit.flats[0].gathered]
 
 
 fully_shard = FullyShardedModule  # torch's name for it
@@ -388,21 +376,13 @@ fully_shard = FullyShardedModule  # torch's name for it
 
 
 class TorchFSDP2(nn.Module):
-    """torch's fully_shard on each block and on the module, with FullyShardedModule's interface: what we compare with.
+    """torch's fully_shard on each block and on the module, with the interface that the registry names: the peer.
 
     Its parameters() are DTensors, sharded by rows; the module is changed in place, as torch does.
-
-    Args:
-        compute_dtype: its param_dtype, of norms too. communication_dtype: its reduce_dtype.
+    compute_dtype: its param_dtype, of norms too.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        *,
-        compute_dtype: torch.dtype | None = None,
-        communication_dtype: torch.dtype | None = None,
-    ):
+    def __init__(self, module: nn.Module, *, compute_dtype: torch.dtype | None = None):
         from torch.distributed.device_mesh import DeviceMesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -411,12 +391,11 @@ class TorchFSDP2(nn.Module):
         broadcast_from_rank0([*(p.data for p in module.parameters()), *module.buffers()])
         mesh = DeviceMesh.from_group(dist.group.WORLD, next(module.parameters()).device.type)
         # Blocks' inputs stay as they are: a table of angles must not be rounded; autocast casts what matmuls take.
-        policy = MixedPrecisionPolicy(compute_dtype, communication_dtype, cast_forward_inputs=False)
+        policy = MixedPrecisionPolicy(compute_dtype, cast_forward_inputs=False)
         for block in _blocks(module).values():
             if next(block.parameters(), None) is not None:
                 fully_shard(block, mesh=mesh, mp_policy=policy)
         self.module = fully_shard(module, mesh=mesh, mp_policy=policy)
-        self._rank = dist.get_rank()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's."""
@@ -441,52 +420,31 @@ class TorchFSDP2(nn.Module):
             nn.utils.clip_grads_with_norm_(self.parameters(), max_norm, norm)
         return norm
 
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """With the module's names."""
-        return self.module.named_parameters(prefix, recurse, remove_duplicate)
-
-    @contextmanager
-    def gather_full_params(self) -> Iterator[nn.Module]:
-        """The module with whole parameters, in compute_dtype, to read: calling it shards them again."""
-        parts = [part for part in self.module.modules() if hasattr(part, "unshard")]
-        for part in parts:
-            part.unshard()
-        try:
-            yield self.module
-        finally:
-            for part in parts:
-                part.reshard()
+        return self.module.named_parameters(*args, **kwargs)
 
     def full_state_dict(self) -> dict[str, Tensor]:
         state = self.module.state_dict(keep_vars=True)
-        unique = {id(tensor): tensor for tensor in state.values()}
-        whole = {key: _whole(tensor.detach()) for key, tensor in unique.items()}
-        return {name: whole[id(tensor)] for name, tensor in state.items()} if self._rank == 0 else {}
-
-    @torch.no_grad()
-    def load_full_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
-        for name, tensor in self.module.state_dict(keep_vars=True).items():
-            tensor.copy_(_like(state_dict[name], tensor))
+        whole = {id(tensor): _whole(tensor.detach()) for tensor in {id(t): t for t in state.values()}.values()}
+        return {name: whole[id(tensor)] for name, tensor in state.items()} if dist.get_rank() == 0 else {}
 
     def gather_optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         state = optimizer.state_dict()
         states = {index: {key: _whole(value) for key, value in one.items()} for index, one in state["state"].items()}
-        return state | {"state": states if self._rank == 0 else {}}
+        return state | {"state": states if dist.get_rank() == 0 else {}}
 
     def scatter_optimizer_state(self, optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
+        from torch.distributed.tensor import distribute_tensor
+
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-        def place(value: Any, parameter: Tensor) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            return _like(value.clone(), parameter if value.shape == parameter.shape else value)
-
-        states = {
-            index: {key: place(value, parameters[index]) for key, value in one.items()}
-            for index, one in state_dict["state"].items()
-        }
+        states = {index: copy.deepcopy(one) for index, one in state_dict["state"].items()}
+        for index, state in states.items():
+            like = parameters[index]
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.shape == like.shape:
+                    whole = value.to(like.device)
+                    state[key] = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
         optimizer.load_state_dict({**state_dict, "state": states})
 
 
@@ -498,15 +456,6 @@ def _whole(value: Any) -> Any:
     if hasattr(value, "full_tensor"):
         value = value.full_tensor()
     return value.cpu().clone() if isinstance(value, Tensor) else value
-
-
-def _like(whole: Tensor, tensor: Tensor) -> Tensor:
-    """A whole tensor, the same on every rank, placed as another one is."""
-    if not hasattr(tensor, "device_mesh"):
-        return whole
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(whole.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
 
 
 def _blocks(module: nn.Module) -> dict[str, nn.Module]:
