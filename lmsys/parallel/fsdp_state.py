@@ -1,11 +1,8 @@
-"""Full sharding at rest: the flat buffers that matrices are sharded in; a module's whole weights and state from them.
-
-When a buffer is gathered and when its gradients leave is lmsys.parallel.fsdp's.
-"""
+"""Full sharding at rest: the flat buffers that matrices are sharded in; a module's whole weights and state from them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,8 +22,8 @@ class Flat(FlatLayout):
     Attributes:
         whole: (size,) in compute_dtype; the parameters are views of it; its storage is empty but while it is gathered.
         shard: (size / ranks,), this rank's part in the parameters' own dtype.
-        pieces: for each parameter what the optimizer sees of it, a view of shard: (1, n) of a matrix, (n,) of a vector,
-            so that code which tells them apart by their dimensions still does; n may be 0.
+        pieces: of each parameter what the optimizer sees, a view of shard: (1, n) of a matrix, (n,) of a vector, so
+            that their dimensions still tell them apart; n may be 0.
     """
 
     def __init__(
@@ -52,9 +49,8 @@ class Flat(FlatLayout):
         self.nothing = [nothing.expand(shape) for shape in self.shapes]  # who reads it sees NaN, not freed memory
         self.requires_grad = self.parameters[0].requires_grad
         self.pieces: list[Piece] = []
-        for name, shape, offset, (start, stop) in zip(
-            named, self.shapes, self.offsets, self.cut(self.own.start, self.own.stop), strict=True
-        ):
+        cuts = self.cut(self.own.start, self.own.stop)
+        for name, shape, offset, (start, stop) in zip(named, self.shapes, self.offsets, cuts, strict=True):
             at = offset + start - self.own.start if start < stop else 0
             part = self.shard[at : at + stop - start]
             leaf = nn.Parameter(part[None] if len(shape) >= 2 else part, requires_grad=self.requires_grad)
@@ -70,12 +66,11 @@ class Flat(FlatLayout):
 
     @torch.no_grad()
     def gather_into(self, whole: Tensor) -> dist.Work | None:
-        """Start to fill whole (size,) with the shards of all ranks, in its dtype."""
+        """Start to fill whole (size,) with all ranks' shards, in its dtype."""
         whole[self.own].copy_(self.shard)
         return None if self.world_size == 1 else shards.all_gather(whole, whole[self.own], self.group)
 
     def gather(self) -> None:
-        """Start to gather, unless it is gathered."""
         if not self.gathered:
             self.whole.untyped_storage().resize_(self.whole.nbytes)
             self.work = self.gather_into(self.whole)
@@ -83,26 +78,16 @@ class Flat(FlatLayout):
             self.gathered = True
 
     def wait(self) -> None:
-        """Have the compute stream wait for the gathering."""
         if self.work is not None:
             self.work.wait()
             self.work = None
 
     def free(self) -> None:
-        """Give the memory back."""
         if self.gathered:
             self.wait()
             self.point_to(self.nothing)
             self.whole.untyped_storage().resize_(0)
             self.gathered = False
-
-    def masters(self) -> Tensor:
-        """The whole parameters in their own dtype, in a new buffer."""
-        masters = self.shard.new_empty(self.whole.numel())
-        work = self.gather_into(masters)
-        if work is not None:
-            work.wait()
-        return masters
 
 
 class ShardedState(nn.Module):
@@ -115,8 +100,9 @@ class ShardedState(nn.Module):
         self._rank, self._world_size = current(group)
         self._device = flats[0].shard.device
         self._flat_of = {id(parameter): flat for flat in flats for parameter in flat.parameters}
+        self._sharded = [piece for flat in flats for piece in flat.pieces]
         named = dict(module.named_parameters())
-        leaves = {piece.name: piece.tensor for flat in flats for piece in flat.pieces}
+        leaves = {piece.name: piece.tensor for piece in self._sharded}
         self._named = {name: leaves.get(name, parameter) for name, parameter in named.items()}
         self._replicated = [parameter for parameter in named.values() if id(parameter) not in self._flat_of]
         self._is_whole = False  # within gather_full_params
@@ -131,7 +117,7 @@ class ShardedState(nn.Module):
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """See shards.clip_gradients."""
-        sharded = [piece.tensor for flat in self._flats for piece in flat.pieces]
+        sharded = [piece.tensor for piece in self._sharded]
         gradients = [[leaf.grad for leaf in leaves if leaf.grad is not None] for leaves in (sharded, self._replicated)]
         return shards.clip_gradients(*gradients, max_norm, self._device, self._group)
 
@@ -139,8 +125,6 @@ class ShardedState(nn.Module):
         """Give all whole parameters' memory back."""
         for flat in self._flats:
             flat.free()
-
-    # --- Weights ----------------------------------------------------------------------------------
 
     @contextmanager
     def gather_full_params(self) -> Iterator[nn.Module]:
@@ -152,7 +136,10 @@ class ShardedState(nn.Module):
             raise RuntimeError("gather_full_params is already open")
         self.free()
         for flat in self._flats:
-            flat.point_to(flat.views(flat.masters()))
+            masters = flat.shard.new_empty(flat.whole.numel())
+            flat.work = flat.gather_into(masters)
+            flat.wait()
+            flat.point_to(flat.views(masters))
         self._is_whole = True
         try:
             yield self.module
@@ -163,16 +150,13 @@ class ShardedState(nn.Module):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Refused: no rank has the whole state."""
-        raise RuntimeError(
-            "no rank holds the whole state: call full_state_dict() or save_sharded(folder) on all ranks instead"
-        )
+        raise RuntimeError("no rank holds the whole state: call full_state_dict() or save_sharded(folder) on all ranks")
 
     def _refuse_state_dict(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
         if not (self._is_whole or keep_vars):
             self.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> None:
-        """load_full_state_dict."""
         self.load_full_state_dict(state_dict)
 
     def full_state_dict(self) -> dict[str, Tensor]:
@@ -180,27 +164,16 @@ class ShardedState(nn.Module):
 
         All ranks call it. A tied tensor is one tensor under its names.
         """
-        whole = shards.gather_pieces(
-            [piece for flat in self._flats for piece in flat.pieces], self._group, self._device
-        )
+        whole = shards.gather_pieces(self._pieces(), self._group, self._device)
         if self._rank != 0:
             return {}
         first: dict[int, str] = {}  # of a tensor's names, by id
-        state = {}
-        for name, tensor in self.module.state_dict(keep_vars=True).items():
-            own = first.setdefault(id(tensor), name)
-            if own not in whole:
-                whole[own] = tensor.detach().cpu().clone()
-            state[name] = whole[own]
-        return state
+        state = self.module.state_dict(keep_vars=True)
+        return {name: whole[first.setdefault(id(tensor), name)] for name, tensor in state.items()}
 
     @torch.no_grad()
     def load_full_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Take this rank's part of a whole state_dict, which every rank is given. Nothing is communicated.
-
-        Raises:
-            ValueError: names or shapes are not the module's.
-        """
+        """Take this rank's part of a whole state_dict, which every rank is given. ValueError: it is another module's."""
         wanted = self.module.state_dict(keep_vars=True)
         _check_shapes(*({n: tuple(t.shape) for n, t in one.items()} for one in (state_dict, wanted)), "the state")
         for piece in self._pieces():
@@ -212,7 +185,7 @@ class ShardedState(nn.Module):
         for name, tensor in self.module.state_dict(keep_vars=True).items():
             if id(tensor) not in self._flat_of:
                 whole.setdefault(id(tensor), Piece(name, tuple(tensor.shape), 0, tensor))
-        return [*(piece for flat in self._flats for piece in flat.pieces), *whole.values()]
+        return [*self._sharded, *whole.values()]
 
     def save_sharded(self, folder: str | Path, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Write weights, buffers and the optimizer's state, each rank its own part (shards.save_pieces)."""
@@ -223,11 +196,7 @@ class ShardedState(nn.Module):
 
     @torch.no_grad()
     def load_sharded(self, folder: str | Path, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Read what save_sharded wrote, at any number of ranks. All ranks call it.
-
-        Raises:
-            ValueError: nothing there, or names or shapes are not the module's.
-        """
+        """Read what save_sharded wrote, at any number of ranks. ValueError: nothing there, or another module's."""
         weights, pieces = Path(folder) / "weights", self._pieces()
         saved = shards.load_shared(weights, self._group)["shapes"]
         saved = {name: tuple(shape) for name, shape in saved.items()}
@@ -239,8 +208,6 @@ class ShardedState(nn.Module):
             parts = self._pieces_of(optimizer)
             states, shared = shards.load_states(parts, Path(folder) / "optimizer", self._group)
             _load(optimizer, shared["param_groups"], parts, states)
-
-    # --- The optimizer's state --------------------------------------------------------------------
 
     def gather_optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """The state_dict of the optimizer over whole parameters, on rank 0 and its CPU. All ranks call it."""
@@ -254,7 +221,7 @@ class ShardedState(nn.Module):
 
     def _pieces_of(self, optimizer: torch.optim.Optimizer) -> list[Piece]:
         """What this rank has of the optimizer's parameters, named by their indices. Replicated ones are whole."""
-        known = {id(piece.tensor): piece for flat in self._flats for piece in flat.pieces}
+        known = {id(piece.tensor): piece for piece in self._sharded}
         leaves = (leaf for group in optimizer.param_groups for leaf in group["params"])
         return [
             known.get(id(leaf), Piece("", leaf.shape, 0, leaf))._replace(name=str(index))
@@ -262,7 +229,7 @@ class ShardedState(nn.Module):
             if leaf.numel()
         ]
 
-    def _states(self, optimizer: torch.optim.Optimizer) -> Iterable[tuple[Piece, dict[str, Any]]]:
+    def _states(self, optimizer: torch.optim.Optimizer) -> shards.States:
         return [(piece, optimizer.state.get(piece.tensor, {})) for piece in self._pieces_of(optimizer)]
 
 

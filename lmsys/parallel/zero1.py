@@ -42,17 +42,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
     """An optimizer whose state is spread over the ranks of a group; without a group, a plain one on flat parameters.
 
     To be made after the module is wrapped, in the same order of parameters on every rank. What is trained becomes rank
-    0's. All ranks call step, clip_grad_norm_ and everything that saves or loads. Schedulers and zero_grad work as ever.
+    0's. All ranks call step, clip_grad_norm_ and everything that saves or loads.
 
     Args:
         params: parameters or groups, as any optimizer takes them. Those that are frozen stay outside.
         optimizer_cls, **kwargs: the optimizer and its options.
-        partition: elements, parameters, or None for what the optimizer allows.
         bucket_size_mb: what travels as one message (times the ranks, for whole parameters), in MiB.
         reduce_scatter_gradients: average gradients here, each rank receiving those of its part alone, instead of in the
             wrapper, which must then not communicate: run every backward pass under its no_sync(), and all but the last
             before a step under this optimizer's no_sync() too. A bucket's gradients travel when its last one is there.
-        group: the ranks; None: all.
     Raises:
         ValueError: an option, an optimizer that cannot be sharded so, or parameters that differ between ranks.
     """
@@ -74,9 +72,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"bucket_size_mb is {bucket_size_mb}; it must be above 0")
         closure = inspect.signature(optimizer_cls.step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
-            raise ValueError(
-                f"{optimizer_cls.__name__} evaluates the loss of all parameters within a step; it cannot be sharded"
-            )
+            raise ValueError(f"{optimizer_cls.__name__} evaluates the loss within a step; it cannot be sharded")
         groups = _unique(params)
         entries = [entry for group in groups for entry in group["params"]]
         if not entries:
@@ -84,17 +80,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
         first = entries[0][1] if isinstance(entries[0], tuple) else entries[0]
         defaults, elementwise = _try_out(optimizer_cls, first.device, kwargs)
         if partition == "elements" and not elementwise:
-            raise ValueError(
-                f"{optimizer_cls.__name__} updates slices of a parameter differently from the whole; "
-                "use partition='parameters'"
-            )
+            raise ValueError(f"{optimizer_cls.__name__} is not elementwise; use partition='parameters'")
         self.partition = partition or ("elements" if elementwise else "parameters")
         self.reduce_scatter_gradients = reduce_scatter_gradients
         self._make = lambda group: optimizer_cls([group], **kwargs)
         self._group = group
         self._rank, self._world_size = current(group)
-        if self._rank < 0:
-            raise ValueError("this process is not a member of the group that the optimizer was given")
         self._bucket_bytes = bucket_size_mb * 2**20
         self._buckets: list[_Bucket] = []
         self._frozen: list[Tensor] = []
@@ -154,8 +145,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
             owners[id(parameter)] = owner
             self._loads[owner] += parameter.numel()
         return owners
-
-    # --- A step -----------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
@@ -224,28 +213,18 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._exchange.close()
 
     def state_nbytes(self) -> int:
-        """Bytes of optimizer state on this rank's device."""
-        return sum(
-            value.nbytes
-            for piece, state in self._states()
-            for value in state.values()
-            if isinstance(value, Tensor) and value.device == piece.tensor.device
-        )
+        """Bytes of optimizer state on this rank."""
+        return sum(value.nbytes for _, state in self._states() for value in state.values() if isinstance(value, Tensor))
 
     def _leaves(self) -> Iterator[_Leaf]:
         for bucket in self._buckets:
             yield from bucket.leaves
 
-    # --- State ------------------------------------------------------------------------------------
-
     def state_dict(self) -> dict[str, Any]:
         """Refused: no rank has the whole state."""
-        raise RuntimeError(
-            "no rank holds the whole state: call full_state_dict() or save_sharded(folder) on all ranks instead"
-        )
+        raise RuntimeError("no rank holds the whole state: call full_state_dict() or save_sharded(folder) on all ranks")
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """load_full_state_dict."""
         self.load_full_state_dict(state_dict)
 
     def full_state_dict(self) -> dict[str, Any]:
@@ -263,11 +242,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         shards.save_states(self._states(), {"param_groups": groups}, folder, self._group)
 
     def load_sharded(self, folder: str | Path) -> None:
-        """Read what save_sharded wrote, at any number of ranks. All ranks call it.
-
-        Raises:
-            ValueError: nothing there, or it is of other groups or parameters.
-        """
+        """Read what save_sharded wrote, at any number of ranks. ValueError: nothing there, or of other parameters."""
         states, shared = shards.load_states(self._pieces(), folder, self._group)
         self._load(shared["param_groups"], states)
 
@@ -298,10 +273,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """states: one for each of _leaves()."""
         given, own = ([len(group["params"]) for group in some] for some in (groups, self.param_groups))
         if given != own:
-            raise ValueError(
-                f"the state is of groups of {given} parameters and this optimizer's have {own}; make the optimizer as "
-                "the saved one was"
-            )
+            raise ValueError(f"the state is of groups of {given} parameters and this optimizer's have {own}")
         for group, saved in zip(self.param_groups, groups, strict=True):
             group.update(_options(saved))
         remaining = iter(states)
@@ -312,9 +284,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 state = {index: next(remaining) for index in range(len(bucket.leaves))}
                 state = {index: values for index, values in state.items() if values}
                 bucket.inner.load_state_dict({"state": state, "param_groups": groups})
-
-
-# --- Buckets --------------------------------------------------------------------------------------
 
 
 class _Leaf(NamedTuple):
@@ -336,7 +305,6 @@ class _Bucket:
     Attributes:
         flat: (elements,), rank 0's values. shares: [start, stop) of each rank in it; own: this rank's.
         is_even: whether all shares are as long, by elements; else each holds whole parameters.
-        missing: parameters whose gradient has yet to come, by id.
         inner: the optimizer of the leaves, if there are any, with the outer group's options of now and later.
     """
 
@@ -384,7 +352,7 @@ class _Bucket:
         self.inner = make({"params": tensors, **self.pushed}) if tensors else None
 
     def send(self, group: Group) -> list[dist.Work]:
-        """Start to share what each rank updated: one all-gather, or a broadcast from each owner of whole parameters."""
+        """Start to share what each rank updated."""
         if len(self.shares) == 1:
             return []
         if self.is_even:
@@ -397,7 +365,7 @@ class _Bucket:
 
     def expect(self) -> None:
         """No gradient of the step has come yet."""
-        self.missing = {id(parameter) for parameter in self.layout.parameters}
+        self.missing = {id(parameter) for parameter in self.layout.parameters}  # those without one
 
     def push_options(self) -> None:
         """Give the inner optimizer the options that changed: a scheduler sets those of the outer groups."""
@@ -411,22 +379,17 @@ class _Bucket:
         if self.inner is None:
             return
         self.push_options()
-        if take_gradients:
-            for leaf in self.leaves:
-                if not leaf.is_whole and leaf.whole.grad is not None:
-                    leaf.tensor.grad = leaf.whole.grad.reshape(-1)[leaf.start : leaf.start + leaf.tensor.numel()]
+        cut = [leaf for leaf in self.leaves if take_gradients and not leaf.is_whole]
+        for leaf in cut:
+            if leaf.whole.grad is not None:
+                leaf.tensor.grad = leaf.whole.grad.reshape(-1)[leaf.start : leaf.start + leaf.tensor.numel()]
         self.inner.step(**kwargs)
-        if take_gradients:
-            for leaf in self.leaves:
-                if not leaf.is_whole:
-                    leaf.tensor.grad = None  # a view that would keep the gradient alive
+        for leaf in cut:
+            leaf.tensor.grad = None  # a view that would keep the gradient alive
 
 
 class _GradientExchange:
-    """Reduce-scatters each bucket's gradients when the last of them has arrived, in an order that all ranks share.
-
-    The order is that in which buckets became complete on rank 0 in the first backward pass.
-    """
+    """Reduce-scatters each bucket's gradients when the last has arrived, in rank 0's order of the first backward pass."""
 
     def __init__(self, group: Group):
         self.group = group
@@ -434,7 +397,7 @@ class _GradientExchange:
         self.finished = False  # the leaves have the gradients of this step
         self.buckets: list[_Bucket] = []
         self.order: list[_Bucket] | None = None
-        self.completed: list[_Bucket] = []  # in the first backward pass
+        self.completed: list[int] = []  # buckets, in the first backward pass
         self.flights: list[MeanInFlight] = []  # of the first buckets of the order
         self.used: set[int] = set()  # parameters whose gradient has left, by id
         self.hooks: list[Any] = []
@@ -464,7 +427,7 @@ class _GradientExchange:
             while len(self.flights) < len(self.order) and not self.order[len(self.flights)].missing:
                 self._launch(self.order[len(self.flights)])
         elif not bucket.missing:
-            self.completed.append(bucket)
+            self.completed.append(index)
 
     @torch.no_grad()
     def _launch(self, bucket: _Bucket) -> None:
@@ -474,35 +437,30 @@ class _GradientExchange:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Launch what is left and give every leaf the mean gradient, unless that is done for this step."""
+        """Give every leaf the mean gradient, unless that is done for this step."""
         if self.finished:
             return
         if self.order is None:  # rank 0's, buckets that were not complete there last
-            seen = [self.buckets.index(bucket) for bucket in self.completed]
-            order = [*seen, *(index for index in range(len(self.buckets)) if index not in seen)]
-            self.order = [self.buckets[index] for index in gather_objects(order, self.group)[0]]
+            order = dict.fromkeys([*self.completed, *range(len(self.buckets))])
+            self.order = [self.buckets[index] for index in gather_objects([*order], self.group)[0]]
         for bucket in self.order[len(self.flights) :]:
             self._launch(bucket)
-        unused = self._unused()
-        for bucket, flight in zip(self.order, self.flights, strict=True):
-            mean = flight.wait()
-            for leaf in bucket.leaves:
-                if id(leaf.whole) not in unused:
-                    gradient = mean[leaf.at : leaf.at + leaf.tensor.numel()].view(leaf.tensor.shape)
-                    leaf.tensor.grad = gradient if leaf.tensor.grad is None else leaf.tensor.grad + gradient
-            bucket.expect()
-        self.flights, self.used = [], set()
-        self.finished = True
-
-    def _unused(self) -> set[int]:
-        """Parameters that no rank used, by id. Only a rank that left one unused waits to read that."""
+        # Where no rank used a parameter there is no gradient. Only a rank that left one unused waits to read that.
         parameters = [parameter for bucket in self.buckets for parameter in bucket.layout.parameters]
         here = [id(parameter) in self.used for parameter in parameters]
         flags = shards.flags_of(here, self.buckets[0].flat.device)
         if current(self.group)[1] > 1:
             dist.all_reduce(flags, group=self.group)
-        somewhere = shards.used_anywhere(here, flags)
-        return {id(parameter) for parameter, used in zip(parameters, somewhere, strict=True) if not used}
+        used = {id(p) for p, is_used in zip(parameters, shards.used_anywhere(here, flags), strict=True) if is_used}
+        for bucket, flight in zip(self.order, self.flights, strict=True):
+            mean = flight.wait()
+            for leaf in bucket.leaves:
+                if id(leaf.whole) in used:
+                    gradient = mean[leaf.at : leaf.at + leaf.tensor.numel()].view(leaf.tensor.shape)
+                    leaf.tensor.grad = gradient if leaf.tensor.grad is None else leaf.tensor.grad + gradient
+            bucket.expect()
+        self.flights, self.used = [], set()
+        self.finished = True
 
 
 def _unique(params: Iterable[Any]) -> list[dict[str, Any]]:
