@@ -104,9 +104,9 @@ class CopyEngine:
         self._passes: dict[tuple, _Pass] = {}
 
     def average(self, tensors: Sequence[Tensor]) -> Any:
-        """Start to average contiguous tensors of one dtype in place; wait() of what it returns is the stream's.
+        """Start to average contiguous tensors of one dtype in place, which the caller leaves alone until wait().
 
-        The caller keeps the tensors, and leaves them alone, until then.
+        What it returns has that; it makes the current stream wait.
         """
         dtype, *sizes = key = (tensors[0].dtype, *(tensor.numel() for tensor in tensors))
         if key not in self._plans:
@@ -127,15 +127,12 @@ class CopyEngine:
         return self._fabric.end(*QUEUES)
 
     def close(self) -> Any:
-        """End a round. What it returns is as average's; the next round begins after it.
-
-        A flag is set back only when all that peers write to it has come.
-        """
+        """End a round. What it returns is as average's; the next round begins after it."""
         fabric, last = self._fabric, self._sequence
         if last == 0:
             return fabric.end(RECEIVE)
         flags = [self._flag(self.rank, queue, peer) for queue in QUEUES for peer in self._peers]
-        for flag in flags:
+        for flag in flags:  # set back only when all that peers write to it has come
             fabric.wait(RECEIVE, flag, last)
         for flag in flags:
             fabric.tell(RECEIVE, flag, 0)
@@ -215,7 +212,7 @@ class CopyEngine:
         return box * self._box_bytes + (slot * len(self._peers) + position) * self._chunk_bytes
 
     def _flag(self, owner: int, queue: int, writer: int) -> int:
-        """Where in owner's memory writer tells how many pieces a queue of its has dealt with, or that it is ready."""
+        """Where in owner's memory writer tells how many pieces its queue has dealt with, or that it is ready."""
         return self._addresses[owner] + 2 * self._box_bytes + 4 * (queue * self.world_size + writer)
 
 
@@ -261,9 +258,6 @@ def _machine() -> str:
 
 def _round_up(number: int, unit: int) -> int:
     return -(-number // unit) * unit
-
-
-# --- The GPUs' own links --------------------------------------------------------------------------
 
 
 class _Ended(NamedTuple):

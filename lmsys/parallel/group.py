@@ -66,8 +66,7 @@ class RankError(RuntimeError):
 
     def __init__(self, message: str, rank: int | None = None, signal: int | None = None):
         super().__init__(message)
-        self.rank = rank
-        self.signal = signal
+        self.rank, self.signal = rank, signal
 
 
 def current(group: Group = None) -> tuple[int, int]:
@@ -75,15 +74,12 @@ def current(group: Group = None) -> tuple[int, int]:
     return (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
 
 
-# --- Under torchrun -------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def process_group(device: str = "auto", timeout_s: float = TIMEOUT_S) -> Iterator[Process]:
-    """The group of a program under torchrun; without torchrun, and for one process, no group and world size 1.
+    """The group of a program under torchrun, on one node or several; for one process no group, and errors pass.
 
     If the body raises, the rank and the error are printed once for the whole group, and this process ends with exit
-    code 1 (SystemExit), its communicators aborted, so that torchrun ends the others. Without a group, errors pass.
+    code 1 (SystemExit), its communicators aborted, so that torchrun ends the others.
 
     Args:
         device: auto (GPUs if there are any), cpu or cuda.
@@ -109,7 +105,7 @@ def process_group(device: str = "auto", timeout_s: float = TIMEOUT_S) -> Iterato
 
 
 def _from_environment(device: str) -> Process:
-    """The process that torchrun's variables describe. ValueError where they or the device cannot work."""
+    """The process that torchrun's variables describe."""
     if "RANK" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":
         return Process(0, 0, 1, 1, _device(device, 0, 1), "")
     needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -139,7 +135,7 @@ def _from_environment(device: str) -> Process:
 
 
 def _device(device: str, local_rank: int, local_world_size: int) -> torch.device:
-    """The device of a local rank. ValueError where there is none, or fewer GPUs than processes."""
+    """The device of a local rank."""
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(
             f"device '{device}' cannot be given to {local_world_size} process(es), each of which takes the GPU of its "
@@ -193,7 +189,6 @@ def _leave_by_force(process: Process, store: dist.Store, error: BaseException) -
 
 
 def _describe(process: Process, error: BaseException) -> str:
-    """One line: who failed and how, or who lost a peer."""
     what = "lost another rank, which ended first" if _is_lost_peer(error) else "failed"
     return f"rank {process.rank} of {process.world_size} {what}: {type(error).__name__}: {error}"
 
@@ -212,9 +207,8 @@ def _is_lost_peer(error: BaseException) -> bool:
 def context(device: torch.device, *modules: str) -> BaseContext:
     """What starts processes that compute on the device: on a CPU forks of a server, for a GPU new interpreters.
 
-    The server is started once, and imports what the modules and torch's optimizers need, 3 s of work; a fork of it
-    starts at once and has no thread, memory or file of this process. CUDA does not survive a fork: neither the server
-    nor its forks see a GPU.
+    The server is started once, and imports what the modules and torch's optimizers need, 3 s of work. CUDA does not
+    survive a fork: neither the server nor its forks see a GPU.
     """
     if device.type == "cuda":
         return multiprocessing.get_context("spawn")
@@ -257,8 +251,8 @@ def spawn(
 ) -> list[Any]:
     """Run function(process, *args) in world_size new processes of one group; return the results by rank.
 
-    The processes have nothing of this one, so function must be importable by name (not a lambda, not defined in a
-    notebook), and arguments and results must pickle. Processes on the CPU share its threads.
+    The function must be importable by name (not a lambda, not defined in a notebook); arguments and results must
+    pickle. Processes on the CPU share its threads.
 
     Args:
         device: as process_group's.
@@ -274,10 +268,8 @@ def spawn(
     try:
         payload = pickle.dumps((function, args))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise ValueError(
-            f"spawn cannot send {function!r} and its arguments to other processes ({error}); give a function defined "
-            "at the top of a module, and arguments that pickle"
-        ) from None
+        fix = "give a function defined at the top of a module, and arguments that pickle"
+        raise ValueError(f"spawn cannot send {function!r} and its arguments ({error}); {fix}") from None
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     listener = socket.create_server(("127.0.0.1", 0))  # given none, the store listens on every interface
     port = listener.getsockname()[1]
@@ -353,7 +345,7 @@ def _collect(
 
 
 def _ended(rank: int, world_size: int, process: Any) -> _Failure:
-    """What to say of a process that ended without a word."""
+    """The failure of a process that ended without a word."""
     at, name = time.monotonic(), f"rank {rank} of {world_size}"
     process.join()
     if process.exitcode < 0:
@@ -408,10 +400,9 @@ def launch(
     rendezvous: str | None = None,
     environment: dict[str, str] | None = None,
 ) -> None:
-    """Run `python -m MODULE ARGUMENTS` in so many processes under torchrun, passing on what they print.
+    """Run `python -m MODULE ARGUMENTS` in so many processes of this node under torchrun, passing on what they print.
 
     Args:
-        processes: on this node.
         on_line: gets each line of stdout and stderr, without its end, as it comes.
         nodes, node_rank, rendezvous: several nodes: call this on each, with the same HOST:PORT of the first.
         environment: variables beside those of this process.
@@ -464,15 +455,11 @@ def launch(
         return
     if failure is not None:
         raise RankError(failure[0], int(failure[1]))
-    killed = _ROOT_CAUSE.search("\n".join(report))
-    if killed:
+    if killed := _ROOT_CAUSE.search("\n".join(report)):
         rank, number = int(killed[1]), int(killed[2])
         name = f"rank {rank} of {processes}" if nodes == 1 else f"rank {rank}"
         raise RankError(_killed(name, number), rank, number)
     raise RankError(f"torchrun ended with code {code}; the last lines:\n" + "\n".join(last))
-
-
-# --- Small collectives ----------------------------------------------------------------------------
 
 
 def check_initialized(what: str) -> None:
@@ -497,7 +484,7 @@ def broadcast_from_rank0(tensors: Iterable[Tensor], group: Group = None) -> None
 
 @torch.no_grad()
 def mean_over_ranks(tensor: Tensor, group: Group = None) -> Tensor:
-    """The mean of a floating-point tensor over the processes, a new tensor on its device. Does not wait for a GPU."""
+    """The mean of a floating-point tensor over the processes, a new tensor. Does not wait for a GPU."""
     mean = tensor.detach().clone()
     if current()[1] > 1:
         mean /= dist.get_world_size(group)
@@ -516,11 +503,7 @@ def gather_objects(value: Result, group: Group = None) -> list[Result]:
 
 
 def together(function: Callable[[], Result], group: Group = None) -> Result:
-    """What the function returns here. All processes call it.
-
-    Raises:
-        ValueError, OSError: in every process, that of the lowest rank where the function raised one.
-    """
+    """What the function returns here; a ValueError or OSError of any rank is raised on all. All processes call it."""
     outcome, error = None, None
     try:
         outcome = function()
