@@ -66,8 +66,8 @@ class RMSNorm(nn.Module):
 class RotaryEmbedding(nn.Module):
     """RoPE: pair i of a vector at position t is rotated by the angle t theta^(-2i/D). Pairs are neighbours (2i, 2i+1).
 
-    The tables, (context_length, D/2) in fp32, are buffers that no checkpoint holds. Keep the module in fp32: a table
-    cast to bf16 no longer tells far positions apart.
+    The tables, (context_length, D/2) in fp32, are buffers that no checkpoint holds. Cast to bf16 they would no longer
+    tell far positions apart.
     """
 
     def __init__(self, head_dim: int, context_length: int, theta: float = 10_000.0):
@@ -149,10 +149,8 @@ class TransformerBlock(nn.Module):
 class TransformerLM(nn.Module):
     """Token ids (B, T) -> next-token logits (B, T, V).
 
-    A tied head is the embedding itself, no second parameter; the embedding then starts at standard deviation
-    1 / sqrt(d) instead of 1, so that the first logits have unit variance and the first loss is near ln V.
-
-    ValueError: vocab_size not set in the config, or an unknown kernel of lmsys.attention.
+    A tied head is the embedding itself, which then starts at standard deviation 1 / sqrt(d) instead of 1, so that the
+    first logits have unit variance and the first loss is near ln V.
     """
 
     def __init__(self, config: ModelConfig, *, attention_kernel: str = "vectorized_torch"):
@@ -176,8 +174,7 @@ class TransformerLM(nn.Module):
         targets: (B, T) int64; given, the result is their mean cross-entropy in fp32, and no logits are kept.
         Raises:
             ValueError: T beyond context_length; a device or dtype that the attention kernel does not take; on the CPU,
-                an id outside the vocabulary. On a GPU that last check would wait for the device at every step: check
-                the data once instead, as lmsys.train does.
+                an id outside the vocabulary, for which a GPU would have to be waited for.
         """
         hidden = self.hidden(ids)
         if targets is None:
@@ -197,10 +194,7 @@ class TransformerLM(nn.Module):
         """
         length = ids.shape[-1]
         if length > self.config.context_length:
-            raise ValueError(
-                f"{length} tokens are more than the model's context_length {self.config.context_length}; "
-                "give fewer tokens"
-            )
+            raise ValueError(f"{length} tokens are more than the model's context_length {self.config.context_length}")
         if not torch.compiler.is_compiling():
             self._check(ids)
         x = self.token_embeddings(ids)
@@ -224,14 +218,9 @@ class TransformerLM(nn.Module):
         """Once a forward pass: ValueError unless the kernel takes device and dtype, and the ids are tokens."""
         device, config = ids.device, self.config
         autocast = torch.is_autocast_enabled(device.type)
-        check_support(
-            self.layers[0].attn.kernel,
-            device=device,
-            dtype=torch.get_autocast_dtype(device.type) if autocast else self.token_embeddings.weight.dtype,
-            head_dim=config.head_dim,
-            heads=config.num_heads,
-            backward=torch.is_grad_enabled(),
-        )
+        dtype = torch.get_autocast_dtype(device.type) if autocast else self.token_embeddings.weight.dtype
+        shape = {"head_dim": config.head_dim, "heads": config.num_heads, "backward": torch.is_grad_enabled()}
+        check_support(self.layers[0].attn.kernel, device=device, dtype=dtype, **shape)
         if device.type == "cpu" and ids.numel():
             low, high = (int(extreme) for extreme in ids.aminmax())
             if low < 0 or high >= config.vocab_size:
@@ -250,7 +239,6 @@ class TransformerLM(nn.Module):
         return (self.token_embeddings if self.lm_head is None else self.lm_head).weight
 
     def set_attention_kernel(self, name: str) -> None:
-        """Use another attention kernel from now on."""
         for layer in self.layers:
             layer.attn.set_kernel(name)
 
@@ -265,10 +253,8 @@ class TransformerLM(nn.Module):
     ) -> TransformerLM:
         """Choose how the step computes the same model; returns the model.
 
-        Args:
-            rope: rotation and the splitting of Q, K and V as one kernel each way (lmsys.step.rope).
-            gate: the feed-forward layer's W1 and W3 as one matmul, then one kernel each way (lmsys.step.gate).
-            residual_dtype: of the residual from block to block; None: the embedding's, fp32 under autocast too.
+        rope: rotation and the splitting of Q, K and V as one kernel each way. gate: the feed-forward layer's W1 and W3
+        as one matmul, then one kernel each way. residual_dtype: from block to block; None: the embedding's.
         """
         rotated_heads = gated_product = None
         if rope:
@@ -283,14 +269,9 @@ class TransformerLM(nn.Module):
     def checkpoint_blocks(self, size: int | None, *, nested: bool = False) -> None:
         """Activation checkpointing: keep the input of each group of `size` blocks, and recompute the rest in backward.
 
-        Args:
-            size: None keeps everything.
-            nested: halve the blocks, each half a checkpoint whose recomputation halves it again, down to `size` blocks:
-                memory of O(log L) inputs and `size` blocks for O(L log L) block forwards (Griewank and Walther's
-                recursion, ACM TOMS 26:1, without their schedule for a fixed number of inputs).
-        Raises:
-            ValueError: a size below 1.
-        Source of the flat form: Chen et al., arXiv 1604.06174. Outputs and gradients are the same numbers.
+        size: None keeps everything (Chen et al., arXiv 1604.06174). nested: halve the blocks, each half a checkpoint
+        whose recomputation halves it again, down to `size` blocks: memory of O(log L) inputs and `size` blocks for
+        O(L log L) block forwards (Griewank and Walther's recursion, ACM TOMS 26:1).
         """
         if size is not None and size < 1:
             raise ValueError(f"checkpointed groups of {size} blocks; give 1 or more, or None to keep everything")

@@ -2,8 +2,7 @@
 
 The least that AdamW can move is 28 bytes an fp32 parameter: gradient, parameter and two moments read, the last three
 written. Moments lie in flat fp32 buffers, of which the optimizer's state holds views; gradients stay where autograd put
-them, and a table of addresses, sent again only when one changed, tells the kernel where. On a CPU the same update is
-done with torch._foreach operations.
+them, and a table of addresses, sent again only when one changed, tells the kernel where.
 """
 
 from __future__ import annotations
@@ -19,16 +18,13 @@ from torch import Tensor, nn
 from lmsys.step.kernels import SUM, resolve_path, tl, triton
 from lmsys.step.optimizer import AdamW, clip_grad_norm
 
-# --- Kernels --------------------------------------------------------------------------------------
-
 _BLOCK, _WARPS = 2048, 8  # elements of a program: 8 a thread, two vector loads of each fp32 array
 _SQUARES_BLOCKS = 4  # of a program: their addresses are looked up, and their elements under way, together
 
 
 @triton.jit
 def _gradient_block(gradients, lengths, firsts, slots, block, exists, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
-    """Of a block of the flat arrays, where it exists: its tensor, its first element there, that one's address in the
-    gradient, and the number of elements from there on, 0 or less without a gradient."""
+    """A block's tensor, its first element there, that one's address in the gradient, and the elements from there on."""
     slot = tl.load(slots + block, mask=exists, other=0)
     address = tl.load(gradients + slot)
     inner = (block - tl.load(firsts + slot)).to(tl.int64) * BLOCK
@@ -50,9 +46,7 @@ def _adamw_kernel(
 
     gradients, parameters: (tensors,) addresses, a gradient's 0 where there is none; lengths: (tensors,) elements;
     firsts: (tensors,) the first program of each; slots: (programs,) the tensor of each. exp_avgs, exp_avg_sqs: flat
-    fp32, BLOCK elements a program.
-
-    Nothing branches: the flat arrays are under way while the tables are read, one after the other.
+    fp32, BLOCK elements a program, under way while the tables are read.
     """
     program = tl.program_id(0)
     local = tl.arange(0, BLOCK)
@@ -93,9 +87,6 @@ def _squares_kernel(
     tl.store(sums + tl.program_id(0), tl.reduce(total, 0, SUM))
 
 
-# --- Optimizer ------------------------------------------------------------------------------------
-
-
 class FusedAdamW(AdamW):
     """AdamW as one Triton kernel a parameter group. Its state_dict() is AdamW's, and either loads the other's.
 
@@ -112,7 +103,6 @@ class FusedAdamW(AdamW):
         super().__init__(params, *settings, **named)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's, and buffers for the group."""
         super().add_param_group(param_group)
         parameters = self.param_groups[-1]["params"]
         self._buffers.append(_Buffers(parameters, self._path))
@@ -165,8 +155,7 @@ class _Buffers:
             if parameter.dtype != torch.float32 or not parameter.is_contiguous() or not here:
                 raise ValueError(
                     "FusedAdamW takes contiguous parameters in float32, a group on one device; one is "
-                    f"{tuple(parameter.shape)}, {parameter.dtype}, with strides {parameter.stride()}, on "
-                    f"{parameter.device}, the first on {first.device}"
+                    f"{parameter.dtype}, with strides {parameter.stride()}, on {parameter.device}"
                 )
         self.parameters, self.fused = parameters, not parameters or resolve_path(path, first) == "triton"
         blocks = [-(-parameter.numel() // _BLOCK) for parameter in parameters]
@@ -224,8 +213,7 @@ class _Buffers:
     def _point_at_gradients(self, slots: list[int]) -> dict[int, Tensor]:
         """Let the tables hold the addresses of these gradients and of all parameters.
 
-        Returns what is to live until the kernel is launched: a copy of a gradient that is not contiguous. After that
-        its memory is reused in stream order.
+        Returns what must live until the kernel is launched: copies of gradients that are not contiguous.
         """
         grads = {slot: self.parameters[slot].grad.contiguous() for slot in slots}
         addresses = [

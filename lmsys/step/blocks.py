@@ -1,19 +1,16 @@
 """A Transformer block with a written backward pass: what it keeps and what it recomputes is a choice by name.
 
-torch.utils.checkpoint keeps a block's input and recomputes all else; its selective form marks operations, and under
-torch.compile the partitioner has the last word. Here a block of lmsys.model is one autograd.Function: forward saves its
-input and the kinds of KINDS that it is told to, backward recomputes the others, each when it is first needed, and frees
-them when they are done with. Gradients overwrite what they replace (SwiGLU's those of gate and up, a norm's that of its
-output). So the bytes that a block keeps are known beforehand, as lmsys.step.planner needs them, and are the same with
-every version of torch. What differs from the plain block:
+Here a block of lmsys.model is one autograd.Function: forward saves its input and the kinds of KINDS that it is told to,
+backward recomputes the others, each when it is first needed, and frees them when they are done with. Gradients
+overwrite what they replace (SwiGLU's those of gate and up, a norm's that of its output). So the bytes that a block
+keeps are known beforehand, as lmsys.step.planner needs them, which torch.utils.checkpoint and torch.compile's
+partitioner do not offer. What differs from the plain block:
 - Q and K are rotated in place: what is kept of attention is one (N, 3 d) tensor, of which Q, K and V are views, its
   output and log-sum-exp.
 - The residual addition and the second norm are one pass; the last addition happens inside the matmul. What is rounded
   to bf16 in between in the plain block is not here.
-- The head's gradient, which lmsys.step.loss adds up in fp32 while it computes the loss, is scaled and rounded there and
-  then: what lies there at the moment when all activations do is half as large.
-
-Norms, rotation and SwiGLU are those of lmsys.step.norm, rope and gate. On a GPU nothing else is compiled.
+- The head's gradient, which lmsys.step.loss adds up in fp32, is scaled and rounded at once: half as large at the moment
+  when all activations are there.
 
 Limits: fp32 or bf16; attention by a kernel of ATTENTION; one backward pass, no second derivative; positions 0 to T - 1.
 
@@ -42,7 +39,7 @@ from lmsys.step.rope import rotate_backward, rotate_in_place
 if TYPE_CHECKING:
     from lmsys.model import TransformerBlock, TransformerLM
 
-# What keeps backward from recomputing matmuls: only the norms, which cost a pass over memory.
+# What keeps backward from recomputing matmuls, only the norms.
 NO_MATMUL_RECOMPUTED = ("qkv", "attention", "middle", "gate", "up")
 
 
@@ -56,11 +53,7 @@ class _Spec(NamedTuple):
 def select(model: TransformerLM, keep: Sequence[Collection[str]]) -> TransformerLM:
     """Give a model's blocks, last norm and loss a written backward pass, each block with the kinds that it keeps.
 
-    Returns the model.
-    Do this before a data-parallel wrapper sees the model. Doing it again changes what is kept.
-    Raises:
-        ValueError: an unknown kind, another number of blocks than the model has, or an attention kernel that is not one
-            of ATTENTION.
+    Returns the model. Do this before a data-parallel wrapper sees it. Doing it again changes what is kept.
     """
     if len(keep) != len(model.layers):
         raise ValueError(f"keep names the kinds of {len(keep)} blocks; the model has {len(model.layers)}")
@@ -82,20 +75,12 @@ def _block(block: TransformerBlock, x: Tensor, cos: Tensor, sin: Tensor, *, keep
     if torch.is_autocast_enabled(x.device.type):
         x, *weights = (tensor.to(torch.get_autocast_dtype(x.device.type)) for tensor in (x, *weights))
     if any(weight.dtype != x.dtype for weight in weights):
-        raise ValueError(
-            f"a written backward pass has an input of {x.dtype} and matrices of {weights[0].dtype}; outside of "
-            "autocast they must be of one dtype"
-        )
+        raise ValueError(f"input is {x.dtype} and matrices {weights[0].dtype}; they must be of one dtype")
     if cos.ndim != 2:
-        raise ValueError(
-            f"a written backward pass takes positions 0 to T - 1, cos and sin of (T, D/2); got {tuple(cos.shape)}"
-        )
+        raise ValueError(f"a written backward pass takes positions 0 to T - 1, (T, D/2); got {tuple(cos.shape)}")
     spec = _Spec(attn.num_heads, attn.kernel, block.ln1.eps, keep)
     with torch.autocast(x.device.type, enabled=False):  # attention's inner sums stay in fp32
         return _Block.apply(x, block.ln1.weight, block.ln2.weight, *weights, cos, sin, spec)
-
-
-# --- Attention ------------------------------------------------------------------------------------
 
 
 def attend(kernel: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,9 +101,6 @@ def _attention(kernel: str, q: Tensor) -> tuple[Any, tuple[Any, ...]]:
     """The module of a kernel of ATTENTION, and what its passes take after the scale."""
     module = importlib.import_module(f"lmsys.attention.{kernel.replace('_attention', '')}")
     return module, (False, "auto") if kernel.endswith("triton") else (module.TILE[q.device.type],) * 2
-
-
-# --- The block ------------------------------------------------------------------------------------
 
 
 class _Values:
@@ -186,7 +168,6 @@ class _Block(torch.autograd.Function):
         kept: dict[str, Any] = {}
 
         def done(*kinds: str) -> None:
-            """Forget what is not kept as soon as it is not needed."""
             for kind in kinds:
                 if kind in spec.keep:
                     kept[kind] = values.there[kind]

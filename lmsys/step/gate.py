@@ -1,16 +1,12 @@
 """gated_product: the second half of SwiGLU, (silu(gate) * up) W2^T, from gate and up side by side in one tensor.
 
 SwiGLU is Shazeer's (arXiv 2002.05202, eq. 6). With W1 and W3 as one matrix, gate and up are the halves of one matmul's
-rows, and that matmul's backward pass takes their gradients as halves of rows again. A compiler that is given two
-gradients puts them together by a copy that reads each of its inputs twice. Here one kernel reads gate, up and the
-gradient of h = silu(gate) * up, and writes both gradients
-where they belong, and h again: h, as large as gate, is computed twice and never kept. W2's matmuls are torch's, in
-sight of the compiler. lmsys.step.blocks has gate and up apart, and their gradients in their place. On a CPU plain
-PyTorch does the same.
+rows, and its backward pass takes their gradients as halves of rows again, which a compiler puts together by a copy.
+Here one kernel reads gate, up and the gradient of h = silu(gate) * up, and writes both gradients where they belong, and
+h again: h is computed twice and never kept. W2's matmuls are torch's, in sight of the compiler. lmsys.step.blocks has
+gate and up apart, and their gradients in their place.
 
-At N tokens the kernels move 3 N F elements forward and 6 N F backward.
-
-Limits: no second derivative.
+At N tokens the kernels move 3 N F elements forward and 6 N F backward. Limits: no second derivative.
 
 Legend: N tokens, d = d_model, F = d_ff.
 """
@@ -26,8 +22,6 @@ from torch.nn import functional as F
 
 from lmsys.step.kernels import IS_HIP, LOG2_E, operator, resolve_path, tl, triton
 
-# --- Kernels --------------------------------------------------------------------------------------
-#
 # A program has a tile of ROWS x COLUMNS elements, and programs follow each other as memory does, but from its end: what
 # the kernel before wrote last is still in the cache, and what the one after reads first will be. COLUMNS divides F
 # wherever F is a multiple of 64, so that only a number of rows that does not fit leaves masks. F and STRIDE are
@@ -111,10 +105,7 @@ def _launch(kernel: Any, gate: Tensor, up: Tensor, *others: Tensor) -> None:
 
 
 def swiglu(gate: Tensor, up: Tensor, path: str = "auto") -> Tensor:
-    """silu(gate) * up, (..., F), contiguous. gate, up: (..., F), contiguous both, or the halves of one tensor's rows.
-
-    path: triton, torch, or auto, which is triton on a GPU.
-    """
+    """silu(gate) * up, (..., F), contiguous. gate, up: (..., F), contiguous both, or the halves of one tensor's rows."""
     if resolve_path(path, gate) == "torch":
         return F.silu(gate).mul_(up)
     product = gate.new_empty(gate.shape)
@@ -138,9 +129,6 @@ def swiglu_backward(
     dup.copy_(silu.mul_(dproduct))
     dgate.copy_(gate_gradient)
     product.copy_(h)
-
-
-# --- Operators and autograd -----------------------------------------------------------------------
 
 
 def _empty_product(merged: Tensor) -> Tensor:
@@ -190,23 +178,14 @@ class GatedProduct(torch.autograd.Function):
 def gated_product(merged: Tensor, weight: Tensor, path: str = "auto") -> Tensor:
     """silu(gate) * up times weight^T, (..., d). merged: (..., 2 F), gate's F columns and then up's; weight: (d, F).
 
-    Under autocast matmuls are in its dtype, as F.linear's are.
-
-    Args:
-        path: of what is between the matmuls: triton, torch, or auto, which is triton on a GPU.
-    Raises:
-        ValueError: shapes or dtypes that do not fit, or another path.
+    Under autocast matmuls are in its dtype, as F.linear's are. path: triton, torch, or auto, which is triton on a GPU.
     """
     kind = merged.device.type
     if torch.is_autocast_enabled(kind):
         merged = merged.to(torch.get_autocast_dtype(kind))
     elif merged.dtype != weight.dtype:
-        raise ValueError(
-            f"merged is {merged.dtype} and weight {weight.dtype}; outside of autocast they must be of one dtype"
-        )
-    if weight.ndim != 2 or merged.ndim < 1 or merged.shape[-1] != 2 * weight.shape[1]:
-        raise ValueError(
-            f"merged is {tuple(merged.shape)} and weight {tuple(weight.shape)}; they must be (..., 2 d_ff) and "
-            "(d_model, d_ff)"
-        )
+        raise ValueError(f"merged is {merged.dtype} and weight {weight.dtype}; they must be of one dtype")
+    if weight.ndim != 2 or merged.shape[-1] != 2 * weight.shape[1]:
+        shapes = f"merged is {tuple(merged.shape)} and weight {tuple(weight.shape)}"
+        raise ValueError(f"{shapes}; they must be (..., 2 d_ff) and (d_model, d_ff)")
     return GatedProduct.apply(merged, weight, resolve_path(path, merged))

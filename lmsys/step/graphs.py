@@ -1,18 +1,17 @@
 """A forward and backward pass as one CUDA graph: one launch by the host in place of one a kernel.
 
 A model of many small layers at a small batch keeps the GPU waiting for the host: xl of the course's sizes at 4 x 512
-tokens takes some 2,000 launches a step. A captured pass replays them, communication of gradients included, from one
-call.
+tokens takes some 2,000 launches a step. A captured pass replays them, communication of gradients included.
 
 What is captured is what the function does on the GPU, with the addresses that it had: inputs are copied to where the
-captured ones lie, gradients are left where the captured ones were, and their tensors put back into .grad. Python inside
-the function does not run again; hooks do not. Everything must run on one stream that is not the default one
-(on_own_stream()), or autograd would wait for a stream that is not captured.
+captured ones lie, and the captured gradients put back into .grad. Python inside the function, hooks included, does not
+run again. Everything must run on one stream that is not the default one (on_own_stream()), or autograd would wait for a
+stream that is not captured.
 
 Source: PyTorch's notes on CUDA graphs, whole-network capture.
 Limits: no value that the host reads during the pass; inputs of one shape; memory of the pass stays reserved between its
-calls. A captured pass holds the communicators that it used, and NCCL waits for it when they are closed: let go of the
-pass first. A function bound to the object that keeps its pass is a circle, which only the collector would find.
+calls. NCCL waits for a captured pass when the communicators that it used are closed: let go of the pass first. A
+function bound to the object that keeps its pass is a circle, which only the collector would find.
 """
 
 from __future__ import annotations
@@ -23,9 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Steps to run before capturing: for compilation, the order of gradients, communicators. torch's DistributedDataParallel
-# times the first ten with events, for which the host waits; PyTorch's notes ask for eleven.
-WARMUP = 11
+WARMUP = 11  # steps before capturing: compilation, the order of gradients; torch's DDP times ten, and the host waits
 
 Replay = Callable[[], None]
 

@@ -1,8 +1,7 @@
 """What the Triton kernels of lmsys.step share.
 
-An operation's module imports this one, and is itself imported when its option is set, so that nothing else needs
-Triton. Without a GPU the kernels run in Triton's interpreter, which is there to check and not to be fast: path "auto"
-is plain PyTorch there.
+An operation's module is imported when its option is set, so that nothing else needs Triton. Without a GPU the kernels
+run in Triton's interpreter, which is there to check and not to be fast: path "auto" is plain PyTorch there.
 """
 
 from __future__ import annotations

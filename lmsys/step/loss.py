@@ -5,15 +5,11 @@ Cut Cross-Entropy (Wijmans et al., arXiv 2411.09009): a chunk of tokens at a tim
 logits in their place, and from it, in the forward pass, the gradients of hidden states and weight. What is done here:
 - Matmuls are cuBLAS's, on chunks that fill whole waves of its tiles on the GPU (chunk_tokens).
 - The weight's gradient adds up in fp32 over the chunks, inside the matmul, and is rounded once to the weight's dtype.
-- The gradient of a logit is softmax - one_hot, of size 1 and not 1 / tokens: divided, and multiplied by the incoming
-  gradient (a loss scale), only at the end and in fp32, so that fp16 loses nothing to underflow.
+- The gradient of a logit is softmax - one_hot: divided by the tokens, and multiplied by the incoming gradient (a loss
+  scale), only at the end and in fp32, so that fp16 loses nothing to underflow.
 
-Beside logits and their log-softmax in fp32, that saves at N tokens and a vocabulary of V some 10 N V bytes of memory
-and, at least, a write and two reads of N V in fp32. Of N V d, 6 FLOPs as without it; a backward pass afterwards costs
-two small multiplications.
-
-Limits: one loss, the mean; no second derivative; the gradients of a call that is never followed by a backward pass are
-work for nothing (under no_grad none are made).
+Against logits and their log-softmax in fp32, that saves some 10 N V bytes of memory and, at least, a write and two
+reads of N V in fp32. Limits: one loss, the mean; no second derivative.
 
 Legend: N tokens, V vocabulary, d = d_model.
 """
@@ -28,8 +24,6 @@ from torch.autograd.function import once_differentiable
 
 from lmsys.step.kernels import IS_HIP, LN_2, LOG2_E, MAX, SUM, operator, resolve_path, tl, triton
 
-# --- Kernel ---------------------------------------------------------------------------------------
-#
 # A row's program runs over it twice, for the log-sum-exp and for the gradient. With 32 warps of at most 32 registers a
 # thread there are two programs on an SM: one waits for memory while the other computes, and the rows in flight (264 of
 # 100 KB at 50,304 logits in bf16) fit an H200's L2 of 60 MB, so that the second read need not go to memory. A row is
@@ -128,8 +122,6 @@ def cross_entropy_(
         )  # fmt: skip
 
 
-# --- Chunks ---------------------------------------------------------------------------------------
-
 CHUNK_BYTES = 3 * 2**29  # of a chunk's logits, at the most, where chunk_tokens chooses
 _TILE = 128, 256  # rows and columns of the tiles of cuBLAS's matmul of 16-bit matrices on Hopper
 _ROW_ALIGNMENT = 64  # elements: a vocabulary of odd size would have rows that tensor cores cannot read
@@ -141,8 +133,7 @@ def chunk_tokens(tokens: int, vocabulary: int, d_model: int, itemsize: int, mult
 
     The matmul that decides is the hidden states' gradient, (chunk, V) (V, d): it has few tiles, each long. Their number
     is kept just under a multiple of the multiprocessors, and the chunks of one size. 11,008 for 32,768 tokens of the
-    124M shape on an H200: 86 x 3 tiles on 132 multiprocessors, three times. Fewer chunks also read and write the
-    weight's gradient less often.
+    124M shape on an H200: 86 x 3 tiles on 132 multiprocessors, three times.
     """
     rows, columns = _TILE
     across = -(-d_model // columns)
@@ -152,9 +143,6 @@ def chunk_tokens(tokens: int, vocabulary: int, d_model: int, itemsize: int, mult
     chunks = max(1, -(-tokens // (down * rows)))
     each = -(-tokens // chunks)
     return max(rows, -(-each // rows) * rows)
-
-
-# --- Loss and gradients, chunk by chunk -----------------------------------------------------------
 
 
 def _empty(hidden, weight, targets, dtype, chunk, ignore_index, path, wants_hidden, wants_weight):
@@ -212,10 +200,9 @@ def losses_and_gradients(
 
 def _add_matmul(total: Tensor, a: Tensor, b: Tensor, is_first: bool) -> None:
     """total += a b, or total = a b where is_first; of narrower a and b, the matmul is not rounded to their dtype."""
-    same = a.dtype == total.dtype
-    if not same and not total.is_cuda:
-        a, b, same = a.to(total.dtype), b.to(total.dtype), True
-    options = {} if same else {"out_dtype": total.dtype}
+    if not total.is_cuda:
+        a, b = a.to(total.dtype), b.to(total.dtype)
+    options = {} if a.dtype == total.dtype else {"out_dtype": total.dtype}
     if is_first:
         torch.mm(a, b, out=total, **options)
     else:
@@ -300,13 +287,12 @@ def linear_cross_entropy(
         rounded: gradients wait for backward in their own dtypes, the weight's not in fp32: half as large at the peak.
         path: of softmax and gradient: triton, torch, or auto, which is triton on a GPU.
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit; on the CPU, a target outside of the vocabulary. On a GPU
-            such a target makes the loss NaN, as looking for it would wait for the device.
+        ValueError: shapes or dtypes that do not fit; on the CPU, a target outside of the vocabulary, which on a GPU
+            makes the loss NaN, as looking for it would wait for the device.
     """
     _check(hidden, weight, targets, chunk)
-    kind = hidden.device.type
+    kind, rows = hidden.device.type, targets.numel()
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    rows = targets.numel()
     if not torch.is_grad_enabled():  # which the autograd function could not know
         hidden, weight = hidden.detach(), weight.detach()
     flat = hidden.reshape(rows, weight.shape[1])
@@ -325,17 +311,9 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None) -
             f"targets are {tuple(targets.shape)} of {targets.dtype}; they must be {tuple(hidden.shape[:-1])} of "
             "torch.int64, one a row of hidden, and at least one"
         )
-    kind = hidden.device.type
-    one_dtype = hidden.dtype == weight.dtype or torch.is_autocast_enabled(kind)
-    if not (one_dtype and hidden.is_floating_point() and weight.is_floating_point()):
+    if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
         raise ValueError(
-            f"hidden is {hidden.dtype} and weight {weight.dtype}; outside of autocast they must be of one "
-            "floating-point dtype"
-        )
-    if not hidden.device == weight.device == targets.device:
-        raise ValueError(
-            f"hidden is on {hidden.device}, weight on {weight.device} and targets on {targets.device}; "
-            "move them to one device"
+            f"hidden is {hidden.dtype} and weight {weight.dtype}; outside of autocast they must be of one dtype"
         )
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk is {chunk}; it must be 1 token or more, or None")

@@ -1,10 +1,9 @@
 """RMSNorm with the residual addition in one pass, and its backward pass in one: the norms of lmsys.step.blocks.
 
 Forward adds and normalizes; backward writes the input's gradient, plus that of the residual that passes the norm by,
-over the incoming one. The gradients of input and gain go along a row and along the columns: as two reductions each
-would read everything. Here programs walk over the rows, write the input's gradient and add the gain's up in registers;
-their sums are added up in the end, in an order that a GPU does not change. 1 / rms is recomputed: nothing but the input
-is kept. At N tokens forward moves 4 N d elements, backward 4 N d.
+over the incoming one: programs walk over the rows, write the input's gradient and add the gain's up in registers; their
+sums are added up in the end, in an order that a GPU does not change. 1 / rms is recomputed: nothing but the input is
+kept. At N tokens forward moves 4 N d elements, backward 4 N d.
 
 Limits: on a GPU d of at most 8,192; no second derivative.
 
@@ -24,8 +23,6 @@ from lmsys.step.reference import rms_norm
 
 _MOST = 8192  # elements of a row that a program of the kernel holds
 
-# --- Forward kernel -------------------------------------------------------------------------------
-
 _FORWARD_TILE, _FORWARD_WARPS = 2048, 4  # elements of a program, in whole rows, and its warps, more for a longer row
 
 
@@ -33,10 +30,7 @@ _FORWARD_TILE, _FORWARD_WARPS = 2048, 4  # elements of a program, in whole rows,
 def _rms_norm_kernel(
     x, added, gain, total, y, N, d, eps, ADD: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
-    """ROWS rows of y = norm(x) gain; where ADD, of total = x + added, rounded to its dtype, and y = norm(total) gain.
-
-    From the last row to the first: what the kernel before wrote last is still in the cache.
-    """
+    """ROWS rows, from the last (in the cache), of y = norm(x) gain; where ADD, of total = x + added, y of total."""
     rows = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS + tl.arange(0, ROWS)[:, None]
     columns = tl.arange(0, D_PAD)[None, :]
     mask = (rows < N) & (columns < d)
@@ -65,8 +59,6 @@ def _launch_forward(x: Tensor, gain: Tensor, eps: float, added: Tensor | None) -
     return total, y
 
 
-# --- Backward kernel ------------------------------------------------------------------------------
-#
 # As many programs a multiprocessor as run at once, each of which takes tiles of rows from all over the tensor and adds
 # the gain's gradient up in registers: a row is read once for both gradients. The next tile is under way to shared
 # memory while one is computed.
@@ -147,17 +139,12 @@ def _launch_backward(dy: Tensor, x: Tensor, gain: Tensor, eps: float, residual: 
     return sums
 
 
-# --- On rows, and autograd -------------------------------------------------------------------------
-
-
 def norm_forward(
     x: Tensor, gain: Tensor, eps: float, added: Tensor | None = None, path: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """x, added: (N, d), contiguous; gain: (d,) -> x + added (without, x itself) and its norm times gain, in x's dtype.
 
     path: triton, torch, or auto, which is triton on a GPU.
-    Raises:
-        ValueError: rows that are too long for the kernel, or another path.
     """
     if _path(path, x) == "triton":
         return _launch_forward(x, gain, eps, added)

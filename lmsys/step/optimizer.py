@@ -89,9 +89,6 @@ class AdamW(torch.optim.Optimizer):
         torch._foreach_addcdiv_(parameters, first, denominator, value=-lr / (1 - beta1**step))
 
 
-# --- Groups, schedule, clipping -------------------------------------------------------------------
-
-
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups of the trainable parameters: matrices (2 or more dimensions) decay, gains and other vectors do not."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

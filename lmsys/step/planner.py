@@ -7,28 +7,13 @@ stays within the budget. The peak is that of a walk through the backward pass: t
 activations are there; those of the first blocks come when memory is free again, so that is where recomputing is
 cheapest in memory. Greedy is at most one tensor away from the best plan.
 
-What each costs at d_model 4096, d_ff 11008 and 32,768 tokens in bf16 on an H200 (a matmul's FLOPs a byte of output are
-the width of its input, the same for all that a block keeps):
+At d_model 4096 and 32,768 tokens in bf16 on an H200, a GB of attention's output costs 49 ms to recompute; of what a
+matmul gives (middle, qkv, gate, up; its FLOPs a byte of output are the width of its input) 5 to 6 ms; of a norm's 0.5.
 
-    kind                  MB     to recompute                     ms a GB
-    attention (o, lse)   273     one forward pass, 13 ms            49
-    middle               268     one matmul, the second norm       6.2
-    qkv                  805     one matmul, a rotation            5.6
-    gate, up         721 each    one matmul each                   5.2
-    norm1, norm2     268 each    a pass over memory                0.5
-    silu(gate) up        721     recomputed with the gradients of gate and up: never kept
-
-Where the state lies, 8.13e9 parameters on two GPUs, 32,768 tokens each; GB a GPU at the peak, before any gradient:
-
-                                       weights   masters, moments   together   sent a step   of it exposed
-    replicated, bf16 + fp32 masters     16.3           97.5            114        16.3       the last bucket
-    ZeRO-1, bf16 whole + fp32 sharded   16.3           48.8             65        16.3       the all-gather at the end
-    ZeRO-3, bf16 + fp32 sharded          8.1           48.8             57        24.4       first gather, last scatter
-    ZeRO-3, fp32 shards, bf16 gathered    0            48.8             49        24.4       as above
-
-At 300 GB/s the 8.1 GB that ZeRO-3 sends more take 27 ms, of 4 s of computation; the 16 GB that it has less than ZeRO-1
-are worth some 90 ms of recomputation. So matrices are fp32 shards (the masters themselves), gathered in bf16:
-lmsys.parallel.fsdp with compute_dtype. Its gradients become fp32 in the shards, 16 GB, but only as the activations go.
+Weights and state are those of lmsys.parallel.fsdp with compute_dtype: fp32 shards (the masters themselves), gathered in
+bf16. Of 8.13e9 parameters on two GPUs they take 49 GB a GPU, where ZeRO-1 takes 65 and replicas 114. The 8.1 GB a step
+that this sends more than ZeRO-1 take 27 ms, of 4 s of computation; the 16 GB that it saves are worth some 90 ms of
+recomputation. Its gradients become fp32 in the shards, 16 GB, but only as the activations go.
 
 Limits: one sequence length, no accumulation over micro-batches; the time model adds what is computed at measured rates
 and overlaps communication with it perfectly but for its ends.
@@ -46,8 +31,7 @@ from lmsys import cost
 from lmsys.config import ModelConfig, require, unknown_name
 
 # What a block can keep beside its input: rows of d (norm1, middle, norm2), 3 d (qkv), f (gate, up); attention: its
-# output, (N, d), and the log-sum-exp, (B, H, T) in fp32. The product of silu(gate) and up falls off when their
-# gradients are made, and is never kept.
+# output, (N, d), and the log-sum-exp, (B, H, T) in fp32. silu(gate) up falls off when their gradients are made.
 KINDS = ("norm1", "qkv", "attention", "middle", "norm2", "gate", "up")
 PREFETCH = 1  # blocks gathered ahead: one takes 1 ms to gather and 30 to compute
 CHUNK_BYTES = 3 * 2**29  # of the logits that lmsys.step.loss makes at a time, at the most
@@ -135,12 +119,8 @@ class Shape:
         return products / rates.product + attention / rates.attention_forward + passes * self.residual / rates.memory
 
     def _attention(self, which: str) -> float:
-        config = self.config
-        return cost.attention_flops(
-            self.batch, config.num_heads, self.length, self.length, config.head_dim, True, which
-        )
-
-    # --- State and passing buffers ----------------------------------------------------------------
+        heads, head_dim = self.config.num_heads, self.config.head_dim
+        return cost.attention_flops(self.batch, heads, self.length, self.length, head_dim, True, which)
 
     @property
     def state(self) -> float:
@@ -199,10 +179,7 @@ class Shape:
     def loss_peak(self) -> float:
         """What the loss takes beyond the last norm's input: a chunk's logits; the head's gradient, fp32 and rounded."""
         logits = min(CHUNK_BYTES, self.itemsize * self.tokens * self.config.vocab_size)
-        hidden_and_gradient = 2 * self.residual
-        return hidden_and_gradient + 4.0 * self.head_parameters + max(logits, self.itemsize * self.head_parameters)
-
-    # --- Time -------------------------------------------------------------------------------------
+        return 2 * self.residual + 4.0 * self.head_parameters + max(logits, self.itemsize * self.head_parameters)
 
     def step_seconds(self, rates: Rates) -> dict[str, float]:
         """What a step takes that keeps everything, by part."""
@@ -250,14 +227,17 @@ class Plan:
         return self.peak_bytes <= self.budget
 
     @property
+    def recomputed(self) -> list[str]:
+        """The kinds that are not kept, of all blocks."""
+        return [kind for kinds in self.keep for kind in KINDS if kind not in kinds]
+
+    @property
     def recomputed_flops(self) -> float:
-        return sum(sum(self.shape.kind_flops(kind)) for kinds in self.keep for kind in KINDS if kind not in kinds)
+        return sum(sum(self.shape.kind_flops(kind)) for kind in self.recomputed)
 
     @property
     def recompute_seconds(self) -> float:
-        return sum(
-            self.shape.kind_seconds(kind, self.rates) for kinds in self.keep for kind in KINDS if kind not in kinds
-        )
+        return sum(self.shape.kind_seconds(kind, self.rates) for kind in self.recomputed)
 
     def seconds(self) -> dict[str, float]:
         """Of the step by part, recomputation included."""
@@ -289,24 +269,18 @@ def moments(shape: Shape, keep: Sequence[frozenset[str]]) -> list[tuple[str, flo
         peaks.append((f"forward {index}", always + weights + activations + shape.forward_peak(kinds)))
     peaks.append(("loss", always + weights + activations + shape.loss_peak()))
     share = shape.block_parameters / shape.gpus
-    head_gradient = e * shape.head_parameters
     flight = shape.gathered_block * (1 + 1 / shape.gpus)
     for done, index in enumerate(reversed(range(layers))):
         activations -= s if done == 0 else sum(map(shape.kind_bytes, keep[index + 1])) + s
-        gradients = head_gradient + 4 * share * max(done - 1, 0) + (flight if done else 0.0)
-        dout = s
-        there = always + weights + activations + dout + gradients
+        gradients = e * shape.head_parameters + 4 * share * max(done - 1, 0) + (flight if done else 0.0)
+        there = always + weights + activations + s + gradients  # s: of the output's gradient
         peaks.append((f"backward {index}", there + shape.backward_peak(keep[index])))
     peaks.append(("optimizer", always + shape.state / 3 + 4 * share))
     return peaks
 
 
 def plan(shape: Shape, budget: float, rates: Rates = H200) -> Plan:
-    """The plan that recomputes least within `budget` bytes.
-
-    Raises:
-        ValueError: a budget that the step does not fit even where blocks keep their inputs alone.
-    """
+    """The plan that recomputes least within `budget` bytes; ValueError where not even blocks' inputs alone fit."""
     layers = shape.config.num_layers
     keep: list[frozenset[str]] = [frozenset()] * layers
     least = Plan(shape, rates, budget, tuple(keep))

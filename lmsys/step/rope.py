@@ -21,8 +21,6 @@ from torch.autograd.function import once_differentiable
 from lmsys.step.kernels import operator, resolve_path, tl, triton
 from lmsys.step.reference import rotate
 
-# --- Kernel ---------------------------------------------------------------------------------------
-
 _ROWS, _HEADS, _WARPS = 16, 4, 4  # tokens and, at most, heads of a program
 
 
@@ -84,9 +82,6 @@ def rotate_(sources: tuple[Tensor, ...], targets: tuple[Tensor, ...], cos: Tenso
             sign, D=head_dim, D_PAD=max(16, triton.next_power_of_2(head_dim)), ROWS=_ROWS, HEADS=each, COPY_V=copied,
             num_warps=_WARPS,
         )  # fmt: skip
-
-
-# --- Operators and autograd -----------------------------------------------------------------------
 
 
 def rotate_in_place(qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -156,12 +151,8 @@ def rotated_heads(qkv: Tensor, cos: Tensor, sin: Tensor, path: str = "auto") -> 
     """qkv: (B, T, 3, H, D); cos, sin: (T, D/2) fp32 -> q and k, rotated, and v, a view of qkv: (B, H, T, D) each.
 
     path: triton, torch, or auto, which is triton on a GPU.
-    Raises:
-        ValueError: another shape or path.
     """
     if qkv.ndim != 5 or qkv.shape[2] != 3 or cos.shape != (qkv.shape[1], qkv.shape[4] // 2) or sin.shape != cos.shape:
-        raise ValueError(
-            f"qkv is {tuple(qkv.shape)}, cos {tuple(cos.shape)} and sin {tuple(sin.shape)}; they must be "
-            "(B, T, 3, H, D) and twice (T, D/2)"
-        )
+        shapes = f"qkv is {tuple(qkv.shape)}, cos {tuple(cos.shape)} and sin {tuple(sin.shape)}"
+        raise ValueError(f"{shapes}; they must be (B, T, 3, H, D) and twice (T, D/2)")
     return RotatedHeads.apply(qkv.contiguous(), cos.contiguous(), sin.contiguous(), resolve_path(path, qkv))
