@@ -78,4 +78,4 @@ class _Done:
 def engine(folder, **options) -> CopyEngine:
     """A CopyEngine of the group's processes by files in folder."""
     make = lambda memory_bytes: SharedFabric(folder, memory_bytes)  # noqa: E731
-    return CopyEngine(dist.group.WORLD, torch.device("cpu"), fabric=make, **options)
+    return CopyEngine(torch.device("cpu"), fabric=make, **options)

@@ -92,7 +92,7 @@ def under_flashddp(process, folder):
     """The toy after 5 steps whose gradients a file carried, unused and frozen parameters among them, and the twin."""
     made = []
 
-    def make(group, device, piece_mb):
+    def make(device, piece_mb):
         assert piece_mb == pytest.approx(sum(p.nbytes for p in module.parameters() if p.requires_grad) / 1e6)
         made.append(engine(folder, piece_mb=PIECE_MB, slots=2))
         return made[-1]
@@ -119,10 +119,10 @@ def test_flashddp_trains_as_the_twin(tmp_path):
 
 
 def refused(process):
-    group, found = dist.group.WORLD, []
+    found = []
     for make in (
-        lambda: CopyEngine(group, torch.device("cpu")),
-        lambda: CopyEngine(group, torch.device("cpu"), piece_mb=0),
+        lambda: CopyEngine(torch.device("cpu")),
+        lambda: CopyEngine(torch.device("cpu"), piece_mb=0),
         lambda: wrap(toy(), "flashddp", transport="pigeon"),
     ):
         with pytest.raises(ValueError) as error:
@@ -143,7 +143,7 @@ def test_bad_settings_are_refused_with_what_to_do():
 
 def on_links(process):
     """The mean of tensors of every size and dtype by the GPUs' links, beside NCCL's; 20 rounds under a compute load."""
-    copies = CopyEngine(dist.group.WORLD, process.device, piece_mb=1, slots=2)
+    copies = CopyEngine(process.device, piece_mb=1, slots=2)
     load = torch.randn(2048, 2048, device=process.device)
     worst = 0.0
     for turn in range(20):

@@ -369,7 +369,7 @@ def test_sharded_state(tmp_path):
     good, folder = tmp_path / "good", tmp_path / "state"
     whole = torch.arange(12.0)
     pieces = [Piece("a/b", (4, 3), start, whole[start : start + 4]) for start in (0, 4, 8)]
-    shards.save_pieces(pieces, {"rest": {"a/step": 3}}, good, None)
+    shards.save_pieces(pieces, {"rest": {"a/step": 3}}, good)
     wanted = [("a/b", 2, 9), ("a/b", 12, 12)]
     loaded = 0
     for index in range(CASES["sharded state"]):
@@ -388,8 +388,8 @@ def test_sharded_state(tmp_path):
         case = f"sharded state {index}: {file.name}: {file.read_bytes()[:200]!r}"
 
         def read(case=case) -> None:
-            shards.load_shared(folder, None)
-            part, empty = shards.load_pieces(wanted, folder, None)
+            shards.load_shared(folder)
+            part, empty = shards.load_pieces(wanted, folder)
             assert torch.equal(part, whole[2:9]) and empty.numel() == 0, case
 
         loaded += ends_well(case, read)

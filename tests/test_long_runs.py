@@ -479,7 +479,7 @@ class Payload:
 
 def sharded(folder, value: float = 1.0):
     pieces = [Piece("a", (4, 3), 0, torch.full((6,), value)), Piece("a", (4, 3), 6, torch.full((6,), 2 * value))]
-    shards.save_pieces([*pieces, Piece("empty", (0,), 0, torch.empty(0))], {"rest": {"a/step": 3}}, folder, None)
+    shards.save_pieces([*pieces, Piece("empty", (0,), 0, torch.empty(0))], {"rest": {"a/step": 3}}, folder)
 
 
 def test_sharded_state_is_never_unpickled(tmp_path, monkeypatch):
@@ -499,8 +499,8 @@ def test_sharded_state_is_never_unpickled(tmp_path, monkeypatch):
                     pickle.dumps(Payload(tmp_path / "run"))
                 )
         with pytest.raises(ValueError, match="damaged|no sharded state") as error:
-            shards.load_shared(folder, None)
-            shards.load_pieces([("a", 0, 12)], folder, None)
+            shards.load_shared(folder)
+            shards.load_pieces([("a", 0, 12)], folder)
         assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
 
@@ -509,8 +509,8 @@ def test_sharded_state_is_never_unpickled(tmp_path, monkeypatch):
 
     for place in ("pickle.load", "pickle.loads", "pickle.Unpickler", "torch.load"):
         monkeypatch.setattr(place, refuse)
-    assert shards.load_shared(tmp_path / "good", None) == {"rest": {"a/step": 3}, "shapes": {"a": [4, 3], "empty": [0]}}
-    part, empty = shards.load_pieces([("a", 4, 9), ("empty", 0, 0)], tmp_path / "good", None)
+    assert shards.load_shared(tmp_path / "good") == {"rest": {"a/step": 3}, "shapes": {"a": [4, 3], "empty": [0]}}
+    part, empty = shards.load_pieces([("a", 4, 9), ("empty", 0, 0)], tmp_path / "good")
     assert part.tolist() == [1, 1, 2, 2, 2] and empty.numel() == 0
 
 
@@ -521,15 +521,15 @@ def test_damaged_sharded_state_is_named(tmp_path):
     for at in (3, len(whole) - 2):
         file.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
         with pytest.raises(ValueError, match="damaged"):
-            shards.load_pieces([("a", 0, 12)], tmp_path, None)
+            shards.load_pieces([("a", 0, 12)], tmp_path)
     file.unlink()
     with pytest.raises(ValueError, match="missing or damaged"):
-        shards.load_pieces([("a", 0, 12)], tmp_path, None)
+        shards.load_pieces([("a", 0, 12)], tmp_path)
     index = json.loads((tmp_path / "index.json").read_text())
     index["pieces"]["a"][0]["file"] = "../elsewhere.safetensors"
     (tmp_path / "index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="not an index of pieces"):
-        shards.load_pieces([("a", 0, 12)], tmp_path, None)
+        shards.load_pieces([("a", 0, 12)], tmp_path)
 
 
 def test_sharded_state_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
@@ -538,9 +538,9 @@ def test_sharded_state_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="nowhere"):
         sharded(tmp_path, 5.0)
     monkeypatch.undo()
-    assert shards.load_pieces([("a", 0, 1)], tmp_path, None)[0].item() == 1.0
+    assert shards.load_pieces([("a", 0, 1)], tmp_path)[0].item() == 1.0
     sharded(tmp_path, 7.0)
-    assert shards.load_pieces([("a", 0, 1)], tmp_path, None)[0].item() == 7.0
+    assert shards.load_pieces([("a", 0, 1)], tmp_path)[0].item() == 7.0
     assert len(list(tmp_path.iterdir())) == 2  # what was replaced is gone
 
 

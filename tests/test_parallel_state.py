@@ -1,11 +1,9 @@
 """Sharded state at other numbers of ranks: saved by two, loaded by three and by one; shares that are not even."""
 
-import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from parallel_cases import TIME_LIMIT_S, batch, difference, loss, same, share, toy, twin
 from torch import nn
 
@@ -34,19 +32,19 @@ class Zero1:
 
     name = "zero1"
 
-    def __init__(self, process, group, seed=0):
-        self.process, self.group, self.module = process, group, toy(seed)
-        self.optimizer = ShardedOptimizer(trained_by(self.module), AdamW, lr=0.01, bucket_size_mb=0.002, group=group)
+    def __init__(self, process, seed=0):
+        self.process, self.module = process, toy(seed)
+        self.optimizer = ShardedOptimizer(trained_by(self.module), AdamW, lr=0.01, bucket_size_mb=0.002)
 
     def step(self, step) -> None:
         self.optimizer.zero_grad()
         backward(self.module, step, self.process)
         if self.process.world_size > 1:
             for parameter in trained_by(self.module):
-                used = mean_over_ranks(torch.tensor(float(parameter.grad is not None)), self.group)
+                used = mean_over_ranks(torch.tensor(float(parameter.grad is not None)))
                 if used > 0:
                     zero = torch.zeros_like(parameter)
-                    parameter.grad = mean_over_ranks(zero if parameter.grad is None else parameter.grad, self.group)
+                    parameter.grad = mean_over_ranks(zero if parameter.grad is None else parameter.grad)
         self.optimizer.step()
 
     def save(self, folder) -> None:
@@ -66,8 +64,8 @@ class Zero1:
 class FullySharded:
     name = "fsdp"
 
-    def __init__(self, process, group, seed=0):
-        self.process, self.module = process, fully_shard(toy(seed), group=group)
+    def __init__(self, process, seed=0):
+        self.process, self.module = process, fully_shard(toy(seed))
         self.optimizer = adamw(trained_by(self.module))
 
     def step(self, step) -> None:
@@ -93,22 +91,24 @@ class FullySharded:
             self.module.load_sharded(folder, self.optimizer)
 
 
-def saved(kind, process, group, folder) -> None:
-    run = kind(process, group)
-    for step in FIRST:
-        run.step(step)
-    run.save(folder / kind.name)
-    whole = run.whole()
-    if process.rank == 0:
-        torch.save(whole, folder / f"{kind.name}.pt")
+def saved(process: Process, folder: Path) -> None:
+    """Ranks train and save."""
+    for kind in (Zero1, FullySharded):
+        run = kind(process)
+        for step in FIRST:
+            run.step(step)
+        run.save(folder / kind.name)
+        whole = run.whole()
+        if process.rank == 0:
+            torch.save(whole, folder / f"{kind.name}.pt")
 
 
-def loaded(kind, process, group, folder) -> list:
+def loaded(kind, process, folder) -> list:
     """The state loaded whole, and from pieces: whether it is what was saved, and the weights after the last steps."""
     whole = torch.load(folder / f"{kind.name}.pt")
     results = []
     for source in (None, folder / kind.name):
-        run = kind(process, group, seed=5)
+        run = kind(process, seed=5)
         run.load(whole, source)
         state = run.whole()  # on all ranks, to be compared before the module goes on
         is_same = process.rank != 0 or same(state, whole)
@@ -119,15 +119,11 @@ def loaded(kind, process, group, folder) -> list:
 
 
 def ranks(process: Process, folder: Path) -> dict:
-    """Ranks 0 and 1 train and save as a group of two; all three load, and train on their own from the start too."""
-    two = dist.new_group([0, 1])
+    """Ranks load what others saved, and train on their own from the start too."""
     results = {}
     for kind in (Zero1, FullySharded):
-        if process.rank < 2:
-            saved(kind, dataclasses.replace(process, world_size=2), two, folder)
-        dist.barrier()
-        results[kind.name] = loaded(kind, process, None, folder)
-        run = kind(process, None)
+        results[kind.name] = loaded(kind, process, folder)
+        run = kind(process)
         for step in (*FIRST, *LAST):
             run.step(step)
         results[f"{kind.name}_from_start"] = run.whole()["module"]
@@ -141,6 +137,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(folder):
+    spawn(saved, 2, folder, device="cpu", timeout_s=TIME_LIMIT_S)
     return spawn(ranks, 3, folder, device="cpu", timeout_s=TIME_LIMIT_S)
 
 
@@ -176,7 +173,7 @@ def test_zero1_is_loaded_by_one_process_and_by_the_plain_optimizer(results, fold
         optimizer.zero_grad()
         backward(plain, step, alone)
         optimizer.step()
-    for is_same, weights in loaded(Zero1, alone, None, folder):
+    for is_same, weights in loaded(Zero1, alone, folder):
         assert is_same
         assert difference(from_state(weights), plain) == 0
 

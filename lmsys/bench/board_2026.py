@@ -261,7 +261,7 @@ def device_rates(process: Process, config: PipelineConfig) -> planner.Rates:
     share = make(-(-step.block_parameters // process.world_size))  # a block's matrices, gathered
     whole = share.new_empty(share.numel() * process.world_size)
     bus_bytes = cost.bus_factor("all_gather", process.world_size) * whole.nbytes
-    link = bus_bytes / _seconds(device, lambda: all_gather(whole, share, None).wait())
+    link = bus_bytes / _seconds(device, lambda: all_gather(whole, share).wait())
     rates = torch.tensor([product, forward, flops("backward") / backward, memory, link], dtype=torch.float64)
     return planner.Rates(*group.mean_over_ranks(rates.to(device)).tolist())
 

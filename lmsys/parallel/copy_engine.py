@@ -72,7 +72,7 @@ class _Pass(NamedTuple):
 
 
 class CopyEngine:
-    """average(tensors) of a group's ranks, in rounds. All ranks call it in one order, with tensors of the same shapes.
+    """average(tensors) of all ranks, in rounds. They call it in one order, with tensors of the same shapes.
 
     Args:
         piece_mb: of tensors that travel as one piece. slots: pieces under way. A rank shares about the product of both.
@@ -83,7 +83,6 @@ class CopyEngine:
 
     def __init__(
         self,
-        group: dist.ProcessGroup,
         device: torch.device,
         *,
         piece_mb: float = PIECE_MB,
@@ -92,13 +91,13 @@ class CopyEngine:
     ):
         if not piece_mb > 0 or slots < 1:
             raise ValueError(f"piece_mb is {piece_mb} and slots {slots}; they must be above 0, and 1 or more")
-        self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._slots, self._sequence, self._first_round = slots, 0, True
         self._chunk_bytes = _round_up(-(-int(piece_mb * 1e6) // self.world_size), _ALIGNMENT)
         self._peers = [(self.rank + step) % self.world_size for step in range(1, self.world_size)]
         self._box_bytes = slots * len(self._peers) * self._chunk_bytes
         self.memory_bytes = 2 * self._box_bytes + _round_up(4 * (_READY + 1) * self.world_size, _ALIGNMENT)
-        self._fabric = Links(group, device, self.memory_bytes) if fabric is None else fabric(self.memory_bytes)
+        self._fabric = Links(device, self.memory_bytes) if fabric is None else fabric(self.memory_bytes)
         self._addresses = self._fabric.addresses()
         self._plans: dict[tuple, tuple[Piece, ...]] = {}
         self._passes: dict[tuple, _Pass] = {}
@@ -244,11 +243,11 @@ def reachable() -> bool:
     return len(gpus) > 1 and all(torch.cuda.can_device_access_peer(a, b) for a in gpus for b in gpus if a != b)
 
 
-def everywhere(group: dist.ProcessGroup, device: torch.device) -> bool:
-    """Whether the group is on one machine whose GPUs reach each other's memory; the same answer in all processes."""
-    if device.type != "cuda" or dist.get_backend(group) != "nccl":
+def everywhere(device: torch.device) -> bool:
+    """Whether all processes are on one machine whose GPUs reach each other's memory; the same answer in each."""
+    if device.type != "cuda" or dist.get_backend() != "nccl":
         return False
-    return set(gather_objects((_machine(), reachable()), group)) == {(_machine(), True)}
+    return set(gather_objects((_machine(), reachable()))) == {(_machine(), True)}
 
 
 def _machine() -> str:
@@ -277,17 +276,17 @@ class Links:
     copies of slices cost the host several times as much.
     """
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, memory_bytes: int):
+    def __init__(self, device: torch.device, memory_bytes: int):
         if device.type != "cuda":
             raise ValueError(f"copy engines are a GPU's, and the parameters are on {device}; give transport='nccl'")
-        check_same_everywhere(_machine(), "the machine", group, "give transport='nccl'")
+        check_same_everywhere(_machine(), "the machine", "give transport='nccl'")
         from torch.distributed import _symmetric_memory
 
         try:
             self._memory = _symmetric_memory.empty(memory_bytes, dtype=torch.uint8, device=device)
             self._memory.zero_()
             torch.cuda.synchronize(device)
-            self._handle = _symmetric_memory.rendezvous(self._memory, group)
+            self._handle = _symmetric_memory.rendezvous(self._memory, dist.group.WORLD)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"these GPUs cannot share memory ({reason}); give transport='nccl'") from error
@@ -295,7 +294,7 @@ class Links:
         self._streams = [torch.cuda.Stream(device, priority=-1) for _ in QUEUES]
         self._pointers = [ctypes.c_void_p(stream.cuda_stream) for stream in self._streams]
         self._driver = _driver()
-        dist.barrier(group)  # nobody writes to memory that its owner has yet to clear
+        dist.barrier()  # nobody writes to memory that its owner has yet to clear
 
     def addresses(self) -> list[int]:
         """Where every rank's memory is for this rank; zeros at the start."""

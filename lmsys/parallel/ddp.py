@@ -160,7 +160,7 @@ class DataParallel(nn.Module):
         """
         if not self._batch_agreed:
             shape = None if self._batch_shape is None else tuple(self._batch_shape)
-            check_same_everywhere(str(shape), "the shape of the batch", fix="drop an incomplete last batch")
+            check_same_everywhere(str(shape), "the shape of the batch", "drop an incomplete last batch")
             self._batch_agreed = True
         self._synchronize()
         self._arrived = bytearray(len(self.trained))
@@ -292,12 +292,12 @@ class FlashDDP(DataParallel):
                 options.config.max_ctas = max_ctas
             self._transport = AllReduce(dist.new_group(backend="nccl", pg_options=options))
         if transport == "auto":
-            reached = not is_tuned and copy_engine.everywhere(dist.group.WORLD, self._device)
+            reached = not is_tuned and copy_engine.everywhere(self._device)
             transport = "copy_engine" if reached else "nccl"
         if transport == "copy_engine":
             # A small model needs no pieces larger than itself.
             whole_mb = sum(parameter.nbytes for parameter in self.trained) / 1e6
-            self._transport = CopyEngine(dist.group.WORLD, self._device, piece_mb=min(copy_engine.PIECE_MB, whole_mb))
+            self._transport = CopyEngine(self._device, piece_mb=min(copy_engine.PIECE_MB, whole_mb))
         self.transport = transport
         self.bucket_size_mb = BUCKET_MB[transport] if bucket_size_mb is None else bucket_size_mb
         self._in_place = layout == "grouped"

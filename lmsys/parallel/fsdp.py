@@ -50,7 +50,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lmsys.parallel import shards
 from lmsys.parallel.fsdp_state import Flat, ShardedState
-from lmsys.parallel.group import Group, broadcast_from_rank0, check_initialized, check_same_everywhere, gather_objects
+from lmsys.parallel.group import broadcast_from_rank0, check_initialized, check_same_everywhere, gather_objects
 from lmsys.parallel.shards import MeanInFlight
 
 _graph_task = torch._C._current_graph_task_id  # which backward pass this thread is in; -1 for none
@@ -119,7 +119,6 @@ class FullyShardedModule(ShardedState):
         compute_dtype: torch.dtype | None = None,
         communication_dtype: torch.dtype | None = None,
         prefetch: int = 2,
-        group: Group = None,
     ):
         check_initialized("fully_shard")
         if not isinstance(prefetch, int) or prefetch < 0:
@@ -129,7 +128,7 @@ class FullyShardedModule(ShardedState):
                 raise ValueError(f"{name} is {dtype!r}; give a floating-point dtype, such as torch.bfloat16, or None")
         named = dict(module.named_parameters())
         lines = (f"{name} {tuple(p.shape)} {p.dtype} {p.requires_grad}" for name, p in named.items())
-        check_same_everywhere("\n".join(lines), "the module", group)
+        check_same_everywhere("\n".join(lines), "the module")
         filled = {name: parameter for name, parameter in named.items() if parameter.numel()}
         names = {name for name, parameter in filled.items() if is_sharded(name, parameter)}
         modules = {name.rpartition(".")[0] for name in names} if compute_dtype is not None else set()
@@ -150,9 +149,9 @@ class FullyShardedModule(ShardedState):
             parts.setdefault(key, {})[name] = parameter
         flats: dict[str, list[Flat]] = {"": []}
         for (block, *_), part in parts.items():
-            flats.setdefault(block, []).append(Flat(part, compute_dtype, communication_dtype, group))
-        super().__init__(module, [flat for unit in flats.values() for flat in unit], group)
-        broadcast_from_rank0([*(p.data for p in self._replicated), *module.buffers()], group)
+            flats.setdefault(block, []).append(Flat(part, compute_dtype, communication_dtype))
+        super().__init__(module, [flat for unit in flats.values() for flat in unit])
+        broadcast_from_rank0([*(p.data for p in self._replicated), *module.buffers()])
         self.compute_dtype, self.prefetch = compute_dtype, prefetch
         for part in module.modules() if compute_dtype is not None else ():
             # torch's norms, whose weights keep their dtype, compute in that and return the dtype of their input.
@@ -305,7 +304,7 @@ class FullyShardedModule(ShardedState):
         self._receive()
         self._reduced.add(flat)
         gradients = flat.take_gradients(flat.whole.numel(), flat.communication_dtype)
-        self._flight = flat, MeanInFlight(gradients, flat.shares, self._group)
+        self._flight = flat, MeanInFlight(gradients, flat.shares)
 
     @torch.no_grad()
     def _receive(self) -> None:
@@ -328,7 +327,7 @@ class FullyShardedModule(ShardedState):
         self.free()
         if self._plan is None and self._forwards == 1:
             mine = [self._completed.get(flat, -1) for flat in self._rest.flats]
-            latest = map(max, zip(*gather_objects(mine, self._group), strict=True))  # on the last rank
+            latest = map(max, zip(*gather_objects(mine), strict=True))  # on the last rank
             plan = zip(self._rest.flats, latest, strict=True)
             self._plan = {flat: entered for flat, entered in plan if 0 <= entered < len(self._order)}
         self._forwards = 0
@@ -355,7 +354,7 @@ class FullyShardedModule(ShardedState):
         shards.copy_present(means, [parameter.grad for parameter in replicated])
         flags.copy_(shards.flags_of(here, self._device))
         if self._world_size > 1:
-            dist.all_reduce(flat, op=shards.mean_operation(flat, self._group), group=self._group)
+            dist.all_reduce(flat, op=shards.mean_operation(flat))
         used = iter(shards.used_anywhere(here, flags))
         for parameter, mean in zip(replicated, means, strict=True):
             parameter.grad = mean.to(parameter.dtype) if next(used) else None

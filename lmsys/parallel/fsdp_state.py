@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lmsys.parallel import shards
-from lmsys.parallel.group import Group, broadcast_from_rank0, current
+from lmsys.parallel.group import broadcast_from_rank0, current
 from lmsys.parallel.shards import FlatLayout, Piece
 
 
@@ -31,16 +31,14 @@ class Flat(FlatLayout):
         named: Mapping[str, nn.Parameter],
         compute_dtype: torch.dtype | None,
         communication_dtype: torch.dtype | None,
-        group: Group,
     ):
         super().__init__(list(named.values()))
-        self.group = group
-        rank, self.world_size = current(group)
+        rank, self.world_size = current()
         self.shares = shards.even_shares(self.size, self.world_size)
         self.own = slice(*self.shares[rank])
         size = self.shares[-1][1]
         masters = self.flatten(size)
-        broadcast_from_rank0([masters], group)
+        broadcast_from_rank0([masters])
         self.shard = masters[self.own].clone()
         self.whole = masters.new_empty(size, dtype=compute_dtype or masters.dtype)
         self.whole_views = self.views(self.whole)
@@ -68,7 +66,7 @@ class Flat(FlatLayout):
     def gather_into(self, whole: Tensor) -> dist.Work | None:
         """Start to fill whole (size,) with all ranks' shards, in its dtype."""
         whole[self.own].copy_(self.shard)
-        return None if self.world_size == 1 else shards.all_gather(whole, whole[self.own], self.group)
+        return None if self.world_size == 1 else shards.all_gather(whole, whole[self.own])
 
     def gather(self) -> None:
         if not self.gathered:
@@ -93,11 +91,11 @@ class Flat(FlatLayout):
 class ShardedState(nn.Module):
     """A module with some of its parameters in flats: its parameters() are this rank's pieces and what is replicated."""
 
-    def __init__(self, module: nn.Module, flats: Sequence[Flat], group: Group):
+    def __init__(self, module: nn.Module, flats: Sequence[Flat]):
         super().__init__()
         self.module = module
-        self._flats, self._group = flats, group
-        self._rank, self._world_size = current(group)
+        self._flats = flats
+        self._rank, self._world_size = current()
         self._device = flats[0].shard.device
         self._flat_of = {id(parameter): flat for flat in flats for parameter in flat.parameters}
         self._sharded = [piece for flat in flats for piece in flat.pieces]
@@ -119,7 +117,7 @@ class ShardedState(nn.Module):
         """See shards.clip_gradients."""
         sharded = [piece.tensor for piece in self._sharded]
         gradients = [[leaf.grad for leaf in leaves if leaf.grad is not None] for leaves in (sharded, self._replicated)]
-        return shards.clip_gradients(*gradients, max_norm, self._device, self._group)
+        return shards.clip_gradients(*gradients, max_norm, self._device)
 
     def free(self) -> None:
         """Give all whole parameters' memory back."""
@@ -164,7 +162,7 @@ class ShardedState(nn.Module):
 
         All ranks call it. A tied tensor is one tensor under its names.
         """
-        whole = shards.gather_pieces(self._pieces(), self._group, self._device)
+        whole = shards.gather_pieces(self._pieces(), self._device)
         if self._rank != 0:
             return {}
         first: dict[int, str] = {}  # of a tensor's names, by id
@@ -189,29 +187,29 @@ class ShardedState(nn.Module):
 
     def save_sharded(self, folder: str | Path, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Write weights, buffers and the optimizer's state, each rank its own part (shards.save_pieces)."""
-        shards.save_pieces(self._pieces(), {}, Path(folder) / "weights", self._group)
+        shards.save_pieces(self._pieces(), {}, Path(folder) / "weights")
         if optimizer is not None:
             shared = {"param_groups": optimizer.state_dict()["param_groups"]}
-            shards.save_states(self._states(optimizer), shared, Path(folder) / "optimizer", self._group)
+            shards.save_states(self._states(optimizer), shared, Path(folder) / "optimizer")
 
     @torch.no_grad()
     def load_sharded(self, folder: str | Path, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Read what save_sharded wrote, at any number of ranks. ValueError: nothing there, or another module's."""
         weights, pieces = Path(folder) / "weights", self._pieces()
-        saved = shards.load_shared(weights, self._group)["shapes"]
+        saved = shards.load_shared(weights)["shapes"]
         saved = {name: tuple(shape) for name, shape in saved.items()}
         _check_shapes(saved, {piece.name: piece.shape for piece in pieces}, folder)
-        values = shards.load_pieces([piece.run for piece in pieces], weights, self._group)
+        values = shards.load_pieces([piece.run for piece in pieces], weights)
         for piece, value in zip(pieces, values, strict=True):
             piece.tensor.copy_(value.view(piece.tensor.shape))
         if optimizer is not None:
             parts = self._pieces_of(optimizer)
-            states, shared = shards.load_states(parts, Path(folder) / "optimizer", self._group)
+            states, shared = shards.load_states(parts, Path(folder) / "optimizer")
             _load(optimizer, shared["param_groups"], parts, states)
 
     def gather_optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """The state_dict of the optimizer over whole parameters, on rank 0 and its CPU. All ranks call it."""
-        states = shards.gather_states(self._states(optimizer), self._group, self._device)
+        states = shards.gather_states(self._states(optimizer), self._device)
         return {"state": states, "param_groups": optimizer.state_dict()["param_groups"]}
 
     def scatter_optimizer_state(self, optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:

@@ -46,7 +46,6 @@ _FAILED = re.compile(r"rank (\d+) of \d+ failed: .*")
 _REPORT = re.compile(r"[WE]\d+ .*torch/distributed/elastic/.*(closing signal|failed \(exitcode)")
 _ROOT_CAUSE = re.compile(r"Root Cause.*?rank +: (\d+).*?exitcode +: -(\d+)", re.DOTALL)
 Result = TypeVar("Result")
-Group = dist.ProcessGroup | None  # None: all processes; one, where no group has been initialized
 
 
 @dataclass(frozen=True)
@@ -69,9 +68,9 @@ class RankError(RuntimeError):
         self.rank, self.signal = rank, signal
 
 
-def current(group: Group = None) -> tuple[int, int]:
-    """Rank and number of processes in a group (None: all); 0 and 1 where no group has been initialized."""
-    return (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
+def current() -> tuple[int, int]:
+    """Rank and number of processes; 0 and 1 where no group has been initialized."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 @contextlib.contextmanager
@@ -469,13 +468,13 @@ def check_initialized(what: str) -> None:
 
 
 @torch.no_grad()
-def broadcast_from_rank0(tensors: Iterable[Tensor], group: Group = None) -> None:
+def broadcast_from_rank0(tensors: Iterable[Tensor]) -> None:
     """Overwrite the tensors, of the same shapes and dtypes in every process, with rank 0's."""
     if current()[1] == 1:
         return
     tensors = list(tensors)
     sent = [tensor.contiguous() for tensor in tensors]
-    works = [dist.broadcast(one, group=group, group_src=0, async_op=True) for one in sent]
+    works = [dist.broadcast(one, src=0, async_op=True) for one in sent]
     for tensor, one, work in zip(tensors, sent, works, strict=True):
         work.wait()
         if one is not tensor:
@@ -483,40 +482,40 @@ def broadcast_from_rank0(tensors: Iterable[Tensor], group: Group = None) -> None
 
 
 @torch.no_grad()
-def mean_over_ranks(tensor: Tensor, group: Group = None) -> Tensor:
+def mean_over_ranks(tensor: Tensor) -> Tensor:
     """The mean of a floating-point tensor over the processes, a new tensor. Does not wait for a GPU."""
     mean = tensor.detach().clone()
     if current()[1] > 1:
-        mean /= dist.get_world_size(group)
-        dist.all_reduce(mean, group=group)
+        mean /= dist.get_world_size()
+        dist.all_reduce(mean)
     return mean
 
 
-def gather_objects(value: Result, group: Group = None) -> list[Result]:
+def gather_objects(value: Result) -> list[Result]:
     """The values of all processes, by rank, in every process. They must pickle."""
-    world_size = current(group)[1]
+    world_size = current()[1]
     if world_size == 1:
         return [value]
     values: list[Any] = [None] * world_size
-    dist.all_gather_object(values, value, group=group)
+    dist.all_gather_object(values, value)
     return values
 
 
-def together(function: Callable[[], Result], group: Group = None) -> Result:
+def together(function: Callable[[], Result]) -> Result:
     """What the function returns here; a ValueError or OSError of any rank is raised on all. All processes call it."""
     outcome, error = None, None
     try:
         outcome = function()
     except (ValueError, OSError) as caught:
         error = caught
-    for raised in filter(None, gather_objects(error, group)):
+    for raised in filter(None, gather_objects(error)):
         raise raised
     return outcome
 
 
-def by_rank(function: Callable[[], Result], group: Group = None) -> list[Result]:
+def by_rank(function: Callable[[], Result]) -> list[Result]:
     """What the function returns in each process, by rank, in every process. Raises as together() does."""
-    return gather_objects(together(function, group), group)
+    return gather_objects(together(function))
 
 
 def from_rank0(function: Callable[[], Result]) -> Result:
@@ -524,15 +523,13 @@ def from_rank0(function: Callable[[], Result]) -> Result:
     return by_rank(function if current()[0] == 0 else lambda: None)[0]
 
 
-def check_same_everywhere(
-    description: str, what: str, group: Group = None, fix: str = "start every process with the same settings"
-) -> None:
+def check_same_everywhere(description: str, what: str, fix: str = "start every process with the same settings") -> None:
     """Raise the same ValueError in every process unless all give the same description, one line an item."""
-    digests = gather_objects(hashlib.sha256(description.encode()).hexdigest(), group)
+    digests = gather_objects(hashlib.sha256(description.encode()).hexdigest())
     differing = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if not differing:
         return
-    texts = gather_objects(description.splitlines(), group)
+    texts = gather_objects(description.splitlines())
     pairs = itertools.zip_longest(texts[0], texts[differing[0]], fillvalue="(nothing)")
     ours, theirs = next(((a, b) for a, b in pairs if a != b), ("", ""))
     raise ValueError(

@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lmsys.parallel.group import Group, by_rank, current, gather_objects, together
+from lmsys.parallel.group import by_rank, current, gather_objects, together
 from lmsys.records import flush
 
 INDEX_FILE = "index.json"
@@ -128,16 +128,16 @@ def copy_present(to: Sequence[Tensor], values: Sequence[Tensor | None]) -> None:
         torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
 
 
-def all_gather(whole: Tensor, share: Tensor, group: Group) -> dist.Work:
+def all_gather(whole: Tensor, share: Tensor) -> dist.Work:
     """Start to fill whole (n S,) with each rank's share (S,), which may be its part of whole."""
-    return all_gather_tensor(whole, share, group=group, async_op=True)
+    return all_gather_tensor(whole, share, async_op=True)
 
 
-def mean_operation(tensor: Tensor, group: Group) -> dist.ReduceOp.RedOpType:
+def mean_operation(tensor: Tensor) -> dist.ReduceOp.RedOpType:
     """The collective's operation for a mean: NCCL divides by itself; Gloo sums what is divided here, in place."""
     if tensor.device.type == "cuda":
         return dist.ReduceOp.AVG
-    tensor /= dist.get_world_size(group)
+    tensor /= dist.get_world_size()
     return dist.ReduceOp.SUM
 
 
@@ -147,19 +147,19 @@ class MeanInFlight:
     shares: [start, stop) of each rank; all of one length: a reduce-scatter; else a reduce to each rank.
     """
 
-    def __init__(self, gradients: Tensor, shares: Sequence[tuple[int, int]], group: Group):
-        rank, world_size = current(group)
+    def __init__(self, gradients: Tensor, shares: Sequence[tuple[int, int]]):
+        rank, world_size = current()
         start, stop = shares[rank]
         self._gradients, self._mean, self._works = gradients, gradients[start:stop], []
         if world_size == 1:
             return
-        operation = mean_operation(gradients, group)
+        operation = mean_operation(gradients)
         if len({high - low for low, high in shares}) == 1:
             self._mean = gradients.new_empty(stop - start)
-            self._works = [reduce_scatter_tensor(self._mean, gradients, op=operation, group=group, async_op=True)]
+            self._works = [reduce_scatter_tensor(self._mean, gradients, op=operation, async_op=True)]
         else:
             self._works = [
-                dist.reduce(gradients[low:high], group_dst=owner, op=operation, group=group, async_op=True)
+                dist.reduce(gradients[low:high], dst=owner, op=operation, async_op=True)
                 for owner, (low, high) in enumerate(shares)
                 if low < high
             ]
@@ -178,7 +178,7 @@ def even_shares(size: int, world_size: int) -> list[tuple[int, int]]:
 
 
 def clip_gradients(
-    sharded: list[Tensor] | None, replicated: list[Tensor], max_norm: float, device: torch.device, group: Group
+    sharded: list[Tensor] | None, replicated: list[Tensor], max_norm: float, device: torch.device
 ) -> Tensor:
     """Scale gradients in place so that their 2-norm over the whole model is at most max_norm; 0 or less: only measure.
 
@@ -194,8 +194,8 @@ def clip_gradients(
     norm = norm_of(replicated)
     if sharded is not None:
         total = norm_of(sharded).square()
-        if current(group)[1] > 1:
-            dist.all_reduce(total, group=group)
+        if current()[1] > 1:
+            dist.all_reduce(total)
         norm = (total + norm.square()).sqrt()
     gradients = (sharded or []) + replicated
     if max_norm > 0 and gradients:
@@ -231,7 +231,7 @@ class Piece(NamedTuple):
 _Entry = tuple[str, tuple[int, ...], int, int, torch.dtype]  # a piece's name, shape, start, stop, dtype
 
 
-def _exchange_entries(pieces: Mapping[str, Piece], group: Group) -> list[dict[str, _Entry]]:
+def _exchange_entries(pieces: Mapping[str, Piece]) -> list[dict[str, _Entry]]:
     """By rank and key the pieces of all ranks; what several have whole is the first one's. Empty ones are left out."""
     entries = {
         key: (piece.name, tuple(piece.shape), *piece.run[1:], piece.tensor.dtype)
@@ -240,27 +240,27 @@ def _exchange_entries(pieces: Mapping[str, Piece], group: Group) -> list[dict[st
     }
     seen: set[str] = set()
     by_rank = []
-    for theirs in gather_objects(entries, group):
+    for theirs in gather_objects(entries):
         by_rank.append({key: entry for key, entry in theirs.items() if key not in seen})
         seen |= theirs.keys()
     return by_rank
 
 
-def gather_pieces(pieces: Iterable[Piece], group: Group, device: torch.device) -> dict[str, Tensor]:
+def gather_pieces(pieces: Iterable[Piece], device: torch.device) -> dict[str, Tensor]:
     """The whole tensors on rank 0's CPU; nothing on other ranks. All ranks call it. One piece at a time travels."""
-    rank, _ = current(group)
+    rank, _ = current()
     mine = {_key(*piece.run): piece for piece in pieces}
     whole: dict[str, Tensor] = {}
-    for source, entries in enumerate(_exchange_entries(mine, group)):
+    for source, entries in enumerate(_exchange_entries(mine)):
         for key, (name, shape, start, stop, dtype) in entries.items():
             if rank == source:
                 part = mine[key].tensor.detach().reshape(-1)
                 if rank != 0 and start < stop:
-                    dist.send(part.to(device).contiguous(), group=group, group_dst=0)
+                    dist.send(part.to(device).contiguous(), dst=0)
             elif rank == 0:
                 part = torch.empty(stop - start, dtype=dtype, device=device)
                 if start < stop:
-                    dist.recv(part, group=group, group_src=source)
+                    dist.recv(part, src=source)
             if rank == 0:
                 if name not in whole:
                     whole[name] = torch.empty(shape, dtype=dtype)
@@ -268,7 +268,7 @@ def gather_pieces(pieces: Iterable[Piece], group: Group, device: torch.device) -
     return whole
 
 
-def save_pieces(pieces: Iterable[Piece], shared: Mapping[str, Any], folder: str | Path, group: Group) -> None:
+def save_pieces(pieces: Iterable[Piece], shared: Mapping[str, Any], folder: str | Path) -> None:
     """Write every rank's pieces to the folder, in place of what was saved there before. All ranks call it.
 
     shared: what belongs to all ranks, the same on each, JSON-ready.
@@ -276,10 +276,10 @@ def save_pieces(pieces: Iterable[Piece], shared: Mapping[str, Any], folder: str 
         OSError: a full disk, an unwritable folder; in every process. What was saved there before stays.
     """
     folder = Path(folder)
-    rank, _ = current(group)
+    rank, _ = current()
     mine = {_key(*piece.run): piece for piece in pieces}
-    entries = _exchange_entries(mine, group)[rank]
-    save = gather_objects(secrets.token_hex(4), group)[0]
+    entries = _exchange_entries(mine)[rank]
+    save = gather_objects(secrets.token_hex(4))[0]
 
     def write() -> list[tuple[str, tuple[int, ...], dict[str, Any]]]:
         """This rank's file; returns name, shape and place of its pieces."""
@@ -298,7 +298,7 @@ def save_pieces(pieces: Iterable[Piece], shared: Mapping[str, Any], folder: str 
             places.append((name, shape, place | {"sha256": _sha256(tensors[key])}))
         return places
 
-    written = itertools.chain(*by_rank(write, group))
+    written = itertools.chain(*by_rank(write))
 
     def put_index() -> None:
         shapes: dict[str, tuple[int, ...]] = {}
@@ -315,15 +315,15 @@ def save_pieces(pieces: Iterable[Piece], shared: Mapping[str, Any], folder: str 
             if not old.name.startswith(f"{save}-"):
                 old.unlink()
 
-    together(put_index if rank == 0 else lambda: None, group)
+    together(put_index if rank == 0 else lambda: None)
 
 
-def load_shared(folder: str | Path, group: Group) -> dict[str, Any]:
+def load_shared(folder: str | Path) -> dict[str, Any]:
     """What save_pieces got as `shared`, with the shapes by name under "shapes". ValueError: nothing there, or damaged."""
     return {key: value for key, value in _read_index(folder).items() if key != "pieces"}
 
 
-def load_pieces(wanted: Sequence[tuple[str, int, int]], folder: str | Path, group: Group) -> list[Tensor]:
+def load_pieces(wanted: Sequence[tuple[str, int, int]], folder: str | Path) -> list[Tensor]:
     """For each (name, start, stop) the elements of that tensor, flat, on the CPU. All ranks call it, each for its own.
 
     Raises:
@@ -335,7 +335,7 @@ def load_pieces(wanted: Sequence[tuple[str, int, int]], folder: str | Path, grou
         places = _read_index(folder)["pieces"]
         return [_read_run(folder, name, start, stop, places.get(name, [])) for name, start, stop in wanted]
 
-    return together(read, group)
+    return together(read)
 
 
 def _read_run(folder: Path, name: str, start: int, stop: int, places: Sequence[Mapping[str, Any]]) -> Tensor:
@@ -405,7 +405,7 @@ State = dict[str, Any]  # of one parameter
 States = Iterable[tuple[Piece, State]]  # each of a parameter's piece, named by its index in the optimizer
 
 
-def _state_pieces(states: States, group: Group) -> tuple[list[Piece], dict[str, Any]]:
+def _state_pieces(states: States) -> tuple[list[Piece], dict[str, Any]]:
     """This rank's tensors as pieces named INDEX/KEY, and the rest of all ranks by the same names."""
     pieces, rest = [], {}
     for of, state in states:
@@ -422,18 +422,18 @@ def _state_pieces(states: States, group: Group) -> tuple[list[Piece], dict[str, 
                 )
             else:
                 pieces.append(Piece(name, tuple(value.shape), 0, value))
-    return pieces, {name: value for theirs in gather_objects(rest, group) for name, value in theirs.items()}
+    return pieces, {name: value for theirs in gather_objects(rest) for name, value in theirs.items()}
 
 
-def gather_states(states: States, group: Group, device: torch.device) -> dict[int, State]:
+def gather_states(states: States, device: torch.device) -> dict[int, State]:
     """The states of whole parameters by index, on rank 0 and its CPU; nothing on other ranks. All ranks call it."""
-    pieces, rest = _state_pieces(states, group)
-    whole = gather_pieces(pieces, group, device) | rest
+    pieces, rest = _state_pieces(states)
+    whole = gather_pieces(pieces, device) | rest
     gathered: dict[int, State] = {}
     for name in sorted(whole, key=lambda name: int(name.partition("/")[0])):
         index, _, key = name.partition("/")
         gathered.setdefault(int(index), {})[key] = whole[name]
-    return gathered if current(group)[0] == 0 else {}
+    return gathered if current()[0] == 0 else {}
 
 
 def cut_states(states: Mapping[int, State], pieces: Iterable[Piece]) -> list[State]:
@@ -447,15 +447,15 @@ def cut_states(states: Mapping[int, State], pieces: Iterable[Piece]) -> list[Sta
     return [{key: cut(value, of) for key, value in states.get(int(of.name), {}).items()} for of in pieces]
 
 
-def save_states(states: States, shared: Mapping[str, Any], folder: str | Path, group: Group) -> None:
+def save_states(states: States, shared: Mapping[str, Any], folder: str | Path) -> None:
     """Write the states, each rank its own pieces. All ranks call it."""
-    pieces, rest = _state_pieces(states, group)
-    save_pieces(pieces, {"rest": rest, **shared}, folder, group)
+    pieces, rest = _state_pieces(states)
+    save_pieces(pieces, {"rest": rest, **shared}, folder)
 
 
-def load_states(pieces: Sequence[Piece], folder: str | Path, group: Group) -> tuple[list[State], dict[str, Any]]:
+def load_states(pieces: Sequence[Piece], folder: str | Path) -> tuple[list[State], dict[str, Any]]:
     """The states of the pieces, whatever the number of ranks that saved them, and what save_states got as `shared`."""
-    shared = load_shared(folder, group)
+    shared = load_shared(folder)
     wanted: list[tuple[int, str, Piece]] = []  # which state, which key, the shape and the run there
     states: list[State] = []
     for position, of in enumerate(pieces):
@@ -466,7 +466,7 @@ def load_states(pieces: Sequence[Piece], folder: str | Path, group: Group) -> tu
                 is_cut = len(shape) > 0 and tuple(shape) == tuple(of.shape)
                 part = of._replace(name=name) if is_cut else Piece(name, tuple(shape), 0, torch.empty(shape))
                 wanted.append((position, name.removeprefix(prefix), part))
-    values = load_pieces([part.run for _, _, part in wanted], folder, group)
+    values = load_pieces([part.run for _, _, part in wanted], folder)
     for (position, key, part), value in zip(wanted, values, strict=True):
         states[position][key] = value.view(part.tensor.shape)
     return states, shared

@@ -34,12 +34,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lmsys.parallel import shards
-from lmsys.parallel.group import Group, broadcast_from_rank0, check_same_everywhere, current, gather_objects
+from lmsys.parallel.group import broadcast_from_rank0, check_same_everywhere, current, gather_objects
 from lmsys.parallel.shards import FlatLayout, MeanInFlight, Piece
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
-    """An optimizer whose state is spread over the ranks of a group; without a group, a plain one on flat parameters.
+    """An optimizer whose state is spread over the ranks; without a process group, a plain one on flat parameters.
 
     To be made after the module is wrapped, in the same order of parameters on every rank. What is trained becomes rank
     0's. All ranks call step, clip_grad_norm_ and everything that saves or loads.
@@ -63,7 +63,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
         partition: str | None = None,
         bucket_size_mb: float = 100.0,
         reduce_scatter_gradients: bool = False,
-        group: Group = None,
         **kwargs: Any,
     ):
         if partition not in (None, "elements", "parameters"):
@@ -84,13 +83,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.partition = partition or ("elements" if elementwise else "parameters")
         self.reduce_scatter_gradients = reduce_scatter_gradients
         self._make = lambda group: optimizer_cls([group], **kwargs)
-        self._group = group
-        self._rank, self._world_size = current(group)
+        self._rank, self._world_size = current()
         self._bucket_bytes = bucket_size_mb * 2**20
         self._buckets: list[_Bucket] = []
         self._frozen: list[Tensor] = []
         self._loads = [0] * self._world_size  # elements of the whole parameters that a rank owns
-        self._exchange = _GradientExchange(group)
+        self._exchange = _GradientExchange()
         super().__init__(groups, defaults)
         imbalance = max(self._loads) * self._world_size / max(sum(self._loads), 1)
         if imbalance > 1.05 and self._rank == 0:
@@ -108,7 +106,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
         check_same_everywhere(
             "\n".join(f"{tuple(p.shape)} {p.dtype} {p.requires_grad}" for p in added["params"]),
             f"parameter group {len(self.param_groups) - 1} of the optimizer",
-            self._group,
         )
         kinds: dict[tuple[torch.device, torch.dtype], list[nn.Parameter]] = {}
         for parameter in added["params"]:
@@ -119,7 +116,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for parameters in kinds.values():
             owners = self._assign(parameters) if self.partition == "parameters" else None
             for run in self._runs(parameters):
-                bucket = _Bucket(run, owners, self._group, self._make, added, len(self.param_groups) - 1)
+                bucket = _Bucket(run, owners, self._make, added, len(self.param_groups) - 1)
                 self._buckets.append(bucket)
                 if self.reduce_scatter_gradients:
                     self._exchange.add(bucket)
@@ -158,7 +155,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         works = []
         for bucket in self._buckets:
             bucket.update(take_gradients=not self.reduce_scatter_gradients, **kwargs)
-            works += bucket.send(self._group)
+            works += bucket.send()
         for work in works:
             work.wait()
         self._exchange.finished = False
@@ -206,7 +203,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             tensors = [parameter for bucket in self._buckets for parameter in bucket.layout.parameters]
         gradients = [tensor.grad for tensor in tensors if tensor.grad is not None]
         sharded, replicated = (gradients, []) if self.reduce_scatter_gradients else (None, gradients)
-        return shards.clip_gradients(sharded, replicated, max_norm, self._buckets[0].flat.device, self._group)
+        return shards.clip_gradients(sharded, replicated, max_norm, self._buckets[0].flat.device)
 
     def close(self) -> None:
         """Take this optimizer's hooks off the parameters, so that another may follow it."""
@@ -230,7 +227,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def full_state_dict(self) -> dict[str, Any]:
         """The plain optimizer's state_dict, on rank 0 and its CPU; on others, one without states. All ranks call it."""
         device = self._buckets[0].flat.device if self._buckets else torch.device("cpu")
-        return self._packed() | {"state": shards.gather_states(self._states(), self._group, device)}
+        return self._packed() | {"state": shards.gather_states(self._states(), device)}
 
     def load_full_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take the options and this rank's part of a whole state_dict; ValueError where it is of other groups."""
@@ -239,11 +236,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def save_sharded(self, folder: str | Path) -> None:
         """Write the state to a folder, each rank its own part (shards.save_pieces). All ranks call it."""
         groups = self._packed()["param_groups"]
-        shards.save_states(self._states(), {"param_groups": groups}, folder, self._group)
+        shards.save_states(self._states(), {"param_groups": groups}, folder)
 
     def load_sharded(self, folder: str | Path) -> None:
         """Read what save_sharded wrote, at any number of ranks. ValueError: nothing there, or of other parameters."""
-        states, shared = shards.load_states(self._pieces(), folder, self._group)
+        states, shared = shards.load_states(self._pieces(), folder)
         self._load(shared["param_groups"], states)
 
     def _packed(self) -> dict[str, Any]:
@@ -253,7 +250,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             if bucket.inner is not None:
                 bucket.push_options()
                 options[bucket.group_index] = _options(bucket.inner.param_groups[0])
-        everyone = gather_objects(options, self._group)  # a rank may have no part of a group
+        everyone = gather_objects(options)  # a rank may have no part of a group
         packed = super().state_dict() | {"state": {}}
         for index, group in enumerate(packed["param_groups"]):
             group |= next((theirs[index] for theirs in everyone if theirs[index]), {})
@@ -312,12 +309,11 @@ class _Bucket:
         self,
         parameters: list[nn.Parameter],
         owners: Mapping[int, int] | None,  # id of a parameter -> rank
-        group: Group,
         make: Callable[[dict[str, Any]], torch.optim.Optimizer],
         outer: dict[str, Any],
         index: int,
     ):
-        rank, world_size = current(group)
+        rank, world_size = current()
         self.is_even = owners is None
         if owners is not None:
             parameters = sorted(parameters, key=lambda parameter: owners[id(parameter)])
@@ -333,7 +329,7 @@ class _Bucket:
                 bounds.insert(0, first.get(owner, bounds[0]))
             self.shares = list(itertools.pairwise(bounds))
         self.flat = self.layout.flatten(size)
-        broadcast_from_rank0([self.flat], group)
+        broadcast_from_rank0([self.flat])
         for parameter, view in zip(parameters, self.layout.views(self.flat), strict=True):
             parameter.data = view
         self.addresses = [parameter.data_ptr() for parameter in parameters]
@@ -351,14 +347,14 @@ class _Bucket:
         tensors = [leaf.tensor for leaf in self.leaves]
         self.inner = make({"params": tensors, **self.pushed}) if tensors else None
 
-    def send(self, group: Group) -> list[dist.Work]:
+    def send(self) -> list[dist.Work]:
         """Start to share what each rank updated."""
         if len(self.shares) == 1:
             return []
         if self.is_even:
-            return [shards.all_gather(self.flat, self.flat[slice(*self.own)], group)]
+            return [shards.all_gather(self.flat, self.flat[slice(*self.own)])]
         return [
-            dist.broadcast(self.flat[start:stop], group=group, group_src=rank, async_op=True)
+            dist.broadcast(self.flat[start:stop], src=rank, async_op=True)
             for rank, (start, stop) in enumerate(self.shares)
             if start < stop
         ]
@@ -391,8 +387,7 @@ class _Bucket:
 class _GradientExchange:
     """Reduce-scatters each bucket's gradients when the last has arrived, in rank 0's order of the first backward pass."""
 
-    def __init__(self, group: Group):
-        self.group = group
+    def __init__(self):
         self.paused = False
         self.finished = False  # the leaves have the gradients of this step
         self.buckets: list[_Bucket] = []
@@ -433,7 +428,7 @@ class _GradientExchange:
     def _launch(self, bucket: _Bucket) -> None:
         self.used |= {id(parameter) for parameter in bucket.layout.parameters if parameter.grad is not None}
         gradients = bucket.layout.take_gradients(bucket.flat.numel(), bucket.flat.dtype)
-        self.flights.append(MeanInFlight(gradients, bucket.shares, self.group))
+        self.flights.append(MeanInFlight(gradients, bucket.shares))
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -442,15 +437,15 @@ class _GradientExchange:
             return
         if self.order is None:  # rank 0's, buckets that were not complete there last
             order = dict.fromkeys([*self.completed, *range(len(self.buckets))])
-            self.order = [self.buckets[index] for index in gather_objects([*order], self.group)[0]]
+            self.order = [self.buckets[index] for index in gather_objects([*order])[0]]
         for bucket in self.order[len(self.flights) :]:
             self._launch(bucket)
         # Where no rank used a parameter there is no gradient. Only a rank that left one unused waits to read that.
         parameters = [parameter for bucket in self.buckets for parameter in bucket.layout.parameters]
         here = [id(parameter) in self.used for parameter in parameters]
         flags = shards.flags_of(here, self.buckets[0].flat.device)
-        if current(self.group)[1] > 1:
-            dist.all_reduce(flags, group=self.group)
+        if current()[1] > 1:
+            dist.all_reduce(flags)
         used = {id(p) for p, is_used in zip(parameters, shards.used_anywhere(here, flags), strict=True) if is_used}
         for bucket, flight in zip(self.order, self.flights, strict=True):
             mean = flight.wait()
