@@ -3,14 +3,14 @@
 Trainers on a CPU are forks of a server that has imported torch once, so that a start takes a fraction of a second. What
 has to happen within a trainer (a kill at an operation of a save, a disk that is full from then on, a batch whose loss
 is not a number) is put there by an Injection. A full disk is an error of the system call (ENOSPC), and once the
-kernel's
-own: a limit of the size of files (EFBIG), which needs no privileges.
+kernel's own: a limit of the size of files (EFBIG), which needs no privileges.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import math
 import os
 import resource
@@ -86,16 +86,11 @@ class Injection:
 @contextlib.contextmanager
 def operations(before: Callable[[int, str], None]) -> Iterator[None]:
     """Within the block, call before(number, name) ahead of each operation of saving a checkpoint, counted from 0."""
-    count = 0
-
-    def operation(name: str) -> None:
-        nonlocal count
-        number, count = count, count + 1
-        before(number, name)
+    numbers = itertools.count()
 
     def ahead(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **options: Any) -> Any:
-            operation(name)
+            before(next(numbers), name)
             return function(*args, **options)
 
         return wrapped
@@ -107,7 +102,7 @@ def operations(before: Callable[[int, str], None]) -> Iterator[None]:
             for part in parts:
                 view = memoryview(part)
                 for half in (view[: len(view) // 2], view[len(view) // 2 :]):
-                    operation("write")
+                    before(next(numbers), "write")
                     yield half
 
         return write(path, halves())
@@ -120,13 +115,6 @@ def operations(before: Callable[[int, str], None]) -> Iterator[None]:
         yield
 
 
-def _tokens() -> np.ndarray:
-    """Tokens that can be learned: each is mostly the one before it plus one."""
-    generator = np.random.default_rng(0)
-    steps = np.where(generator.random(20_000) < 0.9, 1, generator.integers(64, size=20_000))
-    return (np.cumsum(steps) % 64).astype(np.uint16)
-
-
 def _train_here(
     folder: Path, config: PipelineConfig, injection: Injection | None, rank: int, processes: int, port: int
 ) -> None:
@@ -137,20 +125,18 @@ def _train_here(
     os.dup2(log, 1)
     os.dup2(log, 2)
     torch.set_num_threads(1)
-    tqdm.set_lock(
-        threading.RLock()
-    )  # its own is a semaphore of the system, which a process that is killed leaves behind
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a killed process leaves behind
     if processes > 1:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
         os.environ |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    tokens = _tokens()
-    with injection.installed() if injection and injection.rank in (None, rank) else contextlib.nullcontext():
+    generator = np.random.default_rng(0)  # tokens that can be learned: each is mostly the one before it plus one
+    steps = np.where(generator.random(20_000) < 0.9, 1, generator.integers(64, size=20_000))
+    tokens = (np.cumsum(steps) % 64).astype(np.uint16)
+    spoiled = injection.installed() if injection and injection.rank in (None, rank) else contextlib.nullcontext()
+    device = torch.device(config.train.device).type
+    with spoiled:
         try:
-            with (
-                group.process_group(torch.device(config.train.device).type)
-                if processes > 1
-                else contextlib.nullcontext()
-            ):
+            with group.process_group(device) if processes > 1 else contextlib.nullcontext():
                 training.train(config, train_tokens=tokens, valid_tokens=tokens[:2000], run_dir=folder, progress=False)
         except (ValueError, OSError, FloatingPointError) as error:  # as the command line does
             print(error, flush=True)
@@ -164,9 +150,10 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.steps = folder, config.train.steps
         self.log_start = (folder / "log.txt").stat().st_size if (folder / "log.txt").exists() else 0
-        self.rows_before = len(self.rows())
         start = context(torch.device(config.train.device))
-        port = _free_port() if processes > 1 else 0
+        with socket.socket() as opened:  # a free port
+            opened.bind(("127.0.0.1", 0))
+            port = opened.getsockname()[1]
         self.processes = [
             start.Process(target=_train_here, args=(folder, config, injection, rank, processes, port), daemon=True)
             for rank in range(processes)
@@ -209,6 +196,9 @@ class Run:
         """What this start has printed."""
         return (self.folder / "log.txt").read_text(errors="replace")[self.log_start :]
 
+    def end_of_log(self) -> str:
+        return self.log().strip()[-300:]
+
     def saved(self) -> checkpoint.Checkpoint | None:
         """The newest good checkpoint."""
         with warnings.catch_warnings():
@@ -224,9 +214,3 @@ def context(device: torch.device) -> BaseContext:
 
 def nothing() -> None:
     """What a process does that is started for the fork server's sake."""
-
-
-def _free_port() -> int:
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return opened.getsockname()[1]
