@@ -96,7 +96,7 @@ def test_the_step_accumulates_the_gradient_of_one_tensor(monkeypatch):
         function()
         function()
         seen.append(options["resident"][0].grad)
-        return Measurement("ok", 1.0, 1.0, 1.0, 2.0, [1.0])
+        return Measurement(1.0, 1.0, 1.0, 2.0, [1.0])
 
     monkeypatch.setattr(leaderboard, "measure", once)
     p = parameters("vectorized_torch")
@@ -118,7 +118,7 @@ def test_a_gpu_is_timed_by_do_bench(monkeypatch):
         return [4.0, 2.0, 3.0]
 
     monkeypatch.setattr(testing, "do_bench", do_bench)
-    monkeypatch.setattr(leaderboard, "measure", lambda *_, **__: Measurement("ok", 9.0, 9.0, 9.0, 2.0, [9.0]))
+    monkeypatch.setattr(leaderboard, "measure", lambda *_, **__: Measurement(9.0, 9.0, 9.0, 2.0, [9.0]))
     monkeypatch.setattr(leaderboard, "device_name", lambda _: "NVIDIA H200")
     q, k, v, grad = (torch.randn(1, 2, 8, 16, dtype=torch.bfloat16, requires_grad=True) for _ in range(4))
     case = SimpleNamespace(q=q, k=k, v=v, grad=grad, device=SimpleNamespace(type="cuda"))
@@ -163,7 +163,10 @@ def test_a_wrong_result_has_no_time(uncompiled, monkeypatch, tmp_path):
 
 
 def test_out_of_memory_in_the_step_is_a_status(uncompiled, monkeypatch, tmp_path):
-    monkeypatch.setattr(leaderboard, "measure", lambda *_, **__: Measurement("oom", note="CUDA out of memory"))
+    def measure(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(leaderboard, "measure", measure)
     (row,) = run(tmp_path, "torch_sdpa_flash").to_dict("records")
     assert row["status"] == "oom" and row["note"].startswith("CUDA out of memory")
 

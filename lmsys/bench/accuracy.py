@@ -115,20 +115,18 @@ def inputs(case: Point, device: torch.device, seed: int) -> list[torch.Tensor]:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
 
+    sizes = [(heads, q_len), (kv_heads, k_len), (kv_heads, k_len), (heads, q_len)]
     if case["layout"] == "packed":  # one projection's output, cut into q, k and v
         packed = normal(batch, q_len, heads + 2 * kv_heads, head_dim).transpose(1, 2)
         packed[:, : heads + kv_heads] *= magnitude
-        q, k, v = packed.to(dtype).split((heads, kv_heads, kv_heads), 1)
-        do = normal(batch, heads, q_len, head_dim)
+        tensors = [*packed.to(dtype).split((heads, kv_heads, kv_heads), 1), normal(batch, heads, q_len, head_dim)]
     else:
-        sizes = [(heads, q_len), (kv_heads, k_len), (kv_heads, k_len), (heads, q_len)]
         if case["layout"] == "heads first":
             q, k, v, do = (normal(batch, h, length, head_dim) for h, length in sizes)
         else:
             q, k, v, do = (normal(batch, length, h, head_dim).transpose(1, 2) for h, length in sizes)
-        q, k = q * magnitude, k * magnitude
-    q, k, v = (t.to(dtype).detach().requires_grad_() for t in (q, k, v))
-    return [q, k, v, do.to(dtype)]
+        tensors = [q * magnitude, k * magnitude, v, do]
+    return [t.to(dtype).detach().requires_grad_(t is not tensors[3]) for t in tensors]
 
 
 # --- Points ---------------------------------------------------------------------------------------

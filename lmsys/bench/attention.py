@@ -204,14 +204,9 @@ def measured(case: Case, point: Point) -> Row:
     except Exception as error:
         return checked | failure(error)
     interpreted = case.device.type == "cpu" and "triton" in kernel
-    row = checked | {"status": result.status, "note": result.note or ("in Triton's CPU interpreter" * interpreted)}
-    if result.status == "ok":
-        lengths = (point["q_len"], point["k_len"])
-        size = (point["batch"], point["heads"], *lengths, point["head_dim"])
-        row |= result.columns() | {
-            "tflops": cost.attention_flops(*size, point["causal"], which) / result.median_ms / 1e9
-        }
-    return row
+    row = checked | {"note": "in Triton's CPU interpreter" * interpreted} | result.columns()
+    size = [point[name] for name in ("batch", "heads", "q_len", "k_len", "head_dim", "causal")]
+    return row | {"status": "ok", "tflops": cost.attention_flops(*size, which) / result.median_ms / 1e9}
 
 
 class Case:

@@ -119,8 +119,6 @@ def step_times(function: Callable, case: sweeps.Case, p: Parameters) -> Row:
 
     gpu, samples = case.device.type == "cuda", _SAMPLES[p.scale]
     whole, alone = timed(step, 3 if gpu else samples), timed(bare, samples)
-    if whole.status != "ok" or alone.status != "ok":
-        return {"status": "oom", "note": whole.note or alone.note}
     times = whole.times_ms
     if gpu:
         from triton.testing import do_bench

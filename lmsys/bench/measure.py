@@ -2,9 +2,8 @@
 
 As in Triton's do_bench, each sample on a GPU starts with a cold L2 (a buffer larger than it is written first), is timed
 by a pair of events, and nothing synchronizes between samples. The buffer is written so often that the GPU is still at
-it when the host
-has launched the call, as inside a training step, where the host is ahead: the time is the GPU's, whatever the host is
-worth. Memory is measured in a call of its own, before the timed ones.
+it when the host has launched the call, as inside a training step, where the host is ahead: the time is the GPU's,
+whatever the host is worth. Memory is measured in a call of its own, before the timed ones.
 
 measure_steps() times a training step as the course's benchmarking_script does: by the host's clock, read before and
 after each step when the device has finished, so that a step's launches count as far as the device waits for them. All
@@ -39,15 +38,13 @@ _LEAD = 2.0  # times as long as the call took the host once: it varies
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a callable took. status is ok or oom; times and memory are None unless it is ok."""
+    """What a callable took: its samples' median and 20th and 80th percentile, and the peak of its memory."""
 
-    status: str
-    median_ms: float | None = None
-    p20_ms: float | None = None
-    p80_ms: float | None = None
-    peak_mib: float | None = None
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    peak_mib: float
     times_ms: list[float] = field(default_factory=list)
-    note: str = ""
 
     @property
     def samples(self) -> int:
@@ -59,8 +56,8 @@ class Measurement:
         return times | {"samples": self.samples, "peak_mib": self.peak_mib}
 
     @property
-    def mean_ms(self) -> float | None:
-        return statistics.fmean(self.times_ms) if self.times_ms else None
+    def mean_ms(self) -> float:
+        return statistics.fmean(self.times_ms)
 
     @property
     def std_ms(self) -> float | None:
@@ -70,10 +67,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class StepMeasurement(Measurement):
-    """What a step took. warmup_ms.
-
-    The untimed steps, the first of which compiles. reserved_mib: of the GPU's allocator.
-    """
+    """What a step took. warmup_ms: the untimed steps, the first of which compiles. reserved_mib: by the allocator."""
 
     warmup_ms: list[float] = field(default_factory=list)
     reserved_mib: float | None = None
@@ -110,29 +104,22 @@ def measure(
         budget_s: a slow function gets fewer warm-up calls and samples (not under one and three), about this many
             seconds of each.
         resident: tensors that exist before the call and count as memory on a CPU; a GPU's allocator counts them itself.
-    Returns:
-        Times in ms, peak memory in MiB; status oom where memory ran out.
+    Raises:
+        what the function raises, out of memory too.
     """
     arguments = prepare or (lambda: ())
-    try:
-        _timed_call(function, arguments, device)  # compiles and tunes: its time says nothing about the next
-        seconds = _timed_call(function, arguments, device)
-        for _ in range(min(warmup - 2, math.floor(budget_s / seconds)) if warmup > 2 else 0):
-            function(*arguments())
-        iterations = min(iterations, max(3, int(min(budget_s / seconds, iterations))))
-        if device.type == "cuda":
-            peak = _peak_bytes_cuda(function, arguments, device)
-            times = _times_cuda(function, arguments, iterations, device)
-        else:
-            peak = sum(t.numel() * t.element_size() for t in resident) + peak_bytes_cpu(function, arguments)
-            times = _times_cpu(function, arguments, iterations)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        release(device)
-        return Measurement("oom", note=str(error).splitlines()[0])
-    median, p20, p80 = quantiles(times)
-    return Measurement("ok", median, p20, p80, peak / 2**20, times)
+    _timed_call(function, arguments, device)  # compiles and tunes: its time says nothing about the next
+    seconds = _timed_call(function, arguments, device)
+    for _ in range(min(warmup - 2, math.floor(budget_s / seconds)) if warmup > 2 else 0):
+        function(*arguments())
+    iterations = min(iterations, max(3, int(min(budget_s / seconds, iterations))))
+    if device.type == "cuda":
+        peak = _peak_bytes_cuda(function, arguments, device)
+        times = _times_cuda(function, arguments, iterations, device)
+    else:
+        peak = sum(t.numel() * t.element_size() for t in resident) + peak_bytes_cpu(function, arguments)
+        times = _times_cpu(function, arguments, iterations)
+    return Measurement(*quantiles(times), peak / 2**20, times)
 
 
 def _timed_call(function: Callable, arguments: Callable[[], tuple], device: torch.device) -> float:
@@ -151,11 +138,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def failure(error: BaseException) -> dict[str, str]:
-    """The one rule for what fails: status and note of a row.
-
-    ValueError is unsupported, as the package raises it for what it does not take; no memory is oom; all else is an
-    error.
-    """
+    """Status and note of a row that failed: ValueError is unsupported, no memory is oom, all else is an error."""
     note = (str(error).strip().splitlines() or [""])[0]
     if is_out_of_memory(error):
         return {"status": "oom", "note": note}
@@ -191,10 +174,10 @@ def quantiles(times_ms: list[float]) -> tuple[float, float, float]:
 
 def _peak_bytes_cuda(function: Callable, arguments: Callable[[], tuple], device: torch.device) -> int:
     release(device)
-    made = arguments()
+    given = arguments()
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
-    function(*made)
+    function(*given)
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device)
 
@@ -211,10 +194,7 @@ class Flush:
             self.buffer.zero_()
 
     def lead(self, call: Callable[[], Any]) -> None:
-        """Take as many writes as the host needs to launch the call.
-
-        A call that waits for the GPU gets the most there are.
-        """
+        """Take as many writes as the host needs to launch the call, the most where the call waits for the GPU."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.times = _L2_FLUSHES[1]
         torch.cuda.synchronize(self.buffer.device)
@@ -237,15 +217,14 @@ def writes(host_ms: float, write_ms: float) -> int:
 def _times_cuda(
     function: Callable, arguments: Callable[[], tuple], iterations: int, device: torch.device
 ) -> list[float]:
-    flush = Flush(device)
-    made = arguments()
-    flush.lead(lambda: function(*made))
+    flush, given = Flush(device), arguments()
+    flush.lead(lambda: function(*given))
     pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(iterations)]
     for start, end in pairs:
-        made = arguments()
+        given = arguments()
         flush()
         start.record()
-        function(*made)
+        function(*given)
         end.record()
     torch.cuda.synchronize(device)
     return [start.elapsed_time(end) for start, end in pairs]
@@ -254,9 +233,9 @@ def _times_cuda(
 def _times_cpu(function: Callable, arguments: Callable[[], tuple], iterations: int) -> list[float]:
     times = []
     for _ in range(iterations):
-        made = arguments()
+        given = arguments()
         start = time.perf_counter()
-        function(*made)
+        function(*given)
         times.append((time.perf_counter() - start) * 1e3)
     return times
 
@@ -279,16 +258,13 @@ def live_bytes(device: torch.device, module: torch.nn.Module | None = None) -> f
 
 def peak_bytes_cpu(function: Callable, arguments: Callable[[], tuple]) -> int:
     """The largest sum of the allocations and frees that PyTorch's profiler sees during the call."""
-    made = arguments()
-    result, changes = allocations(lambda: function(*made))
-    del result
+    given = arguments()
+    changes = allocations(lambda: function(*given))[1]
     return max(itertools.accumulate((size for _, size in changes), initial=0))
 
 
 def allocations(function: Callable[[], Any]) -> tuple[Any, list[tuple[int, int]]]:
-    """The result of a call on a CPU, and (ns, bytes) of each allocation and, negative, of each free during it, in
-    order.
-    """
+    """The result of a call on a CPU, and in order (ns, bytes) of each allocation and, negative, of each free in it."""
     with without_native_stderr(), torch.autograd.profiler.profile(profile_memory=True) as profile:
         result = function()
     events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
@@ -306,10 +282,7 @@ def available_bytes() -> int | None:
 
 @contextmanager
 def one_thread(when: bool) -> Iterator[None]:
-    """PyTorch's CPU operators in here on one thread, when so.
-
-    Several share small work badly on a busy machine, and wait for each other.
-    """
+    """PyTorch's CPU operators in here on one thread, when so: several share small work badly on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1 if when else before)
     try:
@@ -422,35 +395,28 @@ def measure_steps(
     else:
         held = sum(tensor.numel() * tensor.element_size() for tensor in resident())
         peak, reserved = held + peak_bytes_cpu(step, lambda: ()), None
-    return StepMeasurement("ok", *quantiles(times), peak / 2**20, times, "", first, reserved)
+    return StepMeasurement(*quantiles(times), peak / 2**20, times, first, reserved)
 
 
 def gpu_state(device: torch.device) -> dict[str, Any] | None:
-    """Clocks, temperature, power and the processes that a GPU has now, as nvidia-smi says.
-
-    None without one, or without the program.
-    """
+    """Clocks, temperature, power and processes of a GPU now, as nvidia-smi says; None without one, or without that."""
     if device.type != "cuda":
         return None
     uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     fields = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
-    found = _output("nvidia-smi", "-i", uuid, f"--query-gpu={','.join(fields)}", "--format=csv,noheader")
+    line = _output("nvidia-smi", "-i", uuid, f"--query-gpu={','.join(fields)}", "--format=csv,noheader")
     processes = _output("nvidia-smi", "-i", uuid, "--query-compute-apps=pid,used_memory", "--format=csv,noheader")
-    return None if found is None else _parsed_state(fields, found, processes or "")
+    return None if line is None else _parsed_state(fields, line, processes or "")
 
 
 def _parsed_state(fields: Sequence[str], line: str, processes: str) -> dict[str, Any]:
-    """nvidia-smi's lines as a dict.
-
-    `this` marks the process that asks, where the numbers are those that it knows itself by.
-    """
-    state: dict[str, Any] = dict(zip(fields, (value.strip() for value in line.splitlines()[0].split(",")), strict=True))
-    state["processes"] = []
-    for entry in filter(None, processes.splitlines()):
-        pid, _, memory = entry.partition(",")
-        state["processes"].append(
-            {"pid": pid.strip(), "memory": memory.strip(), "this": pid.strip() == str(os.getpid())}
-        )
+    """nvidia-smi's lines as a dict. `this` marks the process that asks, where it knows itself by the same number."""
+    state: dict[str, Any] = dict(zip(fields, map(str.strip, line.splitlines()[0].split(",")), strict=True))
+    entries = [entry.partition(",") for entry in processes.splitlines() if entry]
+    state["processes"] = [
+        {"pid": pid.strip(), "memory": memory.strip(), "this": pid.strip() == str(os.getpid())}
+        for pid, _, memory in entries
+    ]
     return state
 
 
