@@ -99,7 +99,7 @@ def stream(
         left = [item for item in left if item[0] != world_size]
         while batch:
             try:
-                for result in _results(measure, world_size, batch, device, limit_s):
+                for result in as_written(_measure_points, world_size, measure, list(batch), limit_s, device=device):
                     yield batch.pop(0), result
             except Exception as error:
                 failed = measuring.failure(error)
@@ -108,10 +108,11 @@ def stream(
                 yield batch.pop(0), failed
 
 
-def _results(
-    measure: Callable, world_size: int, points: Sequence[Any], device: str, limit_s: float
-) -> Iterator[dict[str, Any]]:
-    """The results of one group, in the order of the points, as they come; then the error that ended it, if one did."""
+def as_written(work: Callable, world_size: int, *args: Any, device: str) -> Iterator[Any]:
+    """Run work(process, path, *args) in a new group; the JSON values that it writes to path, one a line, as they come.
+
+    Then the error that ended the group is raised, if one did.
+    """
     before = set(multiprocessing.active_children())
     failed: list[Exception] = []
     with tempfile.TemporaryDirectory(prefix="lmsys-") as folder:
@@ -120,7 +121,7 @@ def _results(
 
         def start() -> None:
             try:
-                group.spawn(_measure_points, world_size, measure, list(points), str(path), limit_s, device=device)
+                group.spawn(work, world_size, path, *args, device=device)
             except Exception as error:
                 failed.append(error)
 
@@ -144,7 +145,7 @@ def _results(
         raise failed[0]
 
 
-def _measure_points(process: Process, measure: Callable, points: Sequence[Any], path: str, limit_s: float) -> None:
+def _measure_points(process: Process, path: Path, measure: Callable, points: Sequence[Any], limit_s: float) -> None:
     """In each process: every point, its result written by rank 0 as a line."""
     if process.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # as lmsys.train does

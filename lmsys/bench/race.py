@@ -24,10 +24,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +37,7 @@ from lmsys import cost, records
 from lmsys import train as training
 from lmsys.bench.experiment import Experiment, Notebook, Parameters, Point, Row, require_names, require_numbers
 from lmsys.bench.measure import failure, one_thread
+from lmsys.bench.processes import as_written
 from lmsys.config import MODEL_SIZES, PipelineConfig, build, model_size, require
 from lmsys.data import load_tokens, stages, stories
 from lmsys.data.workers import map_in_order, resolve_workers
@@ -121,10 +120,7 @@ def pipeline_config(p: Parameters, arm: str) -> PipelineConfig:
 
 
 def prepare(p: Parameters, *, progress: bool = True) -> tuple[tuple[Path, Path], dict[str, Any]]:
-    """Text, tokenizer and token files in the run folder, by the pipeline's stages.
-
-    ((training, validation), what they are).
-    """
+    """Text, tokenizer and token files in the run folder: (training, validation) files, and what they are."""
     started = time.perf_counter()
     run_dir = records.writable_dir(records.output_path(p.run_dir))
     text = p.text or str(write_stories(run_dir, p.text_mb, p.seed))
@@ -138,14 +134,9 @@ def prepare(p: Parameters, *, progress: bool = True) -> tuple[tuple[Path, Path],
 
     done = stages.Stages(run_dir, report, frozen=False)
     tokenizer, train_tokens, valid_tokens, bytes_per_token = stages.prepare(config, run_dir, done, False)
-    found = {
-        "text": Path(text).name,
-        "vocabulary": tokenizer.vocab_size,
-        "training_tokens": len(train_tokens),
-        "validation_tokens": len(valid_tokens),
-        "bytes_per_token": round(bytes_per_token, 3),
-        "prepared_in_s": round(time.perf_counter() - started, 1),
-    }
+    found = {"text": Path(text).name, "vocabulary": tokenizer.vocab_size, "training_tokens": len(train_tokens)}
+    found |= {"validation_tokens": len(valid_tokens), "bytes_per_token": round(bytes_per_token, 3)}
+    found["prepared_in_s"] = round(time.perf_counter() - started, 1)
     return (run_dir / "train.npy", run_dir / "valid.npy"), found
 
 
@@ -223,55 +214,22 @@ def train_arm(config: PipelineConfig, token_files: TokenFiles, limit_s: float, o
 
     train_tokens, valid_tokens = map(load_tokens, token_files)
     with contextlib.suppress(LimitReached), contextlib.closing(rows):
-        training.train(
-            config,
-            train_tokens=train_tokens,
-            valid_tokens=valid_tokens,
-            progress=False,
-            wandb_run=rows,
-            on_step=on_step,
-        )
+        data = {"train_tokens": train_tokens, "valid_tokens": valid_tokens}
+        training.train(config, **data, progress=False, wandb_run=rows, on_step=on_step)
 
 
-def _rank(
-    process: group.Process, config: PipelineConfig, token_files: TokenFiles, limit_s: float, rows_file: Path
-) -> None:
+def _rank(process: group.Process, rows_file: Path, *arm: Any) -> None:
     """One process of an arm; rank 0 appends its rows to a file, a JSON object a line."""
     with rows_file.open("a", encoding="utf-8") as file:
-        train_arm(config, token_files, limit_s, lambda row: print(json.dumps(row), file=file, flush=True))
+        train_arm(*arm, lambda row: print(json.dumps(row), file=file, flush=True))
 
 
 def train_in_processes(
     config: PipelineConfig, count: int, token_files: TokenFiles, limit_s: float, on_row: Callable[[Row], None]
 ) -> None:
-    """train_arm() in so many new processes; on_row gets the rows as they come, from a thread.
-
-    Raises:
-        group.RankError: a process failed. The rows until then were passed on.
-    """
-    rows_file = token_files[0].with_name("race_rows.jsonl")
-    rows_file.write_text("", encoding="utf-8")
-    ended = threading.Event()
-    with ThreadPoolExecutor(1) as pool:
-        follower = pool.submit(_follow, rows_file, ended, on_row)
-        try:
-            group.spawn(_rank, count, config, token_files, limit_s, rows_file, device=config.train.device)
-        finally:
-            ended.set()
-        follower.result()
-
-
-def _follow(path: Path, ended: threading.Event, on_row: Callable[[Row], None], every_s: float = 0.2) -> None:
-    """Pass on the lines of a growing file until its writers have ended."""
-    text = ""
-    with path.open(encoding="utf-8") as file:
-        while True:
-            last = ended.wait(every_s)  # before reading: what was written until then is read
-            *lines, text = (text + file.read()).split("\n")
-            for line in lines:
-                on_row(json.loads(line))
-            if last:
-                return
+    """train_arm() in so many new processes; on_row gets the rows as they come, until one fails (group.RankError)."""
+    for row in as_written(_rank, count, config, token_files, limit_s, device=config.train.device):
+        on_row(row)
 
 
 # --- The race -------------------------------------------------------------------------------------
@@ -353,9 +311,7 @@ def curves(frame) -> dict[str, Any]:
 
 
 def reaching(curve, loss: float) -> tuple[float, float] | None:
-    """(seconds, tokens) at which an arm's validation loss first is as low as that, between evaluations interpolated;
-    None: never.
-    """
+    """(seconds, tokens) at which an arm's validation loss first is that low, interpolated; None: never."""
     below = (curve.valid_loss <= loss).to_numpy()
     if not below.any():
         return None
@@ -369,10 +325,7 @@ def reaching(curve, loss: float) -> tuple[float, float] | None:
 
 
 def common_losses(frame) -> list[float]:
-    """Losses that every arm reached, falling.
-
-    What the arm of the fewest tokens had at a quarter, at half and at all of them.
-    """
+    """Losses that every arm reached, falling: of the arm of fewest tokens at a quarter, at half and at all of them."""
     found = curves(frame)
     if not found:
         return []
@@ -384,21 +337,16 @@ def common_losses(frame) -> list[float]:
 
 
 def loss_difference(frame) -> tuple[float, int, float, int] | None:
-    """Between arms' validation losses at the same tokens.
+    """Between arms' validation losses at the same tokens: (largest, its tokens, last, its tokens)."""
+    import pandas as pd
 
-    (largest, its tokens, at the last that arms share, its tokens).
-    """
-    by_tokens = {arm: curve.set_index("tokens").valid_loss for arm, curve in curves(frame).items()}
-    shared = sorted(set().union(*(curve.index for curve in by_tokens.values())))
-    spread = {}
-    for tokens in shared:
-        values = [curve[tokens] for curve in by_tokens.values() if tokens in curve.index]
-        if len(values) > 1:
-            spread[int(tokens)] = float(max(values) - min(values))
-    if not spread:
+    by_tokens = pd.DataFrame({arm: curve.set_index("tokens").valid_loss for arm, curve in curves(frame).items()})
+    by_tokens = by_tokens[by_tokens.notna().sum(axis=1) > 1].sort_index()
+    if by_tokens.empty:
         return None
-    worst, last = max(spread, key=spread.get), max(spread)
-    return spread[worst], worst, spread[last], last
+    spread = by_tokens.max(axis=1) - by_tokens.min(axis=1)
+    worst, last = spread.idxmax(), spread.index[-1]
+    return float(spread[worst]), int(worst), float(spread[last]), int(last)
 
 
 def summary(frame) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ The runs have a process of their own, which has nothing else on the device; the 
 from __future__ import annotations
 
 import contextlib
-import shutil
+import itertools
 import statistics
 import tempfile
 import time
@@ -63,57 +63,29 @@ def saving_config(p: Parameters) -> PipelineConfig:
 
 
 def saving_times(config: PipelineConfig, interval: int, rounds: int) -> tuple[dict[str, list[float]], ...]:
-    """By mode: ms of a step, of a save's hold on the loop, of a write."""
+    """By mode: ms of a step in each interval after a run's first, of each save's hold on the loop, of each write."""
     times, holds, writes = ({mode: [] for mode in MODES} for _ in range(3))
-    on_cpu = torch.device(config.train.device).type == "cpu"
-    with tempfile.TemporaryDirectory(prefix="lmsys-saving-") as root, one_thread(on_cpu):
-        for _ in range(rounds):
-            for mode in MODES:
-                _time_a_run(config, mode, interval, Path(root) / "run", times[mode], holds[mode], writes[mode])
+    tokens = np.random.default_rng(config.train.seed).integers(config.model.vocab_size, size=200_000).astype(np.uint16)
+    data = {"train_tokens": tokens, "valid_tokens": tokens[: 4 * config.model.context_length], "progress": False}
+    with one_thread(torch.device(config.train.device).type == "cpu"):
+        for _, mode in itertools.product(range(rounds), MODES):
+            every = 0 if mode == "none" else interval
+            settings = {"checkpointing_interval": every, "async_checkpoints": mode == "asynchronous"}
+            ends: list[float] = []  # of intervals
+
+            def on_step(step: int, _loss: torch.Tensor, ends: list[float] = ends) -> None:
+                if step % interval == 0 and step < config.train.steps:  # a row was written: the device has finished
+                    ends.append(time.perf_counter())
+
+            with (
+                tempfile.TemporaryDirectory(prefix="lmsys-saving-") as folder,
+                mock.patch.object(checkpoint.Saver, "save", _timed(checkpoint.Saver.save, holds[mode])),
+                mock.patch.object(checkpoint, "write", _timed(checkpoint.write, writes[mode])),
+                contextlib.redirect_stdout(None),
+            ):
+                training.train(with_train(config, **settings), **data, run_dir=Path(folder), on_step=on_step)
+            times[mode] += [(end - start) / interval * 1e3 for start, end in itertools.pairwise(ends)]
     return times, holds, writes
-
-
-def _time_a_run(
-    config: PipelineConfig,
-    mode: str,
-    interval: int,
-    folder: Path,
-    times: list[float],
-    holds: list[float],
-    writes: list[float],
-) -> None:
-    """Add the run's times in ms: of a step in each interval after the first, of each save, of each write."""
-    settings = {
-        "checkpointing_interval": 0 if mode == "none" else interval,
-        "async_checkpoints": mode == "asynchronous",
-    }
-    config = with_train(config, **settings)
-    vocabulary = config.model.vocab_size
-    tokens = np.random.default_rng(config.train.seed).integers(vocabulary, size=200_000).astype(np.uint16)
-    last: float | None = None
-
-    def on_step(step: int, _loss: torch.Tensor) -> None:
-        nonlocal last
-        if step % interval == 0 and step < config.train.steps:  # a row was written: the device has finished
-            now = time.perf_counter()
-            if last is not None:
-                times.append((now - last) / interval * 1e3)
-            last = now
-
-    with (
-        mock.patch.object(checkpoint.Saver, "save", _timed(checkpoint.Saver.save, holds)),
-        mock.patch.object(checkpoint, "write", _timed(checkpoint.write, writes)),
-        contextlib.redirect_stdout(None),
-    ):
-        training.train(
-            config,
-            train_tokens=tokens,
-            valid_tokens=tokens[: 4 * config.model.context_length],
-            run_dir=folder,
-            progress=False,
-            on_step=on_step,
-        )
-    shutil.rmtree(folder)
 
 
 def _timed(function: Callable[..., Any], times: list[float]) -> Callable[..., Any]:
