@@ -127,8 +127,7 @@ def step_times(function: Callable, case: sweeps.Case, p: Parameters) -> Row:
     median, p20, p80 = quantiles(times)
     batch, heads, length, head_dim = case.q.shape
     rate = cost.attention_flops(batch, heads, length, length, head_dim, True, _PASS) / median * 1e3
-    dtype = next(name for name, dtype in DTYPES.items() if dtype == case.q.dtype)
-    peak = peak_flops(device_name(case.device), dtype)
+    peak = peak_flops(device_name(case.device), next(name for name, dtype in DTYPES.items() if dtype == case.q.dtype))
     row = {"median_ms": median, "p20_ms": p20, "p80_ms": p80, "samples": len(times), "bare_ms": alone.median_ms}
     return row | {"tflops": rate / 1e12, "mfu": peak and rate / peak, "peak_mib": whole.peak_mib}
 

@@ -1,10 +1,9 @@
 """Measuring in several processes: points one after the other in a process group, results as they come.
 
 stream() starts a group for each number of processes and measures its points in it. What a point computes comes back
-through a
-file, so that a crash loses nothing: the point that was running becomes a row (oom or error, with the first error), and
-the points after it go on in a new group. A point that takes longer than its limit ends its process, which ends the
-group.
+through a file, so that a crash loses nothing: the point that was running becomes a row (oom or error, with the first
+error), and the points after it go on in a new group. A point that takes longer than its limit ends its process, which
+ends the group.
 """
 
 from __future__ import annotations
@@ -32,8 +31,7 @@ from lmsys.parallel.group import Process
 
 
 def process_counts(device: str, given: Sequence[int] | None) -> tuple[int, ...]:
-    """Numbers of processes to measure with: those given, else 1, 2, 4 and 8 as far as there are GPUs, and 1 and 2 on a
-    CPU.
+    """Numbers of processes to measure with: those given, else 1, 2, 4 and 8 up to the GPUs there are, 1 and 2 on a CPU.
 
     Raises:
         ValueError: not a positive number, more than there are GPUs, or a device that is not one for several processes.

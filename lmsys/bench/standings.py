@@ -7,6 +7,7 @@ attention_sweep_results.csv; no torch here.
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -21,16 +22,11 @@ def of_group(frame, group: str):
 
 
 def with_series(frame):
-    """A copy with the column `series`.
-
-    The kernel's name, with '(portable)' where that is not its default path there.
-    """
-    frame = frame.copy()
+    """A copy with the column `series`: the kernel's name, '(portable)' behind it where that is not its default path."""
     portable = frame.path == "portable" if "path" in frame else frame.kernel == ""
     key = [frame[name] for name in (*CASE, "pass", "kernel")]
     others = (~portable).groupby(key).transform("any")
-    frame["series"] = frame.kernel.where(~(portable & others), frame.kernel + " (portable)")
-    return frame
+    return frame.assign(series=frame.kernel.where(~(portable & others), frame.kernel + " (portable)"))
 
 
 def case_name(row: Any) -> str:
@@ -51,9 +47,7 @@ def ratios(frame, ours: str, peer: str, which: str):
     frame = with_series(frame[frame["pass"] == which])
     mine = frame[frame.series == ours]
     kernel = ours.removesuffix(" (portable)")
-    if (
-        kernel != ours and "path" in frame
-    ):  # the portable path stands under the kernel's own name where it is the default
+    if kernel != ours and "path" in frame:  # which stands under the kernel's own name where it is the default
         mine = frame[(frame.kernel == kernel) & (frame.path == "portable")]
     both = mine.merge(frame[frame.series == peer], on=CASE, suffixes=("", "_peer"))
     timed = (both.status == "ok") & (both.status_peer == "ok")
@@ -75,31 +69,18 @@ def standings(frame, ours: list[str], peers: list[str], groups=("throughput", "g
     import pandas as pd
 
     rows = []
-    for mine in ours:
-        for peer in peers:
-            for which in frame["pass"].unique():
-                points = ratios(frame, mine, peer, which)
-                points = points[points.tier.isin(groups) | (("tiers" in groups) & ~points.tier.isin(GROUPS))]
-                points = points[(points.q_len >= from_len) & (points.ratio.notna() | points.lost)]
-                timed = points[points.ratio.notna()]
-                if timed.empty:
-                    continue
-                geomean = math.exp(sum(map(math.log, timed.ratio)) / len(timed))
-                least, most = timed.loc[timed.ratio.idxmin()], timed.loc[timed.ratio.idxmax()]
-                within = abs(geomean - 1) < timed.noise.median()
-                rows.append(
-                    {
-                        "ours": mine,
-                        "peer": peer,
-                        "pass": which,
-                        "points": len(timed),
-                        "lost": int(points.lost.sum()),
-                        "geomean": geomean,
-                        "least": least.ratio,
-                        "least_at": case_name(least),
-                        "most": most.ratio,
-                        "most_at": case_name(most),
-                        "verdict": "within noise" if within else "ahead" if geomean > 1 else "behind",
-                    }
-                )
+    for mine, peer, which in itertools.product(ours, peers, frame["pass"].unique()):
+        points = ratios(frame, mine, peer, which)
+        points = points[points.tier.isin(groups) | (("tiers" in groups) & ~points.tier.isin(GROUPS))]
+        points = points[(points.q_len >= from_len) & (points.ratio.notna() | points.lost)]
+        timed = points[points.ratio.notna()]
+        if timed.empty:
+            continue
+        geomean = math.exp(sum(map(math.log, timed.ratio)) / len(timed))
+        row = {"ours": mine, "peer": peer, "pass": which, "points": len(timed), "lost": int(points.lost.sum())}
+        row["geomean"] = geomean
+        for name, index in (("least", timed.ratio.idxmin()), ("most", timed.ratio.idxmax())):
+            row |= {name: timed.ratio[index], f"{name}_at": case_name(timed.loc[index])}
+        within = abs(geomean - 1) < timed.noise.median()
+        rows.append(row | {"verdict": "within noise" if within else "ahead" if geomean > 1 else "behind"})
     return pd.DataFrame(rows)

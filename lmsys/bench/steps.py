@@ -389,11 +389,7 @@ def step_point(config: PipelineConfig, size: str, *, gpus: int, processes: int, 
 
 
 def wrapped(name: str) -> dict[str, Any]:
-    """The settings of train that a wrapper's name in results stands for, such as flashddp+zero1.
-
-    Raises:
-        ValueError: unknown, not for several processes, or sharded already.
-    """
+    """The settings of train that a wrapper's name in results stands for, such as flashddp+zero1; ValueError for others."""
     plain, sharded = name.removesuffix(parallel.ZERO1), name.endswith(parallel.ZERO1)
     known = [each for each, wrapper in parallel.WRAPPERS.items() if wrapper.many_processes]
     if plain not in known:
