@@ -9,19 +9,15 @@ Naive, Flat, Overlap and FlashDDP are ours; TorchDDP is the peer. Source: Li et 
 - Among GPUs of one machine their copy engines can carry the bytes (lmsys.parallel.copy_engine).
 - Whether any rank used a parameter travels with the last bucket; only a rank that left one unused waits to read it.
 
-Parameters and buffers are broadcast from rank 0 at the start, after checking that all ranks have
-the same ones. finish_gradient_synchronization(), called after backward and before clipping or the optimizer step,
-leaves every rank with the mean over ranks in .grad; a rank that did not use a parameter counts as zero; where no rank
-used it, .grad is None, as with one process. All but the last backward pass of a step run under no_sync(), whose
-gradients add up locally. Ranks weigh alike, so their batches must have one shape: a rank whose batch differs in shape
-from the first one's raises ValueError before its forward pass, at no cost in communication; where all ranks change
+In .grad a rank that did not use a parameter counts as zero; where no rank used it, .grad is None, as with one process.
+All but the last backward pass of a step run under no_sync(). Ranks weigh alike, so their batches must have one shape: a
+rank whose batch differs in shape from the first one's raises ValueError before its forward pass; where all ranks change
 shape together, say check_batches=False.
 
 Compile by block (block.compile()): a hook then runs as each block's backward ends. A module compiled whole delivers all
 gradients at the end of backward, right but with nothing to overlap.
 
-Limits: all processes, each with one device; dense gradients; buffers are not synchronized after the start;
-requires_grad is read once.
+Limits: one device a process; dense gradients; buffers are not synchronized after the start; requires_grad is read once.
 """
 
 from __future__ import annotations
@@ -154,9 +150,9 @@ class DataParallel(nn.Module):
 
     @torch.no_grad()
     def finish_gradient_synchronization(self) -> None:
-        """Leave the mean over ranks in every .grad. Once a step, in every rank; does not wait for the GPU.
+        """Leave the mean over ranks in every .grad. Once a step, in every rank, after backward and before clipping.
 
-        The exception: a rank that left a parameter unused waits, to learn whether the others did.
+        Only a rank that left a parameter unused waits for the GPU, to learn whether the others did.
         """
         if not self._batch_agreed:
             shape = None if self._batch_shape is None else tuple(self._batch_shape)
@@ -190,16 +186,10 @@ class DataParallel(nn.Module):
 
 
 def make_replicas(module: nn.Module) -> None:
-    """Give the module rank 0's parameters and buffers.
-
-    Raises:
-        ValueError: in every process, if one has a module of other names, shapes, dtypes or frozen parameters.
-    """
-    lines = [
-        f"{name} {tuple(p.shape)} {p.dtype}{'' if p.requires_grad else ' frozen'}"
-        for name, p in module.named_parameters()
-    ]
-    lines += [f"buffer {name} {tuple(b.shape)} {b.dtype}" for name, b in module.named_buffers()]
+    """Give the module rank 0's parameters and buffers. ValueError, in every process, if one's module is another."""
+    lines = [f"buffer {name} {tuple(buffer.shape)} {buffer.dtype}" for name, buffer in module.named_buffers()]
+    for name, parameter in module.named_parameters():
+        lines.append(f"{name} {tuple(parameter.shape)} {parameter.dtype}{' frozen' * (not parameter.requires_grad)}")
     check_same_everywhere("\n".join(lines), "the model")
     broadcast_from_rank0([*module.parameters(), *module.buffers()])
 
@@ -227,8 +217,6 @@ class Flat(DataParallel):
 class _Bucket:
     """Parameters of one dtype whose gradients travel together."""
 
-    __slots__ = ("missing", "parameters", "sent", "views", "work")
-
     def __init__(self, parameters: list[nn.Parameter]):
         self.parameters = parameters
         self.reset()
@@ -244,18 +232,14 @@ class FlashDDP(DataParallel):
     """Buckets of gradients, averaged while backward goes on.
 
     The first step reduces after backward, and only records the order in which gradients arrive; rank 0's order then
-    fills the buckets of all ranks. From the second on, a hook counts each gradient into its bucket, and a full bucket
-    leaves at once, after those before it: all ranks must start collectives in one order, so a bucket that waits for a
-    parameter unused on this rank holds back those after it until finish_gradient_synchronization().
-
-    The collective waits for what was enqueued on the stream of backward, runs on NCCL's own stream, and finish makes
-    the current stream, not the host, wait for it. Until then the bucket holds the tensors; after it, the stream orders
-    the reuse of their memory.
+    fills the buckets of all ranks. From the second on, a full bucket leaves at once, after those before it: all ranks
+    must start collectives in one order, so a bucket that waits for a parameter unused on this rank holds back those
+    after it until finish_gradient_synchronization(), which makes the current stream, not the host, wait for all.
 
     Args:
         bucket_size_mb: in 10^6 bytes of gradients as they travel: a bucket is full once it holds that many; 0: a
             bucket a parameter; None: BUCKET_MB of the transport.
-        layout: "grouped" or "flat", see the module.
+        layout: "grouped" or "flat", see above.
         transport: "nccl" (on a CPU, Gloo); "copy_engine", for GPUs of one machine; or "auto": copy engines where they
             can be had and no option of NCCL is given.
         communication_dtype: gradients travel in it (bf16: half the bytes, 8 bits before the sum); None: their own.
@@ -314,7 +298,7 @@ class FlashDDP(DataParallel):
 
     @property
     def buckets(self) -> list[list[nn.Parameter]]:
-        """The parameters of each bucket, in the order in which buckets leave; empty before the first step's end."""
+        """The parameters of each bucket, in the order in which they leave; empty before the first step's end."""
         return [list(bucket.parameters) for bucket in self._buckets]
 
     def _gradient_arrived(self, index: int) -> None:
@@ -370,9 +354,7 @@ class FlashDDP(DataParallel):
 
     def _make_buckets(self) -> None:
         """Cut rank 0's order of arrival into buckets. What did not arrive there comes last, later registered first."""
-        arrived = set(self._arrivals)
-        order = self._arrivals + [index for index in reversed(range(len(self.trained))) if index not in arrived]
-        order = gather_objects(order)[0]
+        order = gather_objects(list(dict.fromkeys([*self._arrivals, *reversed(range(len(self.trained)))])))[0]
         parts: list[list[int]] = []
         filling: dict[torch.dtype, tuple[list[int], int]] = {}  # the bucket that a dtype fills, and its bytes
         for index in order:

@@ -54,7 +54,7 @@ from lmsys.parallel.group import broadcast_from_rank0, check_initialized, check_
 from lmsys.parallel.shards import MeanInFlight
 
 _graph_task = torch._C._current_graph_task_id  # which backward pass this thread is in; -1 for none
-# Vector-only modules of torch that do not take an input of another dtype than their weights' on every device.
+# Of torch, with weights that keep their dtype: they compute in that and return the dtype of their input.
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -154,7 +154,6 @@ class FullyShardedModule(ShardedState):
         broadcast_from_rank0([*(p.data for p in self._replicated), *module.buffers()])
         self.compute_dtype, self.prefetch = compute_dtype, prefetch
         for part in module.modules() if compute_dtype is not None else ():
-            # torch's norms, whose weights keep their dtype, compute in that and return the dtype of their input.
             parameter = next(part.parameters(recurse=False), None)
             if isinstance(part, _NORMS) and parameter is not None and parameter.dtype != compute_dtype:
                 part.forward = functools.partial(_in_own_dtype, part.forward, parameter.dtype)
