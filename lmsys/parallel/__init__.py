@@ -96,7 +96,6 @@ WRAPPERS: dict[str, Wrapper] = {
 
 
 def get_wrapper(name: str) -> Wrapper:
-    """The entry of a name, or ValueError."""
     if name not in WRAPPERS:
         raise unknown_name("ddp_wrapper", name, WRAPPERS)
     return WRAPPERS[name]
@@ -111,7 +110,6 @@ def drawn_as(name: str) -> Wrapper:
 
 
 def takers(option: str) -> list[str]:
-    """The wrappers that take an option."""
     return [name for name, wrapper in WRAPPERS.items() if option in wrapper.options]
 
 

@@ -251,7 +251,6 @@ def everywhere(device: torch.device) -> bool:
 
 
 def _machine() -> str:
-    """What only processes of one machine have in common."""
     return Path("/proc/sys/kernel/random/boot_id").read_text()
 
 
@@ -260,8 +259,6 @@ def _round_up(number: int, unit: int) -> int:
 
 
 class _Ended(NamedTuple):
-    """Events after which some queues' work is done."""
-
     events: list[torch.cuda.Event]
 
     def wait(self) -> None:

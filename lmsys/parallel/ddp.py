@@ -111,7 +111,6 @@ class DataParallel(nn.Module):
         return devices.pop()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's."""
         if self._check_batches and torch.is_grad_enabled():
             shapes = (value.shape for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
             shape = next(shapes, self._batch_shape)
@@ -134,7 +133,6 @@ class DataParallel(nn.Module):
             self._synchronizes = before
 
     def _on_gradient(self, index: int, parameter: nn.Parameter) -> None:
-        """The hook: runs when backward has added to parameter.grad."""
         if not self._synchronizes:
             return
         if self._arrived[index]:
@@ -421,7 +419,6 @@ class TorchDDP(nn.parallel.DistributedDataParallel):
 
 
 def _dense(parameter: nn.Parameter) -> Tensor:
-    """The gradient, contiguous, as collectives need it."""
     if not parameter.grad.is_contiguous():
         parameter.grad = parameter.grad.contiguous()
     return parameter.grad

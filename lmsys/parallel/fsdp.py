@@ -187,7 +187,6 @@ class FullyShardedModule(ShardedState):
         self._reduced: set[Flat] = set()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's."""
         if self._is_whole:
             return self.module(*args, **kwargs)
         if self.compute_dtype is not None:
@@ -396,7 +395,6 @@ class TorchFSDP2(nn.Module):
         self.module = fully_shard(module, mesh=mesh, mp_policy=policy)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's."""
         return self.module(*args, **kwargs)
 
     @contextmanager
@@ -419,7 +417,6 @@ class TorchFSDP2(nn.Module):
         return norm
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """With the module's names."""
         return self.module.named_parameters(*args, **kwargs)
 
     def full_state_dict(self) -> dict[str, Tensor]:
@@ -450,7 +447,6 @@ torch_fsdp2 = TorchFSDP2
 
 
 def _whole(value: Any) -> Any:
-    """A DTensor as a whole tensor; tensors on the CPU."""
     if hasattr(value, "full_tensor"):
         value = value.full_tensor()
     return value.cpu().clone() if isinstance(value, Tensor) else value

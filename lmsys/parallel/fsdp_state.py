@@ -114,13 +114,11 @@ class ShardedState(nn.Module):
             yield f"{prefix}.{name}" if prefix else name, parameter
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """See shards.clip_gradients."""
         sharded = [piece.tensor for piece in self._sharded]
         gradients = [[leaf.grad for leaf in leaves if leaf.grad is not None] for leaves in (sharded, self._replicated)]
         return shards.clip_gradients(*gradients, max_norm, self._device)
 
     def free(self) -> None:
-        """Give all whole parameters' memory back."""
         for flat in self._flats:
             flat.free()
 
@@ -147,7 +145,6 @@ class ShardedState(nn.Module):
                 flat.point_to(flat.nothing)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Refused: no rank has the whole state."""
         raise RuntimeError("no rank holds the whole state: call full_state_dict() or save_sharded(folder) on all ranks")
 
     def _refuse_state_dict(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:

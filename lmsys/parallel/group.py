@@ -104,7 +104,6 @@ def process_group(device: str = "auto", timeout_s: float = TIMEOUT_S) -> Iterato
 
 
 def _from_environment(device: str) -> Process:
-    """The process that torchrun's variables describe."""
     if "RANK" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":
         return Process(0, 0, 1, 1, _device(device, 0, 1), "")
     needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -134,7 +133,6 @@ def _from_environment(device: str) -> Process:
 
 
 def _device(device: str, local_rank: int, local_world_size: int) -> torch.device:
-    """The device of a local rank."""
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(
             f"device '{device}' cannot be given to {local_world_size} process(es), each of which takes the GPU of its "
@@ -297,9 +295,7 @@ def spawn(
             process.join()
 
 
-class _Failure(NamedTuple):
-    """What a process sends in place of a result. The one to report is the least."""
-
+class _Failure(NamedTuple):  # in place of a result; the one to report is the least
     lost_peer: bool
     at: float  # time.monotonic(), which all processes of a machine share
     rank: int
@@ -344,7 +340,6 @@ def _collect(
 
 
 def _ended(rank: int, world_size: int, process: Any) -> _Failure:
-    """The failure of a process that ended without a word."""
     at, name = time.monotonic(), f"rank {rank} of {world_size}"
     process.join()
     if process.exitcode < 0:
@@ -409,7 +404,7 @@ def launch(
         ValueError: numbers that do not go together.
         RankError: the run failed; says the first error, or the last lines where none was recognized.
     """
-    if processes < 1 or nodes < 1 or not 0 <= node_rank < nodes:
+    if processes < 1 or not 0 <= node_rank < nodes:
         raise ValueError(f"{processes} processes on node {node_rank} of {nodes}: give 1 or more, ranks count from 0")
     if (nodes > 1) != (rendezvous is not None):
         raise ValueError(
@@ -462,7 +457,6 @@ def launch(
 
 
 def check_initialized(what: str) -> None:
-    """Raise ValueError unless there is a process group."""
     if not dist.is_initialized():
         raise ValueError(f"{what} needs a process group; start the program with torchrun and open process_group")
 

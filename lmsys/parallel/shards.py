@@ -44,7 +44,6 @@ reduce_scatter_tensor = getattr(dist, "reduce_scatter_single", None) or dist.red
 
 
 def align(elements: int) -> int:
-    """The next multiple of ALIGNMENT."""
     return -(-elements // ALIGNMENT) * ALIGNMENT
 
 
@@ -77,7 +76,6 @@ class FlatLayout:
             self.size = align(self.size + parameter.numel())
 
     def views(self, flat: Tensor) -> list[Tensor]:
-        """Views of a buffer, shaped like the parameters."""
         places = zip(self.offsets, self.shapes, strict=True)
         return [flat[offset : offset + shape.numel()].view(shape) for offset, shape in places]
 
@@ -282,7 +280,6 @@ def save_pieces(pieces: Iterable[Piece], shared: Mapping[str, Any], folder: str 
     save = gather_objects(secrets.token_hex(4))[0]
 
     def write() -> list[tuple[str, tuple[int, ...], dict[str, Any]]]:
-        """This rank's file; returns name, shape and place of its pieces."""
         file = folder / f"{save}-{rank:05d}.safetensors"
         folder.mkdir(parents=True, exist_ok=True)
         # each with a storage of its own, as the format needs
@@ -339,7 +336,6 @@ def load_pieces(wanted: Sequence[tuple[str, int, int]], folder: str | Path) -> l
 
 
 def _read_run(folder: Path, name: str, start: int, stop: int, places: Sequence[Mapping[str, Any]]) -> Tensor:
-    """Elements [start, stop) of a tensor, of the pieces that hold some."""
     if not places:
         raise ValueError(f"{folder} is damaged: it holds nothing of {name}")
     run = torch.empty(stop - start, dtype=getattr(torch, places[0]["dtype"]))
@@ -448,7 +444,6 @@ def cut_states(states: Mapping[int, State], pieces: Iterable[Piece]) -> list[Sta
 
 
 def save_states(states: States, shared: Mapping[str, Any], folder: str | Path) -> None:
-    """Write the states, each rank its own pieces. All ranks call it."""
     pieces, rest = _state_pieces(states)
     save_pieces(pieces, {"rest": rest, **shared}, folder)
 

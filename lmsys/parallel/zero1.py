@@ -99,7 +99,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
             )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group with its own options, as any optimizer does. All ranks call it."""
         (param_group,) = _unique([param_group])
         super().add_param_group(param_group)
         added = self.param_groups[-1]
@@ -172,7 +171,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients, those of this rank's part included."""
         super().zero_grad(set_to_none)
         for leaf in self._leaves():
             if not leaf.is_whole:
@@ -210,7 +208,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._exchange.close()
 
     def state_nbytes(self) -> int:
-        """Bytes of optimizer state on this rank."""
         return sum(value.nbytes for _, state in self._states() for value in state.values() if isinstance(value, Tensor))
 
     def _leaves(self) -> Iterator[_Leaf]:
@@ -218,7 +215,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
             yield from bucket.leaves
 
     def state_dict(self) -> dict[str, Any]:
-        """Refused: no rank has the whole state."""
         raise RuntimeError("no rank holds the whole state: call full_state_dict() or save_sharded(folder) on all ranks")
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -267,7 +263,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return list(zip(self._pieces(), states, strict=True))
 
     def _load(self, groups: list[dict[str, Any]], states: list[dict[str, Any]]) -> None:
-        """states: one for each of _leaves()."""
         given, own = ([len(group["params"]) for group in some] for some in (groups, self.param_groups))
         if given != own:
             raise ValueError(f"the state is of groups of {given} parameters and this optimizer's have {own}")
@@ -348,7 +343,6 @@ class _Bucket:
         self.inner = make({"params": tensors, **self.pushed}) if tensors else None
 
     def send(self) -> list[dist.Work]:
-        """Start to share what each rank updated."""
         if len(self.shares) == 1:
             return []
         if self.is_even:
@@ -474,7 +468,6 @@ def _unique(params: Iterable[Any]) -> list[dict[str, Any]]:
 
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter group without its parameters."""
     return {key: value for key, value in group.items() if key not in ("params", "param_names")}
 
 
