@@ -188,9 +188,8 @@ class TransformerLM(nn.Module):
     ) -> Tensor:
         """ids: (B, T) -> what the head reads, (B, T, d).
 
-        Args:
-            positions: (B, T) int of the tokens in their texts; 0 to T - 1 where not given.
-            attend: (layer, q, k, v, causal) -> y in place of the kernels, as a key-value cache has it.
+        positions: (B, T) int of the tokens in their texts; 0 to T - 1 where not given.
+        attend: (layer, q, k, v, causal) -> y in place of the kernels, as a key-value cache has it.
         """
         length = ids.shape[-1]
         if length > self.config.context_length:
@@ -224,10 +223,8 @@ class TransformerLM(nn.Module):
         if device.type == "cpu" and ids.numel():
             low, high = (int(extreme) for extreme in ids.aminmax())
             if low < 0 or high >= config.vocab_size:
-                raise ValueError(
-                    f"token id {low if low < 0 else high} is outside the model's vocabulary of {config.vocab_size}; "
-                    "use the tokenizer that the model was made for"
-                )
+                wrong, fix = low if low < 0 else high, "use the tokenizer that the model was made for"
+                raise ValueError(f"token id {wrong} is outside the model's vocabulary of {config.vocab_size}; {fix}")
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., d) -> (..., V)."""

@@ -257,11 +257,11 @@ def launched(how: str, processes: int, **options) -> list[str]:
 def test_two_torchrun_agents_on_one_machine_make_one_group():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        rendezvous = f"127.0.0.1:{free.getsockname()[1]}"
+        meet = ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free.getsockname()[1]}"]
     found = {}
 
     def node(rank):
-        found[rank] = launched("works", 1 + rank, nodes=2, node_rank=rank, rendezvous=rendezvous)
+        found[rank] = launched("works", 1 + rank, options=[*meet, f"--node_rank={rank}"])
 
     agents = [threading.Thread(target=node, args=(rank,)) for rank in range(2)]
     for agent in agents:
@@ -296,13 +296,6 @@ def test_a_run_that_cannot_start_shows_its_last_lines():
         RankError, match=r"torchrun ended with code 1; the last lines:(?s:.*)No module named no_such_module"
     ):
         launch([], 1, module="no_such_module", on_line=lambda line: None)
-
-
-def test_numbers_that_do_not_go_together_are_named():
-    with pytest.raises(ValueError, match="0 processes on node 0 of 1"):
-        launch([], 0)
-    with pytest.raises(ValueError, match=r"2 node\(s\) with rendezvous None: several nodes need the HOST:PORT"):
-        launch([], 1, nodes=2)
 
 
 if __name__ == "__main__":

@@ -106,9 +106,7 @@ class ShardedState(nn.Module):
         self._is_whole = False  # within gather_full_params
         module.register_state_dict_pre_hook(self._refuse_state_dict)
 
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
+    def named_parameters(self, prefix: str = "", *_: Any, **__: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """The module's names with this rank's pieces, and with the parameters themselves where they are replicated."""
         for name, parameter in self._named.items():
             yield f"{prefix}.{name}" if prefix else name, parameter

@@ -389,31 +389,19 @@ def launch(
     *,
     module: str = "lmsys",
     on_line: Callable[[str], None] = print,
-    nodes: int = 1,
-    node_rank: int = 0,
-    rendezvous: str | None = None,
+    options: Sequence[str] = ("--standalone",),
     environment: dict[str, str] | None = None,
 ) -> None:
     """Run `python -m MODULE ARGUMENTS` in so many processes of this node under torchrun, passing on what they print.
 
     Args:
         on_line: gets each line of stdout and stderr, without its end, as it comes.
-        nodes, node_rank, rendezvous: several nodes: call this on each, with the same HOST:PORT of the first.
+        options: torchrun's, which say where nodes meet; on several nodes call this on each.
         environment: variables beside those of this process.
     Raises:
-        ValueError: numbers that do not go together.
         RankError: the run failed; says the first error, or the last lines where none was recognized.
     """
-    if processes < 1 or not 0 <= node_rank < nodes:
-        raise ValueError(f"{processes} processes on node {node_rank} of {nodes}: give 1 or more, ranks count from 0")
-    if (nodes > 1) != (rendezvous is not None):
-        raise ValueError(
-            f"{nodes} node(s) with rendezvous {rendezvous}: several nodes need the HOST:PORT, one needs none"
-        )
-    where = ["--standalone"] if nodes == 1 else [f"--nnodes={nodes}", f"--node_rank={node_rank}"]
-    if nodes > 1:
-        where += ["--rdzv_backend=c10d", f"--rdzv_endpoint={rendezvous}"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", *where, f"--nproc_per_node={processes}"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *options, f"--nproc_per_node={processes}"]
     threads = max(1, torch.get_num_threads() // processes)  # torchrun's own choice is 1
     run = subprocess.Popen(
         [*torchrun, "-m", module, *arguments],
@@ -451,7 +439,7 @@ def launch(
         raise RankError(failure[0], int(failure[1]))
     if killed := _ROOT_CAUSE.search("\n".join(report)):
         rank, number = int(killed[1]), int(killed[2])
-        name = f"rank {rank} of {processes}" if nodes == 1 else f"rank {rank}"
+        name = f"rank {rank} of {processes}" if "--standalone" in options else f"rank {rank}"
         raise RankError(_killed(name, number), rank, number)
     raise RankError(f"torchrun ended with code {code}; the last lines:\n" + "\n".join(last))
 

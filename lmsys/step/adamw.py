@@ -90,10 +90,7 @@ def _squares_kernel(
 class FusedAdamW(AdamW):
     """AdamW as one Triton kernel a parameter group. Its state_dict() is AdamW's, and either loads the other's.
 
-    Args:
-        settings, named: AdamW's. path: triton, torch, or auto, which is triton on a GPU.
-    Raises:
-        ValueError: parameters that are not contiguous, in fp32, and, in a group, on one device.
+    settings, named: AdamW's. path: triton, torch, or auto, which is triton on a GPU.
     """
 
     def __init__(self, params: Iterable[Any], *settings: Any, path: str = "auto", **named: Any):
@@ -151,8 +148,8 @@ class _Buffers:
     def __init__(self, parameters: list[nn.Parameter], path: str):
         first = next(iter(parameters), torch.empty(0))
         for parameter in parameters:
-            here = parameter.device == first.device
-            if parameter.dtype != torch.float32 or not parameter.is_contiguous() or not here:
+            kind = parameter.dtype, parameter.device
+            if kind != (torch.float32, first.device) or not parameter.is_contiguous():
                 raise ValueError(
                     "FusedAdamW takes contiguous parameters in float32, a group on one device; one is "
                     f"{parameter.dtype}, with strides {parameter.stride()}, on {parameter.device}"
@@ -162,18 +159,12 @@ class _Buffers:
         *self.firsts, total = itertools.accumulate(blocks, initial=0)
         self.exp_avg = torch.zeros(total * _BLOCK, dtype=torch.float32, device=first.device)
         self.exp_avg_sq = torch.zeros_like(self.exp_avg)
-        self._places = tuple(
-            torch.tensor(values, dtype=dtype).to(first.device)
-            for values, dtype in (
-                ([parameter.numel() for parameter in parameters], torch.int64),
-                (self.firsts, torch.int32),
-                ([slot for slot, count in enumerate(blocks) for _ in range(count)], torch.int32),
-            )
-        )
+        lengths = torch.tensor([parameter.numel() for parameter in parameters], dtype=torch.int64)
+        slots = torch.tensor([slot for slot, count in enumerate(blocks) for _ in range(count)], dtype=torch.int32)
+        firsts = torch.tensor(self.firsts, dtype=torch.int32)
+        self._places = tuple(table.to(first.device) for table in (lengths, firsts, slots))
         self._addresses: list[list[int]] = []
-        self._aligned = False
         self._has_whole_vectors = all(parameter.numel() % 8 == 0 for parameter in parameters)
-        self._tables: Tensor | None = None
 
     def view(self, flat: Tensor, slot: int) -> Tensor:
         """A parameter's part of a buffer, in its shape."""

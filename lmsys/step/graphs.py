@@ -28,12 +28,9 @@ Replay = Callable[[], None]
 
 
 def on_own_stream(device: torch.device) -> None:
-    """Have this thread's later work go to a stream of its own, as capturing needs it. Before parameters get hooks.
-
-    A thread that has one keeps it: libraries hold a workspace for every stream that they have seen.
-    """
+    """Have this thread's later work go to a stream of its own, as capturing needs it. Before parameters get hooks."""
     if torch.cuda.current_stream(device) != torch.cuda.default_stream(device):
-        return
+        return  # libraries hold a workspace for every stream that they have seen
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     torch.cuda.set_stream(stream)
@@ -44,9 +41,7 @@ class GraphedPass:
 
     Args:
         function: of tensors on the GPU to one tensor, the loss; leaves gradients in .grad of the parameters, or adds to
-            those that are there, which a pass captured before has left. It has run a few times (WARMUP), on the same
-            stream.
-        parameters: that it may give gradients.
+            those that a pass captured before has left. It has run WARMUP times, on the same stream.
         pool: memory of passes that are replayed in the order in which they were captured; None: its own.
         capture: runs a function under capture and returns its result and the replay; None: CUDA's.
     """
@@ -67,22 +62,14 @@ class GraphedPass:
         self._replay: Replay | None = None
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """The loss. Of a replay it is overwritten by the next one.
-
-        Raises:
-            ValueError: inputs of another shape than the captured ones.
-            RuntimeError: the pass cannot be captured.
-        """
+        """The loss, which the next replay overwrites. RuntimeError: the pass cannot be captured."""
         if self._replay is None:
             self._inputs = [tensor.clone() for tensor in inputs]
             self._loss, self._replay = self._capture(lambda: self._function(*self._inputs), self._pool)
             self._gradients = [parameter.grad for parameter in self._parameters]
         for mine, given in zip(self._inputs, inputs, strict=True):
             if mine.shape != given.shape:
-                raise ValueError(
-                    f"a captured pass takes inputs of shape {tuple(mine.shape)}, not {tuple(given.shape)}; "
-                    "give batches of one shape"
-                )
+                raise ValueError(f"a captured pass takes inputs of shape {tuple(mine.shape)}, not {tuple(given.shape)}")
             mine.copy_(given, non_blocking=True)
         self._replay()
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):

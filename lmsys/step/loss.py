@@ -229,10 +229,8 @@ def _cross_entropy(
 def _check_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
     wrong = targets[((targets < 0) | (targets >= vocabulary)) & (targets != ignore_index)]
     if wrong.numel():
-        raise ValueError(
-            f"target {int(wrong[0])} is outside the vocabulary of {vocabulary}; use the tokenizer that the model was "
-            f"made for, or ignore_index, which is {ignore_index}"
-        )
+        fix = f"use the tokenizer that the model was made for, or ignore_index, which is {ignore_index}"
+        raise ValueError(f"target {int(wrong[0])} is outside the vocabulary of {vocabulary}; {fix}")
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -302,10 +300,8 @@ def linear_cross_entropy(
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None) -> None:
     if weight.ndim != 2 or hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden is {tuple(hidden.shape)} and weight {tuple(weight.shape)}; they must be (..., d_model) and "
-            "(vocabulary, d_model)"
-        )
+        shapes = f"hidden is {tuple(hidden.shape)} and weight {tuple(weight.shape)}"
+        raise ValueError(f"{shapes}; they must be (..., d_model) and (vocabulary, d_model)")
     if targets.shape != hidden.shape[:-1] or targets.dtype != torch.int64 or targets.numel() == 0:
         raise ValueError(
             f"targets are {tuple(targets.shape)} of {targets.dtype}; they must be {tuple(hidden.shape[:-1])} of "

@@ -48,6 +48,8 @@ def _rms_norm_kernel(
 
 def _launch_forward(x: Tensor, gain: Tensor, eps: float, added: Tensor | None) -> tuple[Tensor, Tensor]:
     count, d = x.shape
+    if d > _MOST:
+        raise ValueError(f"rows of {d} elements; the kernel takes {_MOST} at most: use path torch")
     y, padded = torch.empty_like(x), triton.next_power_of_2(d)
     total = x if added is None else torch.empty_like(x)
     rows, warps = max(1, _FORWARD_TILE // padded), _FORWARD_WARPS * min(4, max(1, padded // _FORWARD_TILE))
@@ -146,7 +148,7 @@ def norm_forward(
 
     path: triton, torch, or auto, which is triton on a GPU.
     """
-    if _path(path, x) == "triton":
+    if resolve_path(path, x) == "triton":
         return _launch_forward(x, gain, eps, added)
     total = x if added is None else x + added
     return total, rms_norm(total, gain, eps)
@@ -156,7 +158,7 @@ def norm_backward(
     dy: Tensor, x: Tensor, gain: Tensor, eps: float, residual: Tensor | None = None, path: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """The gradients of x, plus residual, in place of dy, and of gain. dy, x, residual: (N, d), contiguous."""
-    if _path(path, x) == "triton":
+    if resolve_path(path, x) == "triton":
         return dy, _launch_backward(dy, x, gain, eps, residual).to(gain.dtype)
     v, grad = (one.to(torch.promote_types(one.dtype, torch.float32)) for one in (x, dy))
     scale = torch.rsqrt(v.square().mean(-1, keepdim=True) + eps)
@@ -165,13 +167,6 @@ def norm_backward(
     grad = grad * gain
     dx = (grad - v * (grad * v).mean(-1, keepdim=True)) * scale
     return dy.copy_(dx if residual is None else dx + residual), dgain.to(gain.dtype)
-
-
-def _path(path: str, x: Tensor) -> str:
-    path = resolve_path(path, x)
-    if path == "triton" and x.shape[-1] > _MOST:
-        raise ValueError(f"rows of {x.shape[-1]} elements; the kernel takes {_MOST} at most: use path torch")
-    return path
 
 
 class Norm(torch.autograd.Function):

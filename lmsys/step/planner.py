@@ -55,7 +55,7 @@ H200 = Rates(product=782e12, attention_forward=659e12, attention_backward=523e12
 H200_BYTES = 139.8 * 2**30
 
 
-@dataclass(frozen=True)
+@dataclass
 class Shape:
     """A model's step on one of `gpus` devices: batch sequences of `length` tokens, fp32 or bf16. All sizes in bytes."""
 
@@ -66,37 +66,22 @@ class Shape:
     dtype: str
 
     def __post_init__(self) -> None:
+        config = self.config
         if self.dtype not in _ITEMSIZE:
             raise unknown_name("dtype", self.dtype, _ITEMSIZE)
-        require(not self.config.tie_embeddings, "a plan is for untied embeddings; set model.tie_embeddings to false")
-
-    @property
-    def itemsize(self) -> int:
-        return _ITEMSIZE[self.dtype]
-
-    @property
-    def tokens(self) -> int:
-        return self.batch * self.length
-
-    @property
-    def residual(self) -> int:
-        """Of the residual, (N, d), which every block's input is."""
-        return self.itemsize * self.tokens * self.config.d_model
-
-    @property
-    def wide(self) -> int:
-        """Of a feed-forward activation, (N, f)."""
-        return self.itemsize * self.tokens * self.config.d_ff
-
-    @property
-    def block_parameters(self) -> int:
-        """Elements of a block's matrices."""
-        return 4 * self.config.d_model**2 + 3 * self.config.d_model * self.config.d_ff
-
-    @property
-    def head_parameters(self) -> int:
-        """Elements of the head, and of the embedding."""
-        return self.config.vocab_size * self.config.d_model
+        require(not config.tie_embeddings, "a plan is for untied embeddings; set model.tie_embeddings to false")
+        self.itemsize = _ITEMSIZE[self.dtype]
+        self.tokens = self.batch * self.length
+        self.residual = self.itemsize * self.tokens * config.d_model  # (N, d), which every block's input is
+        self.wide = self.itemsize * self.tokens * config.d_ff  # a feed-forward activation, (N, f)
+        self.block_parameters = 4 * config.d_model**2 + 3 * config.d_model * config.d_ff  # elements, of matrices
+        self.head_parameters = config.vocab_size * config.d_model  # elements, and those of the embedding
+        gains = (2 * config.num_layers + 1) * config.d_model
+        # fp32 shards of the matrices and the gains whole, and two moments of each
+        self.state = 3 * 4.0 * ((cost.model_parameters(config) - gains) / self.gpus + gains)
+        self.tables = 4 * config.context_length * config.head_dim  # of the rotation, (T, D/2) cos and sin in fp32
+        self.gathered_block = self.itemsize * self.block_parameters
+        self.rest = 2 * self.itemsize * self.head_parameters  # embedding and head, gathered
 
     def kind_bytes(self, kind: str) -> int:
         """What keeping a kind takes in one block."""
@@ -121,26 +106,6 @@ class Shape:
     def _attention(self, which: str) -> float:
         heads, head_dim = self.config.num_heads, self.config.head_dim
         return cost.attention_flops(self.batch, heads, self.length, self.length, head_dim, True, which)
-
-    @property
-    def state(self) -> float:
-        """fp32 shards of the matrices and the gains whole, and two moments of each."""
-        gains = (2 * self.config.num_layers + 1) * self.config.d_model
-        return 3 * 4.0 * ((cost.model_parameters(self.config) - gains) / self.gpus + gains)
-
-    @property
-    def tables(self) -> int:
-        """Of the rotation's angles, (T, D/2) cos and sin in fp32."""
-        return 4 * self.config.context_length * self.config.head_dim
-
-    @property
-    def gathered_block(self) -> int:
-        return self.itemsize * self.block_parameters
-
-    @property
-    def rest(self) -> int:
-        """Embedding and head, gathered."""
-        return 2 * self.itemsize * self.head_parameters
 
     def forward_peak(self, keep: frozenset[str]) -> float:
         """What a block's forward pass, stage by stage, takes beyond its input, what it keeps and its output."""
