@@ -302,7 +302,7 @@ def test_a_gpus_trace_tells_nccl_from_the_rest():
         Event("adam", 8000, 9000, id=4),
         Event("aten::mm", 0, 9000, gpu=False, id=2),
     ]
-    rows = traces._rows(traces._intervals(events, torch.device("cuda")))
+    rows = traces.lane_rows(events, gpu=True)
     found = {(row["lane"], row["name"], row["start_ms"], row["duration_ms"]) for row in rows}
     assert {("phase", "forward", 0.0, 2.0), ("phase", "backward", 2.1, 2.9), ("phase", "optimizer", 7.0, 1.0)} <= found
     assert ("communication", "NCCL", 4.0, 3.0) in found and sum(row["lane"] == "phase" for row in rows) == 3

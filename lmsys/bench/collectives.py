@@ -110,14 +110,9 @@ def _collective(process: Process, name: str, size_mib: float) -> tuple[Callable[
 
 def _batches(process: Process, call: Callable[[], Any], batches: int, calls: int) -> list[float]:
     """Milliseconds a call in each batch of so many, the largest over the ranks."""
-    clock = processes.Clock(process.device)
     dist.barrier()
-    clock.tick()
-    for _ in range(batches):
-        for _ in range(calls):
-            call()
-        clock.tick()
-    return [time_ms / calls for time_ms in processes.largest(process, clock.times_ms())]
+    times = processes.clocked_ms(process.device, lambda: [call() for _ in range(calls)], batches)
+    return [time_ms / calls for time_ms in processes.largest(process, times)]
 
 
 def _method(p: Parameters) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from lmsys.bench import allocations, experiment
 from lmsys.bench.allocations import Recording, Timeline
 from lmsys.bench.experiment import Experiment, Measured, Notebook, Parameters, Point, Row
 from lmsys.bench.measure import one_thread, quantiles, release
-from lmsys.bench.processes import Clock
+from lmsys.bench.processes import clocked_ms
 from lmsys.bench.repeated import RepeatedStep, at_hand
 from lmsys.config import DTYPES, MODEL_SIZES, ModelConfig, model_size, require, unknown_name, with_train
 from lmsys.device import device_name, fp32_products, resolve_device
@@ -147,16 +147,6 @@ class Subject(RepeatedStep):
         work()
         torch.cuda.synchronize(self.device)
         return torch.cuda.max_memory_allocated(self.device)
-
-    def times_ms(self, work: Callable[[], Any], steps: int) -> list[float]:
-        """Milliseconds of each of so many calls, after one that is not counted."""
-        work()
-        clock = Clock(self.device)
-        clock.tick()
-        for _ in range(steps):
-            work()
-            clock.tick()
-        return clock.times_ms()
 
 
 def subject_of(p: Parameters) -> Subject:
@@ -388,7 +378,8 @@ def measure_checkpointing(point: Point, p: Parameters) -> Row:
     try:
         with subject.set(point["dtype"], cached=strategy.endswith(_CACHED)):
             timeline = subject.timeline("full_step", length)
-            times = subject.times_ms(lambda: losses.append(subject.step("full_step", batch)), p.steps)
+            # The first is not counted.
+            times = clocked_ms(subject.device, lambda: losses.append(subject.step("full_step", batch)), p.steps + 1)[1:]
             forward = None
             if strategy == "none":
 
@@ -396,7 +387,7 @@ def measure_checkpointing(point: Point, p: Parameters) -> Row:
                     with autocast(subject.device, point["dtype"]):
                         model(batch[0])
 
-                forward = quantiles(subject.times_ms(keep_graph, p.steps))[0]
+                forward = quantiles(clocked_ms(subject.device, keep_graph, p.steps + 1)[1:])[0]
     finally:
         model.checkpoint_blocks(None)
     median, p20, p80 = quantiles(times)

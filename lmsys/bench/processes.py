@@ -185,6 +185,16 @@ class Clock:
         return [(b - a) * 1e3 for a, b in pairs]
 
 
+def clocked_ms(device: torch.device, work: Callable[[], Any], count: int) -> list[float]:
+    """Milliseconds of each of so many calls, one after the other."""
+    clock = Clock(device)
+    clock.tick()
+    for _ in range(count):
+        work()
+        clock.tick()
+    return clock.times_ms()
+
+
 def largest(process: Process, values: Sequence[float]) -> list[float]:
     """Each value's maximum over the processes of the group."""
     if process.world_size == 1 or not values:

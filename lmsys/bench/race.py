@@ -7,13 +7,7 @@ reads the same sequences. All compute in the same precision. Time is that of tra
 metrics, which leaves evaluations out; the first row's steps, which compile, count at the pace of the second's. An arm
 ends with the schedule, or at its limit of such time, whichever is first.
 
-At full scale: nanoGPT's 124M shape, 116 million parameters here, on stories of lmsys.data.stories, 3,000 steps of 32 x
-1,024 tokens. These 98 million tokens are drawn from 400 MB, 103 million tokens, so that a text is seen once on average
-and none can be learned by heart; 600,000 tokens/s read them within three minutes. All words of the stories are single
-tokens from a vocabulary of 3,000 on, so it is 2,048; a text of your own can take a larger one. Stories are generated in
-parts, by as many processes as there are cores: with tokenizer and token files two cores took 0.18 s a MB (measured at
-48 MB), and later runs find all in the run folder. Evaluations every 50 steps read three steps' tokens, forward only: 2%
-of the time.
+The texts and the sizes of a scale are explained in configs/race.toml.
 
 Limits: one seed; learning rates are usual ones, not tuned; a limit is looked at where a row is written. The stories
 come from a grammar: their loss is lower than that of real text, and flat sooner.
@@ -86,10 +80,9 @@ def processes(p: Parameters, arm: str) -> int:
 
 def lacking(p: Parameters, arm: str) -> str | None:
     """Why this machine cannot run an arm, or None."""
-    device = resolve_device(p.device)
-    count = torch.cuda.device_count() if device.type == "cuda" else None
-    needed = processes(p, arm)
-    return None if count is None or needed <= count else f"needs {needed} GPUs; this machine has {count}"
+    count, needed = torch.cuda.device_count(), processes(p, arm)
+    enough = resolve_device(p.device).type != "cuda" or needed <= count
+    return None if enough else f"needs {needed} GPUs; this machine has {count}"
 
 
 def pipeline_config(p: Parameters, arm: str) -> PipelineConfig:
@@ -119,7 +112,10 @@ def pipeline_config(p: Parameters, arm: str) -> PipelineConfig:
 # --- Data -----------------------------------------------------------------------------------------
 
 
-def prepare(p: Parameters, *, progress: bool = True) -> tuple[tuple[Path, Path], dict[str, Any]]:
+TokenFiles = tuple[Path, Path]
+
+
+def prepare(p: Parameters, *, progress: bool = True) -> tuple[TokenFiles, dict[str, Any]]:
     """Text, tokenizer and token files in the run folder: (training, validation) files, and what they are."""
     started = time.perf_counter()
     run_dir = records.writable_dir(records.output_path(p.run_dir))
@@ -167,8 +163,6 @@ def _write_part(state: tuple[Path, float, int], index: int) -> Path:
 
 # --- An arm ---------------------------------------------------------------------------------------
 
-TokenFiles = tuple[Path, Path]
-
 
 class LimitReached(Exception):
     """The arm has trained for as long as it may."""
@@ -178,22 +172,19 @@ class _Rows:
     """Takes the trainer's rows as its logger does, and passes them on with the seconds of training until then."""
 
     def __init__(self, on_row: Callable[[Row], None]):
-        self.on_row = on_row
-        self.seconds = 0.0
-        self._tokens = 0
+        self.on_row, self.seconds, self._tokens = on_row, 0.0, 0
         self._first: Row | None = None  # waits for the pace of the second
 
     def log(self, values: Row, step: int) -> None:
-        window_s = (values["tokens"] - self._tokens) / values["tokens_per_s"]
-        if self._tokens == 0:
-            self._tokens, self._first = values["tokens"], dict(values)
+        before, self._tokens = self._tokens, values["tokens"]
+        if before == 0:
+            self._first = dict(values)
             return
         if self._first is not None:
-            self.seconds = self._first["tokens"] / values["tokens_per_s"]
+            self.seconds = before / values["tokens_per_s"]
             self.on_row(self._first | {"seconds": self.seconds, "tokens_per_s": None, "mfu": None})
             self._first = None
-        self._tokens = values["tokens"]
-        self.seconds += window_s
+        self.seconds += (self._tokens - before) / values["tokens_per_s"]
         self.on_row(values | {"seconds": self.seconds})
 
     def close(self) -> None:
@@ -243,8 +234,9 @@ def points(p: Parameters) -> list[Point]:
         point = {"arm": arm, "gpus": processes(p, arm), "planned_steps": p.steps, "dtype": p.dtype}
         point |= {"kernel": config.train.attention_kernel, "local_batch": config.train.batch_size}
         point["parameters"] = cost.model_parameters(config.model)
-        reason = lacking(p, arm)
-        found.append(point | ({} if reason is None else {"status": "unsupported", "note": reason}))
+        if reason := lacking(p, arm):
+            point |= {"status": "unsupported", "note": reason}
+        found.append(point)
     return found
 
 

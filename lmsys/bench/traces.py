@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -149,7 +149,13 @@ def attribute(events: Iterable[Any], gpu: bool) -> Trace:
     if "loss" in phases:  # is within the forward pass, and counted by itself
         phases["forward"].end = phases["loss"].start
     origin = min(op.start for op in phases.values())
-    made = _forward_ops(ops, phases)
+    forward_spans = [phases[name] for name in ("forward", "loss") if name in phases]
+    made = {  # sequence number -> the last operator of the forward pass and the loss that started with it
+        op.sequence: op
+        for op in sorted(ops, key=lambda op: op.start)
+        if op.sequence >= 0
+        and any(span.thread == op.thread and span.start <= op.start < span.end for span in forward_spans)
+    }
 
     def kernel(name: str, op: _Op, start: int, duration: int) -> Kernel:
         part, layer = _place(op, made)
@@ -187,16 +193,6 @@ def _nest(ops: list[_Op]) -> None:
         stack.append(op)
 
 
-def _forward_ops(ops: Sequence[_Op], phases: dict[str, _Op]) -> dict[int, _Op]:
-    """Sequence number -> the last operator of the forward pass and the loss that started with it."""
-    spans = [phases[name] for name in ("forward", "loss") if name in phases]
-    made: dict[int, _Op] = {}
-    for op in sorted(ops, key=lambda op: op.start):
-        if op.sequence >= 0 and any(span.thread == op.thread and span.start <= op.start < span.end for span in spans):
-            made[op.sequence] = op
-    return made
-
-
 def _place(op: _Op, made: dict[int, _Op]) -> tuple[str, int | None]:
     """The part of the model that an operator belongs to, and its layer."""
     for ancestor in op.ancestors():
@@ -230,17 +226,7 @@ def lanes(step: Callable[[], Any], device: torch.device) -> list[dict[str, Any]]
     """
     with profiled(device) as profile:
         step()
-    return _rows(_intervals(profile.events(), device))
-
-
-def _intervals(events: Sequence[Any], device: torch.device) -> dict[tuple[str, str], list[tuple[float, float]]]:
-    """(lane, name) -> intervals in ms."""
-    gpu = device.type == "cuda"
-    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for event in events:
-        if _on_gpu(event) == gpu and (key := _lane(event, gpu)):
-            found.setdefault(key, []).append(_span(event))
-    return found | (_gpu_phases(events) if gpu else {})
+    return lane_rows(profile.events(), gpu=device.type == "cuda")
 
 
 def _lane(event: Any, gpu: bool) -> tuple[str, str] | None:
@@ -259,41 +245,40 @@ def _lane(event: Any, gpu: bool) -> tuple[str, str] | None:
     return ("compute", "operators") if name.startswith("aten::") else None
 
 
-def _gpu_phases(events: Sequence[Any]) -> dict[tuple[str, str], list[tuple[float, float]]]:
-    """The phases on the GPU: from the first to the last computing kernel that was launched during each on the host.
+def lane_rows(events: Iterable[Any], gpu: bool) -> list[dict[str, Any]]:
+    """The intervals of each lane, joined and in order.
 
-    It is the time of the launch that counts, whichever thread made it. An annotation's shadow on the GPU covers less:
-    not what autograd launches from threads of its own, nor what is launched in an annotation within it, as PyTorch's
+    The phases on a GPU are from the first to the last computing kernel that was launched during each on the host. It is
+    the time of the launch that counts, whichever thread made it. An annotation's shadow on the GPU covers less: not
+    what autograd launches from threads of its own, nor what is launched in an annotation within it, as PyTorch's
     optimizers and wrappers have.
     """
-    launched_at = {e.id: e.time_range.start for e in events if not _on_gpu(e) and _LAUNCH.match(e.name)}
-    kernels = [e for e in events if _on_gpu(e) and e.id in launched_at and _lane(e, True) == ("compute", "kernels")]
+    host, device = [], []
+    for event in events:
+        (device if event.device_type == torch.autograd.DeviceType.CUDA else host).append(event)
+    launched_at = {event.id: event.time_range.start for event in host if _LAUNCH.match(event.name)}
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for phase in [e for e in events if not _on_gpu(e) and e.name.startswith(_PREFIX)]:
-        begin, end = phase.time_range.start, phase.time_range.end
-        if spans := [_span(kernel) for kernel in kernels if begin <= launched_at[kernel.id] < end]:
-            span = min(start for start, _ in spans), max(end for _, end in spans)
-            found.setdefault(("phase", phase.name.removeprefix(_PREFIX)), []).append(span)
-    return found
-
-
-def _on_gpu(event: Any) -> bool:
-    return event.device_type == torch.autograd.DeviceType.CUDA
-
-
-def _span(event: Any) -> tuple[float, float]:
-    return event.time_range.start / 1e3, event.time_range.end / 1e3
-
-
-def _rows(found: dict[tuple[str, str], list[tuple[float, float]]]) -> list[dict[str, Any]]:
-    """The intervals of each lane, joined and in order."""
+    launched: list[tuple[float, float, float]] = []  # of computing kernels: launch, start, end
+    for event in device if gpu else host:
+        if key := _lane(event, gpu):
+            span = event.time_range.start / 1e3, event.time_range.end / 1e3
+            found.setdefault(key, []).append(span)
+            if key == ("compute", "kernels") and event.id in launched_at:
+                launched.append((launched_at[event.id], *span))
+    for event in host if gpu else ():
+        if event.name.startswith(_PREFIX):
+            begin, end = event.time_range.start, event.time_range.end
+            if inside := [kernel for kernel in launched if begin <= kernel[0] < end]:
+                span = min(start for _, start, _ in inside), max(end for *_, end in inside)
+                found.setdefault(("phase", event.name.removeprefix(_PREFIX)), []).append(span)
     first = found.get(("phase", "forward")) or [span for spans in found.values() for span in spans]
     origin = min((start for start, _ in first), default=0.0)
-    rows = []
-    for (lane, name), spans in found.items():
-        for start, end in union(spans, _GAP_MS if lane != "phase" else 0.0):
-            if end > origin:
-                rows.append({"lane": lane, "name": name, "start_ms": start - origin, "duration_ms": end - start})
+    rows = [
+        {"lane": lane, "name": name, "start_ms": start - origin, "duration_ms": end - start}
+        for (lane, name), spans in found.items()
+        for start, end in union(spans, _GAP_MS if lane != "phase" else 0.0)
+        if end > origin
+    ]
     return sorted(rows, key=lambda row: row["start_ms"])
 
 
