@@ -293,7 +293,7 @@ def run(
         stamp["kept"] = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     journal = Journal(folder / f"{experiment.name}.partial.jsonl", stamp)
     groups = _grouped(points, experiment.group)
-    missing = [group for group in groups if not all(journal.has(point) for point in group)]
+    missing = [group for group in groups if not all(_key(point) in journal.entries for point in group)]
     say(_announcement(experiment.name, path, points, groups, missing))
     progress = _Progress(len(points), sum(map(len, missing)), points, say)
     with journal, measuring.settled():
@@ -306,7 +306,7 @@ def run(
                 rows = [row | more for row in rows for more in _as_measured(experiment.derive(row, siblings)).rows]
             journal.add(point, rows, measured.tables)
             progress.tell(rows[-1] if rows else point)
-    entries = [journal.entry(point) for point in points]
+    entries = [journal.entries[_key(point)] for point in points]
     if journal.resumed:
         stamp["went_on_from"] = journal.resumed
     rows = [*kept, *(row for entry in entries for row in entry["rows"])]
@@ -344,7 +344,8 @@ def _measure_all(
     from lmsys.bench import measure as measuring
 
     for group in groups:
-        journal.forget(group)
+        for point in group:  # of a group that is not whole: it is measured again, whole
+            journal.entries.pop(_key(point), None)
         yield from ((point, Measured([{}])) for point in group if "status" in point)
     groups = [[point for point in group if "status" not in point] for group in groups]
     if experiment.processes is not None:
@@ -439,17 +440,6 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
-
-    def has(self, point: Point) -> bool:
-        return _key(point) in self.entries
-
-    def entry(self, point: Point) -> dict[str, Any]:
-        return self.entries[_key(point)]
-
-    def forget(self, points: Iterable[Point]) -> None:
-        """A group that is not whole is measured again, whole."""
-        for point in points:
-            self.entries.pop(_key(point), None)
 
     def add(self, point: Point, rows: Sequence[Row], tables: Mapping[str, Sequence[Row]]) -> None:
         entry = json.dumps({"point": _key(point), "rows": rows, "tables": tables}, default=str)

@@ -8,6 +8,7 @@ that either loads the other's weights.
 
 from __future__ import annotations
 
+import functools
 from contextlib import nullcontext
 
 import torch
@@ -99,12 +100,14 @@ class NativeStep:
     The weights are those that the trainer begins with. Of config: model, optim, and of train seed, dtype, compile.
     """
 
+    language_model = NativeLM
+
     def __init__(self, config: PipelineConfig, device: torch.device):
         self.config, self.device = config, device
         torch.manual_seed(config.train.seed)
         with device:
             weights = TransformerLM(config.model).state_dict()
-            self.model = self.make_model(config)
+            self.model = self.language_model(config.model)
         self.model.load_state_dict(weights)
         del weights
         self.module, self.forward = self.prepared(config)
@@ -116,9 +119,6 @@ class NativeStep:
             eps=optim.eps,
             fused=True,
         )
-
-    def make_model(self, config: PipelineConfig) -> NativeLM:
-        return NativeLM(config.model)
 
     def prepared(self, config: PipelineConfig) -> tuple[nn.Module, nn.Module]:
         """What holds the parameters, and what is called."""
@@ -146,14 +146,15 @@ class NativeStep:
         """Nothing is kept from step to step."""
 
 
+def chunk_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
+
+
 class ChunkedLM(NativeLM):
     """NativeLM whose loss never has more than `chunk` tokens' logits."""
 
     chunk = 4096
-
-    def __init__(self, config: ModelConfig, compiled: bool = False):
-        super().__init__(config)
-        self.chunk_loss = torch.compile(chunk_loss, dynamic=False) if compiled else chunk_loss
+    chunk_loss = staticmethod(chunk_loss)
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
         parts = (tensor.flatten(0, 1).split(self.chunk) for tensor in (x, targets))
@@ -164,10 +165,6 @@ class ChunkedLM(NativeLM):
         return torch.stack(losses).sum() / targets.numel()
 
 
-def chunk_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
-
-
 class FullyShardedStep(NativeStep):
     """The peer's training on several GPUs, for a model that one does not hold.
 
@@ -175,17 +172,17 @@ class FullyShardedStep(NativeStep):
     moments in the config's dtype.
     """
 
-    def make_model(self, config: PipelineConfig) -> NativeLM:
-        return ChunkedLM(config.model, bool(config.train.compile))
+    language_model = ChunkedLM
 
     def prepared(self, config: PipelineConfig) -> tuple[nn.Module, nn.Module]:
         from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
         for parameter in self.model.parameters():
             parameter.data = parameter.data.to(AUTOCAST.get(config.train.dtype, torch.float32))
+        compiled = functools.partial(torch.compile, dynamic=False) if config.train.compile else lambda call: call
+        self.model.chunk_loss = compiled(chunk_loss)
         for index, layer in enumerate(self.model.layers):
-            layer = checkpoint_wrapper(layer, preserve_rng_state=False)
-            self.model.layers[index] = torch.compile(layer, dynamic=False) if config.train.compile else layer
+            self.model.layers[index] = compiled(checkpoint_wrapper(layer, preserve_rng_state=False))
         module = parallel.wrap(self.model, "torch_fsdp2")
         return module, module
 

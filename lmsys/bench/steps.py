@@ -195,7 +195,7 @@ class Subject:
             result = self._losses(plan) | {"ready_s": time.perf_counter() - self._start}
             if valid_tokens is not None:
                 count = plan.eval_batches * self.process.world_size * self.shares
-                result["valid_loss"] = self.engine.evaluate(_loaded(valid_tokens), count)
+                result["valid_loss"] = self.engine.evaluate(tokens_of(self.config, valid_tokens), count)
             for _ in range(self.engine.capture_after - plan.loss_steps if self.config.train.cuda_graph else 0):
                 self.step()
             if self.device.type == "cuda":
@@ -232,10 +232,8 @@ class Subject:
         values = (group.mean_over_ranks(losses) if self.process.world_size > 1 else losses).tolist()
         if not all(map(math.isfinite, values)):
             raise FloatingPointError(f"the losses are {values}")
-        return {
-            "losses": values,
-            "memory": dict(zip(memory, largest(self.process, list(memory.values())), strict=True)),
-        }
+        most = largest(self.process, list(memory.values()))
+        return {"losses": values, "memory": dict(zip(memory, most, strict=True))}
 
     def _timed(self, steps: int, **options: Any) -> dict[str, list[float]]:
         """times_ms of so many steps, and backward_ms and finish_ms where they can be told. Largest over the ranks."""
@@ -306,14 +304,12 @@ def step_columns(
     median, p20, p80 = quantiles(result["times_ms"])
     tokens = gpus * train.batch_size * train.gradient_accumulation_steps * model.context_length
     rate = tokens / median * 1e3
+    flops, peak = cost.train_flops_per_token(model), step_peak_flops(device, train.dtype)
     quiet = result.get("quiet_ms")
-    return {
-        "step_ms": median,
-        "p20_ms": p20,
-        "p80_ms": p80,
-        "samples": len(result["times_ms"]),
+    times = {"step_ms": median, "p20_ms": p20, "p80_ms": p80, "samples": len(result["times_ms"])}
+    return times | {
         "tokens_per_s": rate,
-        "mfu": cost.mfu(rate / gpus, cost.train_flops_per_token(model), step_peak_flops(device, train.dtype)),
+        "mfu": cost.mfu(rate / gpus, flops, peak),
         "exposed_comm_ms": 0.0 if gpus == 1 else median - quantiles(quiet)[0] if quiet else None,
         "peak_mib": result["peak_bytes"] / 2**20,
         "final_loss": result["losses"][-1],
@@ -343,9 +339,7 @@ def step_method(plan: Plan, device: torch.device, dtype: str) -> dict[str, str]:
         "samples": f"{plan.timed_steps}",
         "statistic": "median, 20th and 80th percentile",
         "step": "as lmsys train: batch drawn and sent, forward, backward, synchronization, clipping, AdamW",
-        "mfu": "none: the peak of this device is not known"
-        if peak is None
-        else f"against {peak / 1e12:g} TFLOP/s a GPU",
+        "mfu": f"against {peak / 1e12:g} TFLOP/s a GPU" if peak else "none: the peak of this device is not known",
         "exposed_comm_ms": f"{quiet}of sharded wrappers, step less the step of one GPU",
         "memory": "peak allocated of the timed steps" if gpu else "live tensors and the profiler's events of a step",
         "final_loss": f"of step {plan.loss_steps} from the same weights, of the same sequences on one GPU and on all",
@@ -472,14 +466,10 @@ def beside_peers(frame, keys: Sequence[str]):
 
 
 def tokens_of(config: PipelineConfig, tokens: str | Path | np.ndarray | None = None) -> np.ndarray:
-    """Training tokens: those given, or a pattern long enough for the model."""
-    if tokens is not None:
-        return _loaded(tokens)
-    length = max(1 << 18, 4 * config.model.context_length)
-    return pattern_tokens(config.model.vocab_size, length, config.train.seed)
-
-
-def _loaded(tokens: str | Path | np.ndarray) -> np.ndarray:
+    """Those given, or their file's; else a pattern long enough for the model."""
+    if tokens is None:
+        length = max(1 << 18, 4 * config.model.context_length)
+        return pattern_tokens(config.model.vocab_size, length, config.train.seed)
     return tokens if isinstance(tokens, np.ndarray) else np.load(tokens, mmap_mode="r")
 
 
