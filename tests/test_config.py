@@ -104,7 +104,7 @@ def test_epochs_take_the_place_of_the_presets_steps():
         ("model.d_model=6", "even head_dim"),
         ("optim.warmup_steps=11", "more than train.steps"),
         ("optim.min_learning_rate=1", "between 0 and optim.learning_rate"),
-        ("data.dataset_mode=web", "unknown dataset_mode 'web'.*tinystories"),
+        ("data.dataset_mode=web", "unknown data.dataset_mode 'web'.*tinystories"),
         ("data.dataset_mode=local_text", "needs data.text_path"),
         ("data.dataset_mode=local_npy", "needs data.train_tokens_path"),
         ("data.valid_fraction=1", "between 0 and 1"),
