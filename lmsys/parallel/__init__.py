@@ -2,8 +2,7 @@
 
 A wrapper makes replicas of a module in several processes train as one: it broadcasts parameters and buffers from rank
 0, and its finish_gradient_synchronization(), called after backward and before the optimizer step, leaves every process
-with the gradients' mean. What others need to know of a wrapper is data in its entry; nobody tests its name. A new
-wrapper is an entry here and a module beside this one. Importing this imports no torch.
+with the gradients' mean. What others need to know of it is data in its entry. Importing this imports no torch.
 """
 
 from __future__ import annotations
@@ -25,33 +24,23 @@ _ZERO1_COLOUR = "#882255"
 
 @dataclass(frozen=True)
 class Wrapper:
-    """One entry of WRAPPERS.
-
-    Attributes:
-        source: MODULE.NAME of lmsys.parallel: (module, **options) -> the module to train; empty: the module as it is.
-        label, colour: in tables and figures. peer: PyTorch's own, which ours are compared with.
-        many_processes: True: needs more than one process; False: is for exactly one.
-        options: settings of train that are arguments of its own.
-        sharded: each process holds its part of parameters, gradients and optimizer state. The module then has
-            clip_grad_norm_, full_state_dict, gather_optimizer_state and scatter_optimizer_state, takes compute_dtype,
-            and its no_sync() still communicates, as it gathers parameters.
-        plain_tensors: its parameters are plain tensors, as kernels of our own read them.
-        captured_options: defaults of its options where the pass is captured as a CUDA graph.
-        message: the gradients that travel together: of a parameter, all, or a bucket. overlaps: during backward.
-    """
+    """One entry of WRAPPERS."""
 
     description: str
-    source: str
-    label: str
+    source: str  # MODULE.NAME of lmsys.parallel: (module, **options) -> the module to train; empty: the module itself
+    label: str  # in tables and figures
     colour: str
-    peer: bool = False
-    many_processes: bool = True
-    options: tuple[str, ...] = ()
+    peer: bool = False  # PyTorch's own, which ours are compared with
+    many_processes: bool = True  # needs more than one process; else is for exactly one
+    options: tuple[str, ...] = ()  # settings of train that are arguments of its own
+    # Each process holds its part of parameters, gradients and optimizer state. The module then has clip_grad_norm_,
+    # full_state_dict, gather_optimizer_state and scatter_optimizer_state, takes compute_dtype, and its no_sync() still
+    # communicates, as it gathers parameters.
     sharded: bool = False
-    plain_tensors: bool = True
-    captured_options: Mapping[str, Any] = field(default_factory=dict)
-    message: str = "bucket"
-    overlaps: bool = True
+    plain_tensors: bool = True  # of parameters, as kernels of our own read them
+    captured_options: Mapping[str, Any] = field(default_factory=dict)  # where the pass is captured as a CUDA graph
+    message: str = "bucket"  # the gradients that travel together: of a parameter, all, or a bucket
+    overlaps: bool = True  # during backward
 
     @property
     def replicated(self) -> bool:

@@ -17,12 +17,10 @@ whoever fills a slot waits until the peer has emptied it. Every rank gets the sa
 
 A rank's wait depends only on work that all ranks enqueue earlier, so queues that share a hardware channel cannot block
 each other. Pieces are counted from 1 in each round, such as a training step; close() ends one, which can then be
-replayed as a CUDA graph. CUDA enqueues a graph's branches as it likes: there a piece's queues also wait for each other
-on their own GPU.
+replayed as a CUDA graph, where a piece's queues also wait for each other, as CUDA enqueues branches in any order.
 
 Sources: reduce-scatter and all-gather as halves of an all-reduce, Thakur, Rabenseifner, Gropp, "Optimization of
-Collective Communication Operations in MPICH" (2005); copies in place of kernels, as in torch's asynchronous tensor
-parallelism.
+Collective Communication Operations in MPICH" (2005); copies as in torch's asynchronous tensor parallelism.
 Limits: GPUs that reach each other's memory, on one machine; dense tensors.
 """
 
@@ -74,11 +72,8 @@ class _Pass(NamedTuple):
 class CopyEngine:
     """average(tensors) of all ranks, in rounds. They call it in one order, with tensors of the same shapes.
 
-    Args:
-        piece_mb: of tensors that travel as one piece. slots: pieces under way. A rank shares about the product of both.
-        fabric: makes what carries the bytes, of the size of a rank's memory; as Links, which None stands for.
-    Raises:
-        ValueError: numbers out of range, or GPUs that cannot reach each other's memory.
+    piece_mb: of tensors that travel as one piece. slots: pieces under way. A rank shares about the product of both.
+    fabric: makes what carries the bytes, of the size of a rank's memory; as Links, which None stands for.
     """
 
     def __init__(
@@ -103,10 +98,7 @@ class CopyEngine:
         self._passes: dict[tuple, _Pass] = {}
 
     def average(self, tensors: Sequence[Tensor]) -> Any:
-        """Start to average contiguous tensors of one dtype in place, which the caller leaves alone until wait().
-
-        What it returns has that; it makes the current stream wait.
-        """
+        """Start to average contiguous tensors of one dtype in place; until its result's wait() they are left alone."""
         dtype, *sizes = key = (tensors[0].dtype, *(tensor.numel() for tensor in tensors))
         if key not in self._plans:
             self._plans[key] = pieces(sizes, self.world_size, self._chunk_bytes // dtype.itemsize)
@@ -294,7 +286,7 @@ class Links:
         dist.barrier()  # nobody writes to memory that its owner has yet to clear
 
     def addresses(self) -> list[int]:
-        """Where every rank's memory is for this rank; zeros at the start."""
+        """Of every rank's memory, for this rank."""
         size, ranks = self._memory.numel(), range(self._handle.world_size)
         return [self._handle.get_buffer(rank, (size,), torch.uint8).data_ptr() for rank in ranks]
 

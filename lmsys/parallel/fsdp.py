@@ -12,23 +12,18 @@ Sources: Rajbhandari et al., ZeRO, arXiv 1910.02054, section 5.3 (stage 3); Zhao
                  block's runs, added to the shards' gradients in their dtype.
     replicated   all that the predicate leaves (norms): whole on each rank, gradients averaged at the end of a step.
 
-torch's FSDP2 copies each parameter out of every gathered buffer, groups all that is in no block, so that the head's
-gradient waits for the embedding's, and swaps the modules' parameters. Here a parameter stays the object that it is, and
-a view of one storage, whose memory comes and goes: what autograd saved of it is whole again in backward. In between it
-reads as NaN.
-
-A buffer is allocated and freed on the compute stream, which waits for the collective before use: every reuse of memory
-is ordered by stream, and the host never waits. At most prefetch + 1 blocks are whole at a time, and one block's
-gradients are in flight.
+Unlike in torch's FSDP2 a parameter stays the object that it is, and a view of one storage, whose memory comes and goes:
+what autograd saved of it is whole again in backward. In between it reads as NaN. A buffer is allocated and freed on the
+compute stream, which waits for the collective before use: every reuse of memory is ordered by stream, and the host
+never waits. At most prefetch + 1 blocks are whole at a time, and one block's gradients are in flight.
 
 All ranks run the same blocks in one order, as their collectives must match, but may differ in which parameters they
 use: a block's gradients leave at a point of the graph (where the backward pass of the block before it begins), not when
 they happen to be complete. A gradient counts as zero on a rank that did not use its parameter; where no rank did it is
-None, as with one process: the flags travel with the replicated gradients.
+None, as with one process.
 
-Activation checkpointing and compile by block (block.compile(), before or after) work: gathering is in the block's
-__call__, outside of what is compiled. Under autocast give its dtype as compute_dtype, or the casts that autocast keeps
-are a second model.
+Activation checkpointing and compile by block work: gathering is in the block's __call__, outside of what is compiled.
+Under autocast give its dtype as compute_dtype, or the casts that autocast keeps are a second model.
 
 Limits: a block must be called, not have its weights read by others (tied weights are found and kept with the rest), and
 return tensors or lists, tuples and dictionaries of them; the optimizer must be elementwise; requires_grad is read once;
@@ -455,17 +450,13 @@ def _whole(value: Any) -> Any:
 def _blocks(module: nn.Module) -> dict[str, nn.Module]:
     """The outermost children of ModuleLists and Sequentials, by name."""
     blocks: dict[str, nn.Module] = {}
-
-    def search(part: nn.Module, path: str) -> None:
-        is_container = isinstance(part, (nn.ModuleList, nn.Sequential))
-        for name, child in part.named_children():
-            child_path = f"{path}.{name}" if path else name
-            if not is_container or isinstance(child, nn.ModuleList):
-                search(child, child_path)
-            elif child not in blocks.values():
-                blocks[child_path] = child
-
-    search(module, "")
+    for path, part in module.named_modules():
+        container = module.get_submodule(path.rpartition(".")[0])
+        is_child = (
+            path and isinstance(container, (nn.ModuleList, nn.Sequential)) and not isinstance(part, nn.ModuleList)
+        )
+        if is_child and not any(path.startswith(f"{block}.") for block in blocks):
+            blocks[path] = part
     return blocks
 
 

@@ -12,8 +12,8 @@ partition says what a part is:
                 Muon). A parameter larger than a rank's fair share cannot be balanced, and is warned of.
     None        elements for an optimizer that proves elementwise in a trial on 24 random numbers, else parameters.
 
-After step() the GPU's stream waits for all parameters, as no hook knows when one is first read (a tied head's is read
-in another module's forward): about one all-gather of the model less the update stays exposed.
+After step() the GPU's stream waits for all parameters, as no hook knows when one is first read: about one all-gather of
+the model less the update stays exposed.
 
 Limits: a parameter must keep its storage (cast and move the module before); an optimizer whose step needs a closure
 (LBFGS) is refused.
