@@ -55,8 +55,8 @@ class Range(NamedTuple):
 
 
 Piece = tuple[tuple[Range, ...], ...]  # a chunk a rank
-Part = tuple[int, int, int, int]  # of a chunk: address in a box, tensor, byte therein, bytes
-Message = tuple[int, int, list[Part]]  # to or from a peer: its flag here, ours there, and the parts
+# To or from a peer: its flag here, ours there, and a chunk's parts: address in a box, tensor, byte therein, bytes.
+Message = tuple[int, int, list[tuple[int, int, int, int]]]
 
 
 class _Pass(NamedTuple):
@@ -137,14 +137,15 @@ class CopyEngine:
         copy, tell, wait = fabric.copy, fabric.tell, fabric.wait
         done, emptied = self._sequence, self._sequence - self._slots
 
-        def push(queue: int, messages: list[Message]) -> None:
+        def move(queue: int, messages: list[Message], when: int, incoming: bool = False) -> None:
             for theirs, ours, parts in messages:
-                wait(queue, theirs, emptied)
+                wait(queue, theirs, when)
                 for place, tensor, start, size in parts:
-                    copy(queue, place, addresses[tensor] + start, size)
+                    here = addresses[tensor] + start
+                    copy(queue, here if incoming else place, place if incoming else here, size)
                 tell(queue, ours, done)
 
-        push(SEND, piece.sends)
+        move(SEND, piece.sends, emptied)
         fabric.order(SEND, ADD)
         for flag in piece.arrived:
             wait(ADD, flag, done)
@@ -158,28 +159,21 @@ class CopyEngine:
                     for sent in by_peer:
                         torch._foreach_add_(own, sent)
                     torch._foreach_div_(own, self.world_size)
-        push(ADD, piece.means)
+        move(ADD, piece.means, emptied)
         fabric.order(ADD, RECEIVE)
-        for theirs, ours, parts in piece.takes:
-            wait(RECEIVE, theirs, done)
-            for place, tensor, start, size in parts:
-                copy(RECEIVE, addresses[tensor] + start, place, size)
-            tell(RECEIVE, ours, done)
+        move(RECEIVE, piece.takes, done, incoming=True)
 
     def _pass(self, piece: Piece, slot: int, dtype: torch.dtype) -> _Pass:
-        own, inbox, outbox = piece[self.rank], 0, 1
-
-        def parts(chunk: tuple[Range, ...], place: int) -> list[Part]:
-            size = dtype.itemsize
-            return [(place + r.offset * size, r.tensor, r.start * size, (r.stop - r.start) * size) for r in chunk]
+        own, inbox, outbox, size = piece[self.rank], 0, 1, dtype.itemsize
 
         def sent(part: Range, peer: int) -> Tensor:
-            start = self._place(inbox, slot, self.rank, peer) + part.offset * dtype.itemsize
+            start = self._place(inbox, slot, self.rank, peer) + part.offset * size
             return self._fabric.inside(start, part.stop - part.start, dtype)
 
         def message(queue: int, own_queue: int, peer: int, chunk: tuple[Range, ...], place: int) -> Message:
             """queue: the peer's, whose flag is waited for. own_queue: this rank's, which tells. place: of the chunk."""
-            return self._flag(self.rank, queue, peer), self._flag(peer, own_queue, self.rank), parts(chunk, place)
+            parts = [(place + r.offset * size, r.tensor, r.start * size, (r.stop - r.start) * size) for r in chunk]
+            return self._flag(self.rank, queue, peer), self._flag(peer, own_queue, self.rank), parts
 
         def there(box: int, peer: int) -> int:
             return self._addresses[peer] + self._place(box, slot, peer, self.rank)

@@ -364,9 +364,6 @@ class FullyShardedModule(ShardedState):
 fully_shard = FullyShardedModule  # torch's name for it
 
 
-# --- The peer -------------------------------------------------------------------------------------
-
-
 class TorchFSDP2(nn.Module):
     """torch's fully_shard on each block and on the module, with the interface that the registry names: the peer.
 

@@ -198,9 +198,6 @@ def _is_lost_peer(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
-# --- On this machine, without torchrun ------------------------------------------------------------
-
-
 def context(device: torch.device, *modules: str) -> BaseContext:
     """What starts processes that compute on the device: on a CPU forks of a server, for a GPU new interpreters.
 
@@ -378,9 +375,6 @@ def _rank_main(
 def _end_with_parent() -> None:
     multiprocessing.parent_process().join()
     os._exit(1)
-
-
-# --- torchrun as a subprocess ---------------------------------------------------------------------
 
 
 def launch(
