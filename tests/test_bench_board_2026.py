@@ -78,7 +78,7 @@ def test_a_wrong_gradient_is_an_error():
 
 def twin_in_bf16(process, p):
     """For stream: as the board at scale full computes, on the CPU."""
-    board.MODELS["smoke"] = (*board.MODELS["smoke"][:2], "bf16")
+    leaderboard.SCALES["smoke"]["step"]["dtype"] = "bf16"
     board._KERNELS["bf16"] = "flash_attention_torch"
     return board.check_twin(process, p)
 
@@ -130,7 +130,7 @@ def test_a_step_that_runs_out_of_memory_names_its_plan(monkeypatch):
 
 def test_the_peer_is_the_same_model_in_chunks(monkeypatch):
     torch.manual_seed(0)
-    config = board.MODELS["smoke"][0]
+    config = board.config_of(parameters()).model
     weights = TransformerLM(config).state_dict()
     whole, chunked = peers.NativeLM(config), peers.ChunkedLM(config)
     monkeypatch.setattr(chunked, "chunk", 24)

@@ -54,16 +54,6 @@ GPUS = 2
 WARMUP_STEPS = 2
 LESS = 3.0  # a second try after running out of memory leaves so many times the margin
 _KERNELS = {"bf16": "flash_attention_triton", "fp32": "flash_attention_torch"}
-# Of each scale the model that is timed, its twin that is checked, and the dtype.
-MODELS = {
-    "smoke": (ModelConfig(32, 88, 3, 2, 32, 128), ModelConfig(16, 40, 5, 2, 16, 61), "fp32"),
-    "cpu": (ModelConfig(128, 344, 8, 4, 128, 1024), ModelConfig(32, 88, 5, 2, 24, 61), "fp32"),
-    "full": (  # the twin's head_dim is 128, so its kernels are those of the step itself
-        ModelConfig(4096, 11_008, 34, 32, 32_768, 151_936),
-        ModelConfig(512, 1376, 5, 4, 1024, 2003),
-        "bf16",
-    ),
-}
 # The twin's blocks: from the input alone to everything.
 TWIN_KEEP = ((), ("attention",), ("qkv", "attention", "norm2"), ("qkv", "middle", "gate"), blocks.KINDS)
 
@@ -92,13 +82,14 @@ def parameters(p: Parameters) -> Parameters:
 
 def config_of(p: Parameters, implementation: str = OURS, *, twin: bool = False) -> PipelineConfig:
     """A point as the trainer, or the peer, takes it."""
-    timed, small, dtype = MODELS[p.scale]
+    sizes = leaderboard.SCALES[p.scale]["step"]
+    model, dtype = ModelConfig(*sizes["twin" if twin else "model"]), sizes["dtype"]
     train = {"dtype": dtype, "attention_kernel": _KERNELS[dtype], "batch_size": 1, "device": p.device, "seed": p.seed}
     if implementation == OURS:
         train |= {"ddp_wrapper": "fsdp", "step_preset": "written"}
     else:
         train |= {"ddp_wrapper": "torch_fsdp2", "compile": dtype == "bf16"}
-    return step_config(small if twin else timed, **train)
+    return step_config(model, **train)
 
 
 def engine_options(keep: Any) -> dict[str, Any]:
@@ -111,8 +102,8 @@ def points(p: Parameters) -> list[Point]:
     found = []
     for name in p.implementations:
         model, train = (config := config_of(p, name)).model, config.train
-        notes = [] if p.scale == "full" else ["not the board's shape"]
-        notes += [f"weights, gradients and moments in {train.dtype}"] if name == PEER else []
+        notes = ["not the board's shape"] * (p.scale != "full")
+        notes += [f"weights, gradients and moments in {train.dtype}"] * (name == PEER)
         point = {"board": BOARD, "implementation": name, "path": p.path, "gpus": GPUS, "batch": GPUS}
         point |= {"heads": model.num_heads, "seq_len": model.context_length, "head_dim": model.head_dim}
         found.append(point | {"dtype": train.dtype, "compiled": bool(train.compile), "note": "; ".join(notes)})
@@ -146,7 +137,7 @@ STEP = Experiment(
     processes=lambda point, p: GPUS,
     limit_s=400.0,  # compilation included
     method=lambda p: (
-        step_method(Plan(WARMUP_STEPS, p.timed_steps), resolve_device(p.device), MODELS[p.scale][2])
+        step_method(Plan(WARMUP_STEPS, p.timed_steps), resolve_device(p.device), config_of(p).train.dtype)
         | {"error": "of the twin: the largest relative error of a parameter's gradient against float64"}
     ),
 )

@@ -24,7 +24,7 @@ from lmsys import cost, records
 from lmsys.attention import KERNELS, attention
 from lmsys.attention.reference import own_code
 from lmsys.bench import attention as sweeps
-from lmsys.bench.experiment import Experiment, Notebook, Parameters, Point, Row, require_names, require_numbers
+from lmsys.bench.experiment import Experiment, Notebook, Parameters, Point, Row, require_names, require_numbers, scales
 from lmsys.bench.measure import DTYPES, Measurement, failure, measure, quantiles
 from lmsys.device import device_name, peak_flops, resolve_device
 
@@ -39,12 +39,7 @@ COLUMNS = (
 PUBLIC = {"2025": (5.364, "one H100"), "2026": (3837.0, "two B200s")}
 # Left out: at this length they take a second, or tens of GiB, or (tiles in PyTorch) a graph of thousands of nodes.
 IMPLEMENTATIONS = tuple(name for name, kernel in KERNELS.items() if not kernel.slow)
-SHAPES: dict[str, dict[str, Any]] = {  # the board's at scale full
-    "smoke": {"heads": 2, "seq_len": 64, "head_dim": 16, "dtype": "fp32"},
-    "cpu": {"heads": 1, "seq_len": 128, "head_dim": 64, "dtype": "fp32"},
-    "full": {"heads": 16, "seq_len": 16384, "head_dim": 64, "dtype": "bf16"},
-}
-_SAMPLES = {"smoke": 2, "cpu": 3, "full": 20}  # of bare_ms, and of all times on a CPU, where there is no do_bench
+SCALES = scales("leaderboard_shapes")
 _PASS = "forward_backward"
 _INTERPRETED = "in Triton's CPU interpreter, whose times say nothing"
 
@@ -69,7 +64,7 @@ NOTEBOOK = Notebook("leaderboard", check)
 
 def points(p: Parameters) -> list[Point]:
     """Each implementation, flash_attention_triton also on its portable path where that is not its default."""
-    device, shape = resolve_device(p.device), {"batch": 1} | SHAPES[p.scale]
+    device, shape = resolve_device(p.device), {"batch": 1} | SCALES[p.scale]["attention"]
     shape |= {"q_len": shape["seq_len"], "k_len": shape["seq_len"], "kv_heads": shape["heads"], "causal": True}
     base = {"board": BOARD, "gpus": int(device.type == "cuda"), "tier": BOARD} | shape
     return [
@@ -117,7 +112,7 @@ def step_times(function: Callable, case: sweeps.Case, p: Parameters) -> Row:
     def timed(call: Callable, samples: int) -> Measurement:
         return measure(call, device=case.device, warmup=2, iterations=samples, resident=[thirds])
 
-    gpu, samples = case.device.type == "cuda", _SAMPLES[p.scale]
+    gpu, samples = case.device.type == "cuda", SCALES[p.scale]["samples"]
     whole, alone = timed(step, 3 if gpu else samples), timed(bare, samples)
     times = whole.times_ms
     if gpu:
