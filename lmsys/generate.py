@@ -2,17 +2,16 @@
 cache.
 
 A prompt is read in one pass (prefill), which leaves its keys and values in the cache; then each new token reads itself
-alone (decode). Several prompts are read and continued together, each as if it were alone. Without the cache, every new
-token reads its whole window anew: the same logits to rounding, and so the same tokens, several times slower.
+alone (decode). Several prompts are continued together, each as if it were alone. Without the cache, every new token
+reads its whole window anew: the same tokens, several times slower.
 
-Past context_length: a prompt is cut to its last context_length tokens. When a text outgrows context_length, its window
-is cut to its last half, which is read anew at positions from 0, and grows again. Positions are in the cached keys, so
-that a window that slid by one token would have to be read anew for each; this way a token costs one more read token on
-average, and sees between a half and all of context_length. With and without the cache, windows are the same.
+A prompt is cut to its last context_length tokens. When a text outgrows context_length, its window is cut to its last
+half, which is read anew at positions from 0, and grows again: positions are in the cached keys, so that a window that
+slid by one token would have to be read anew for each.
 
-Windows that are read are padded to a power of two, which causal attention makes harmless, so that a kernel sees few
-shapes. Sampling uses a generator of its own for each text on the CPU: it does not touch the random state of training,
-and the same logits give the same text on every device. The price is one wait for the device a token.
+Windows are padded to a power of two, which causal attention makes harmless, so that a kernel sees few shapes. Each text
+has a generator of its own on the CPU: it does not touch the random state of training, and the same logits give the same
+text on every device. The price is one wait for the device a token.
 
 Legend: B texts, T tokens, H heads, D head_dim, d d_model, V vocabulary.
 """
@@ -47,9 +46,7 @@ def next_token_probabilities(logits: Tensor, *, temperature: float = 1.0, top_k:
     """logits (V) -> probabilities (V) after temperature, then top-k, then top-p. Temperature 0: all on the largest.
 
     top_k: only the k largest remain (0: all). top_p: of these, the fewest whose probability adds up to at least top_p.
-
-    Raises:
-        FloatingPointError: a logit is NaN, or infinite and the largest.
+    FloatingPointError: a logit is NaN, or infinite and the largest.
     """
     logits = logits.float()
     largest = logits.max()
@@ -83,15 +80,12 @@ def _draw(probabilities: Tensor, generator: torch.Generator) -> int:
 
 
 class KeyValueCache:
-    """Keys and values of what B texts have been read, (layers, B, H, max_len, D) each, allocated once, at the first
-    read.
+    """Keys and values of what B texts have been read, (layers, B, H, max_len, D) each, allocated at the first read.
 
     lengths: how many tokens each text has there. Places beyond are zeros or left over, and masked.
-
-    Args:
-        cuda_graph: replay a step as one launch. A step of few texts is some forty small kernels a layer, whose launches
-            take longer than their work. The recorded step reads all max_len places, as its shapes cannot change, and
-            not under autocast, whose casts of the weights it would repeat.
+    cuda_graph: replay a step as one launch: a step of few texts is some forty small kernels a layer, whose launches
+        take longer than their work. The recorded step reads all max_len places, as its shapes cannot change, and not
+        under autocast, whose casts of the weights it would repeat.
     """
 
     def __init__(self, model: TransformerLM, batch: int, max_len: int, *, cuda_graph: bool = False):
@@ -194,16 +188,12 @@ def _read(
 
 @dataclass(frozen=True)
 class Generation:
-    """tokens: the new ids of each prompt, without stop_id. Prefill ends with the first logits; decode is all that
-    follows.
+    """What generate_batch() did. Prefill ends with the first logits; decode is all that follows."""
 
-    decode_tokens counts those that a step gave logits for: over all prompts, without each one's first.
-    """
-
-    tokens: list[list[int]]
+    tokens: list[list[int]]  # the new ids of each prompt, without stop_id
     prefill_tokens: int
     prefill_s: float
-    decode_tokens: int
+    decode_tokens: int  # those that a step gave logits for: over all prompts, without each one's first
     decode_s: float
 
     def speed(self) -> str:
@@ -231,13 +221,10 @@ def generate_batch(
     """Continue sequences of token ids together, each up to stop_id or max_new_tokens.
 
     Args:
-        seed: of each text's own generator: a text does not depend on what is written beside it.
+        seed: of each text's own generator.
         vocab_size: sample only ids below it, for a model whose vocabulary is padded beyond its tokenizer's.
         use_cache: False reads each window anew for every token. cuda_graph: see KeyValueCache.
         on_token: called with the index of a prompt and its new id, as soon as it is drawn; with None at its end.
-    Raises:
-        ValueError: no ids, or one outside the model's vocabulary.
-        FloatingPointError: logits that are not finite.
     """
     context_length = model.config.context_length
     windows = [_checked(prompt, model.config.vocab_size)[-context_length:] for prompt in prompts]
@@ -250,6 +237,7 @@ def generate_batch(
     new: list[list[int]] = [[] for _ in windows]
     active = list(range(len(windows)))  # those that are not at their end, in the order of the cache's rows
     on_token = on_token or (lambda index, token: None)
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     decode_tokens = 0
 
     def logits_of(hidden: Tensor) -> Tensor:
@@ -263,10 +251,7 @@ def generate_batch(
         while True:
             going_on = []  # places in active
             for place, index in enumerate(active):
-                probabilities = next_token_probabilities(
-                    logits[place], temperature=temperature, top_k=top_k, top_p=top_p
-                )
-                token = _draw(probabilities, generators[index])
+                token = _draw(next_token_probabilities(logits[place], **sampling), generators[index])
                 if token != stop_id:
                     new[index].append(token)
                     windows[index].append(token)
@@ -285,10 +270,8 @@ def generate_batch(
                 del windows[active[place]][: -((context_length + 1) // 2)]
             if cache and full:
                 cache.read(full, [windows[active[place]][:-1] for place in full])
-            if cache:
-                logits = logits_of(cache.step([windows[index][-1] for index in active]))
-            else:
-                logits = logits_of(_read(model, [windows[index] for index in active]))
+            texts = [windows[index] for index in active]
+            logits = logits_of(cache.step([text[-1] for text in texts]) if cache else _read(model, texts))
             decode_tokens += len(active)
     ended = time.perf_counter()
     prefill_tokens = sum(min(len(prompt), context_length) for prompt in prompts)
@@ -297,13 +280,10 @@ def generate_batch(
 
 def _checked(prompt: Sequence[int], vocab_size: int) -> list[int]:
     ids = list(prompt)
-    if not ids:
-        raise ValueError("the prompt has no tokens; give at least one")
-    if min(ids) < 0 or max(ids) >= vocab_size:
-        raise ValueError(
-            f"the prompt has token ids from {min(ids)} to {max(ids)}, outside the model's vocabulary of "
-            f"{vocab_size}; use the tokenizer that the model was trained with"
-        )
+    require(bool(ids), "the prompt has no tokens; give at least one")
+    what = f"the prompt has token ids from {min(ids)} to {max(ids)}, outside the model's vocabulary of {vocab_size}"
+    fits = min(ids) >= 0 and max(ids) < vocab_size
+    require(fits, f"{what}; use the tokenizer that the model was trained with")
     return ids
 
 
@@ -330,25 +310,16 @@ def generate_texts(
     Args:
         write: called with the texts piece by piece as they are written: one text after the other, a blank line after
             each. A piece ends at a whole character; bytes that are not UTF-8 become U+FFFD.
-    Raises:
-        ValueError: the tokenizer is not the model's, or lacks <|endoftext|>.
     """
     end = tokenizer.encode(END_OF_TEXT)
-    require(
-        len(end) == 1, f"the tokenizer has no special token {END_OF_TEXT}, with which texts end; give one that has it"
-    )
+    message = f"the tokenizer has no special token {END_OF_TEXT}, with which texts end; give one that has it"
+    require(len(end) == 1, message)
     ids = [tokenizer.encode(prompt) for prompt in prompts]
-    sampling = {name: getattr(config, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
-    written = generate_batch(
-        model,
-        [one or end for one in ids],
-        **sampling,
-        stop_id=end[0],
-        vocab_size=tokenizer.vocab_size,
-        use_cache=use_cache,
-        cuda_graph=cuda_graph,
-        on_token=_InOrder(tokenizer, prompts, write) if write else None,
-    )
+    options = {name: getattr(config, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
+    options |= {"stop_id": end[0], "vocab_size": tokenizer.vocab_size}
+    options |= {"use_cache": use_cache, "cuda_graph": cuda_graph}
+    options["on_token"] = _InOrder(tokenizer, prompts, write) if write else None
+    written = generate_batch(model, [one or end for one in ids], **options)
     return [tokenizer.decode(one + new) for one, new in zip(ids, written.tokens, strict=True)], written
 
 
@@ -370,8 +341,8 @@ class _InOrder:
 
     def __call__(self, index: int, token: int | None) -> None:
         data = b"" if token is None else self._tokenizer.vocab.get(token)
-        if data is None:
-            raise ValueError(f"token id {token} is not in the tokenizer's vocabulary; give the model's own tokenizer")
+        message = f"token id {token} is not in the tokenizer's vocabulary; give the model's own tokenizer"
+        require(data is not None, message)
         self._waiting[index] += self._decoders[index].decode(data, final=token is None)
         if token is None:
             self._waiting[index] += "\n\n"

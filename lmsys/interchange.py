@@ -1,22 +1,14 @@
 """A model and its tokenizer in Hugging Face's Llama format, there and back.
 
-    config.json              the shape, under transformers' names
-    generation_config.json   how transformers samples from it: until <|endoftext|>
-    model.safetensors        fp32 weights, a matrix each for Q, K and V
-    tokenizer.json           byte-level BPE, with GPT-2's pre-tokenization pattern
-    tokenizer_config.json    the tokenizer's class, and <|endoftext|> as begin and end
-
 Our model is a Llama (Touvron et al., arXiv 2302.13971, section 2.2) with two differences of layout. Q, K and V are one
 matrix here. And RoPE rotates neighbours (2i, 2i+1) of a head here, elements i and i + D/2 there: the rows of Q and K of
 each head are put in the order 0, 2, 4, ..., 1, 3, 5, ..., which changes no score, as both are permuted alike.
 
 Import takes what our model can hold: no biases, as many key heads as query heads, no RoPE scaling, RMSNorm's eps of
 1e-5, a byte-level tokenizer with GPT-2's pattern that ends texts with <|endoftext|>. Everything else is refused by
-name. Weights in bf16 or fp16 become fp32. Files are JSON and safetensors, nothing is unpickled, and shapes are compared
-with the config before a tensor is read. Both directions write a folder that appears whole or not at all.
-
-A vocabulary that is padded beyond the tokenizer's stays so. Our generation never samples the padding; transformers'
-may.
+name. Weights in bf16 or fp16 become fp32. Nothing is unpickled, and shapes are compared with the config before a tensor
+is read. Both directions write a folder that appears whole or not at all. A vocabulary that is padded beyond the
+tokenizer's stays so: our generation never samples the padding; transformers' may.
 """
 
 from __future__ import annotations
@@ -77,17 +69,13 @@ def export_llama(model: TransformerLM, tokenizer: Tokenizer, folder: str | Path)
     """Write a folder that transformers' LlamaForCausalLM and AutoTokenizer load.
 
     Raises:
-        ValueError: the folder holds something; the tokenizer has more tokens than the model, lacks <|endoftext|>, or
-            cannot be written as a tokenizer.json.
+        ValueError: the folder holds something; the tokenizer is not the model's, or cannot be written.
         OSError: full disk, unwritable place; then nothing is left there.
     """
     config = model.config
     end = tokenizer.token_id(END_OF_TEXT)
-    require(
-        tokenizer.vocab_size <= config.vocab_size,
-        f"the tokenizer's {tokenizer.vocab_size} tokens are more than the model's {config.vocab_size}; "
-        "give the model's own",
-    )
+    sizes = f"the tokenizer's {tokenizer.vocab_size} tokens are more than the model's {config.vocab_size}"
+    require(tokenizer.vocab_size <= config.vocab_size, f"{sizes}; give the model's own")
     ends = {"bos_token_id": end, "eos_token_id": end}
     with _new_folder(folder) as temporary:
         write_json(temporary / CONFIG_FILE, llama_config(config) | ends)
@@ -167,14 +155,13 @@ def import_llama(source: str | Path, folder: str | Path) -> Path:
     tokenizer = Tokenizer.from_huggingface(source / TOKENIZER_FILE)
     _check_tokenizer(tokenizer, config, values.get("eos_token_id"), source)
     weights = import_weights(source, config)
-    settings = PipelineConfig(
-        run_dir=str(folder), model=config, tokenizer=TokenizerConfig(vocab_size=tokenizer.vocab_size)
-    )
+    vocabulary = TokenizerConfig(vocab_size=tokenizer.vocab_size)
+    settings = PipelineConfig(run_dir=str(folder), model=config, tokenizer=vocabulary)
     with _new_folder(folder) as temporary:
         tokenizer.save(temporary / TOKENIZER_FILE)
         untrained = {"state": {}, "param_groups": []}
         content = checkpoint.snapshot(0, weights=weights, optimizer=untrained, config=settings)
-        checkpoint.write(temporary / "checkpoints", content)
+        checkpoint.write(temporary / checkpoint.CHECKPOINTS, content)
     return Path(folder)
 
 
@@ -182,29 +169,20 @@ def model_config(values: Mapping[str, Any], source: str = CONFIG_FILE) -> ModelC
     """The ModelConfig of a Llama's config.json. ValueError, naming the setting, for what our model cannot hold."""
 
     def take(name: str, kind: type, default: Any = None) -> Any:
-        value = values.get(name)
-        value = default if value is None else value
+        value = default if values.get(name) is None else values[name]
+        require(value is not None, f"{source}: it has no '{name}'")
         if kind is float and type(value) is int:
             value = float(value)
-        require(
-            type(value) is kind,
-            f"{source}: '{name}' must be {kind.__name__}, got {json.dumps(value, default=str)}"
-            if value is not None
-            else f"{source}: it has no '{name}'",
-        )
+        require(type(value) is kind, f"{source}: '{name}' must be {kind.__name__}, got {json.dumps(value)}")
         return value
 
     def only(name: str, allowed: Any, what: str) -> None:
         value = values.get(name)
-        require(
-            value is None or value == allowed,
-            f"{source}: '{name}' is {json.dumps(value)}, which is not supported: {what}",
-        )
+        is_allowed = value is None or value == allowed
+        require(is_allowed, f"{source}: '{name}' is {json.dumps(value)}, which is not supported: {what}")
 
-    require(
-        values.get("model_type") == "llama",
-        f"{source}: 'model_type' is {json.dumps(values.get('model_type'))}; only 'llama' can be imported",
-    )
+    kind = values.get("model_type")
+    require(kind == "llama", f"{source}: 'model_type' is {json.dumps(kind)}; only 'llama' can be imported")
     only("hidden_act", "silu", "the feed-forward of our model is SwiGLU, 'silu'")
     only("attention_bias", False, "our projections have no biases")
     only("mlp_bias", False, "our projections have no biases")
@@ -228,11 +206,8 @@ def model_config(values: Mapping[str, Any], source: str = CONFIG_FILE) -> ModelC
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
     only("head_dim", built.head_dim, f"our heads have hidden_size / num_attention_heads = {built.head_dim} elements")
-    require(
-        built.context_length <= _LONGEST,
-        f"{source}: 'max_position_embeddings' is {built.context_length}, which is not supported: at most {_LONGEST}; "
-        "set it lower",
-    )
+    longest = f"{source}: 'max_position_embeddings' is {built.context_length}, which is not supported"
+    require(built.context_length <= _LONGEST, f"{longest}: at most {_LONGEST}; set it lower")
     return built
 
 
@@ -244,50 +219,33 @@ def _rope_theta(values: Mapping[str, Any], source: str) -> float:
         if rope is None:
             continue
         require(isinstance(rope, dict), f"{source}: '{section}' must be an object, got {json.dumps(rope)}")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        require(
-            kind == "default",
-            f"{source}: RoPE of type {json.dumps(kind)} in '{section}' is not supported: our model has plain RoPE, "
-            "'default'",
-        )
-        partial = rope.get("partial_rotary_factor", 1)
-        require(
-            partial == 1, f"{source}: 'partial_rotary_factor' is {json.dumps(partial)}: our RoPE rotates whole heads"
-        )
+        kind, partial = rope.get("rope_type", rope.get("type", "default")), rope.get("partial_rotary_factor", 1)
+        what = f"{source}: RoPE of type {json.dumps(kind)} in '{section}' is not supported"
+        require(kind == "default", f"{what}: our model has plain RoPE, 'default'")
+        what = f"{source}: 'partial_rotary_factor' is {json.dumps(partial)}"
+        require(partial == 1, f"{what}: our RoPE rotates whole heads")
         theta = rope.get("rope_theta", theta)
     theta = 10_000.0 if theta is None else theta
-    require(
-        type(theta) in (int, float) and 0 < theta < float("inf"),
-        f"{source}: 'rope_theta' must be a positive number, got {json.dumps(theta)}",
-    )
+    is_positive = type(theta) in (int, float) and 0 < theta < float("inf")
+    require(is_positive, f"{source}: 'rope_theta' must be a positive number, got {json.dumps(theta)}")
     return float(theta)
 
 
 def _check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, ends: Any, source: Path) -> None:
     """ValueError unless the tokenizer is the model's, and ends texts as ours do. ends: eos_token_id, one or a list."""
-    file = source / TOKENIZER_FILE
-    require(
-        tokenizer.vocab_size <= config.vocab_size,
-        f"{file}: its ids go up to {tokenizer.vocab_size - 1}, and the model's vocabulary has {config.vocab_size}",
-    )
-    require(
-        END_OF_TEXT in tokenizer.special_tokens,
-        f"{file}: it has no special token {END_OF_TEXT}, with which our texts end",
-    )
+    file, size = source / TOKENIZER_FILE, config.vocab_size
+    highest = f"{file}: its ids go up to {tokenizer.vocab_size - 1}"
+    require(tokenizer.vocab_size <= size, f"{highest}, and the model's vocabulary has {size}")
+    special = f"{file}: it has no special token {END_OF_TEXT}, with which our texts end"
+    require(END_OF_TEXT in tokenizer.special_tokens, special)
     end = tokenizer.token_id(END_OF_TEXT)
-    require(
-        ends is None or end in (ends if isinstance(ends, list) else [ends]),
-        f"{source / CONFIG_FILE}: 'eos_token_id' is {json.dumps(ends)}, and {END_OF_TEXT}, with which our texts "
-        f"end, is {end}",
-    )
+    what = f"{source / CONFIG_FILE}: 'eos_token_id' is {json.dumps(ends)}"
+    fits = ends is None or end in (ends if isinstance(ends, list) else [ends])
+    require(fits, f"{what}, and {END_OF_TEXT}, with which our texts end, is {end}")
 
 
 def import_weights(source: str | Path, config: ModelConfig) -> dict[str, Tensor]:
-    """The weights, fp32, under our names, of model.safetensors or of the files that model.safetensors.index.json lists.
-
-    Raises:
-        ValueError: names the tensor or file that is missing, too many, damaged, or of another shape than the config's.
-    """
+    """The weights, fp32, under our names, of model.safetensors or of the files that model.safetensors.index.json lists."""
     with ExitStack() as opened:
         take, imported = _open_weights(Path(source), config, opened), {}
         for ours, theirs, _ in _weights(config):
@@ -312,9 +270,8 @@ def _open_weights(folder: Path, config: ModelConfig, opened: ExitStack) -> Calla
     wanted = {}
     for _, names, shape in _weights(config):
         for name in names:
-            require(
-                name in files, f"{folder}: no file has the tensor {name}, of a model with the shape in {CONFIG_FILE}"
-            )
+            missing = f"{folder}: no file has the tensor {name}, of a model with the shape in {CONFIG_FILE}"
+            require(name in files, missing)
             wanted[name] = shape
     for name, (path, file) in files.items():
         if name not in wanted:
@@ -337,13 +294,12 @@ def _weight_files(folder: Path) -> list[Path]:
         require(file.is_file(), f"no {WEIGHTS_FILE} in {folder}{pickled}: save the model as safetensors")
         return [file]
     names = read_json(index).get("weight_map")
-    require(
-        isinstance(names, dict) and all(isinstance(name, str) for name in names.values()),
-        f"{index}: it has no 'weight_map' from tensors to files",
-    )
-    for name in sorted(set(names.values())):
+    are_names = isinstance(names, dict) and all(isinstance(name, str) for name in names.values())
+    require(are_names, f"{index}: it has no 'weight_map' from tensors to files")
+    files = sorted(set(names.values()))
+    for name in files:
         require(name == Path(name).name and name not in ("", ".."), f"{index}: '{name}' is not a file of this folder")
-    return [folder / name for name in sorted(set(names.values()))]
+    return [folder / name for name in files]
 
 
 # --- Files ----------------------------------------------------------------------------------------
@@ -353,10 +309,8 @@ def _weight_files(folder: Path) -> list[Path]:
 def _new_folder(path: str | Path) -> Iterator[Path]:
     """A temporary folder that becomes `path`, flushed to the disk, when the block ends well, and else goes."""
     path = Path(path).expanduser().resolve()
-    require(
-        not path.exists() or (path.is_dir() and not any(path.iterdir())),
-        f"{path} exists and is not an empty folder; give a new one, or remove it",
-    )
+    is_free = not path.exists() or (path.is_dir() and not any(path.iterdir()))
+    require(is_free, f"{path} exists and is not an empty folder; give a new one, or remove it")
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp"))

@@ -7,20 +7,20 @@
         checksums.json          SHA-256 of the three
 
 A folder is written under a temporary name beside its place, flushed to the disk, and renamed. Loading reads safetensors
-and JSON, never pickle, and verifies the checksums first, then that it read a checkpoint: a file that was changed with
-its checksum ends in a ValueError. Weights and optimizer state are whole, in the format of one process, however many
-trained: what is sharded is gathered before, so that any number of processes can go on.
+and JSON, never pickle, and verifies the checksums first, then that it read a checkpoint. Weights and optimizer state
+are whole, in the format of one process, however many trained, so that any number of processes can go on.
 
 Saver writes while training goes on: the tensors are copied to host memory, on a GPU by a stream of its own into pinned
-memory that is kept, and a thread writes the copy, without Python's lock, for which safetensors' own save_file, that
-turns each tensor into a Python object first, would hold up training. At most one checkpoint is on its way. Limits: the
-copy takes as much host memory as the checkpoint; of sharded state, the gathering is not in the background.
+memory that is kept, and a thread writes the copy, without Python's lock, which safetensors' own save_file would hold.
+At most one checkpoint is on its way. Limits: the copy takes as much host memory as the checkpoint; of sharded state,
+the gathering is not in the background.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -30,7 +30,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,18 +51,6 @@ CHECKPOINTS = "checkpoints"  # the folder of a run that holds them
 _NAME = re.compile(r"step-(\d{8,})")
 _PART_BYTES = 1 << 24  # hashed while in the cache, then written
 _REPLACED = "-replaced"  # ends the name of a checkpoint that a new one of its step is about to replace
-_DTYPES = {  # as safetensors names them
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 @dataclass(frozen=True)
@@ -115,15 +103,8 @@ def snapshot(
     """
     config = to_dict(config)
     tensors, rest = _split_optimizer(optimizer)
-    state = {
-        "step": step,
-        "valid_loss": valid_loss,
-        "optimizer": rest,
-        "sampler": dict(sampler_state or {}),
-        "rng": dict(rng_state() if rng is None else rng),
-        "config": config,
-        "extra": dict(extra or {}),
-    }
+    state = {"step": step, "valid_loss": valid_loss, "optimizer": rest, "sampler": dict(sampler_state or {})}
+    state |= {"rng": dict(rng_state() if rng is None else rng), "config": config, "extra": dict(extra or {})}
     return Snapshot(step, dict(weights), tensors, json.dumps(state), json.dumps(config["model"]))
 
 
@@ -165,7 +146,7 @@ def write(folder: str | Path, content: Snapshot, *, keep_last: int | None = None
 def recover(folder: str | Path) -> None:
     """Clear away what a process that was killed while saving left. For the one process that saves there."""
     for leftover in sorted(Path(folder).glob(".step-*")):
-        target = leftover.with_name(leftover.name[1:].partition("-replaced")[0].rpartition("-")[0])
+        target = leftover.with_name(leftover.name[1:].partition(_REPLACED)[0].rpartition("-")[0])
         if leftover.name.endswith(_REPLACED) and not target.exists():
             os.rename(leftover, target)  # killed between the two renames
         else:
@@ -190,26 +171,25 @@ def _put_in_place(temporary: Path, target: Path) -> None:
 def _prune(folder: Path, step: int, keep_last: int, keep_best: int) -> None:
     """Remove the checkpoints up to a step that are neither among the newest nor among the best."""
     saved = [path for path in steps(folder) if step_of(path) <= step]
-    kept = {*saved[-keep_last:], *(_by_loss(saved)[:keep_best] if keep_best else ())}
-    for path in saved:
-        if path not in kept:
+    best = _by_loss(saved)[:keep_best] if keep_best else []
+    for path in saved[:-keep_last]:
+        if path not in best:
             going = path.with_name(f".{path.name}-removed")  # so that none is half there under its name
             os.rename(path, going)
             shutil.rmtree(going, ignore_errors=True)
 
 
 class Saver:
-    """Saves the checkpoints of a run, in the background or not; keeps the path of the last one.
+    """Saves the checkpoints of a run, in the background or not.
 
     with Saver(folder, keep_last=2) as saver:
         saver.save(snapshot)      # returns when the tensors are copied, or on a GPU: when their copying is enqueued
         saver.before_update()     # before the tensors change
-        saver.failed              # whether a write has failed; finish() raises its error
 
     Leaving the block waits for what is on its way and raises its error, or, when another error leaves it, warns of it.
 
     Args:
-        device: where the tensors lie. background: False writes within save().
+        device: where the tensors lie. background: False writes within save(). last: the newest checkpoint there is.
     """
 
     def __init__(
@@ -223,7 +203,7 @@ class Saver:
         last: Path | None = None,
     ):
         self.folder, self.keep_last, self.keep_best, self.background = Path(folder), keep_last, keep_best, background
-        self.last = last  # the newest checkpoint that is whole
+        self.last = last
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[Path] | None = None
         self._device = device if device is not None and device.type == "cuda" else None
@@ -280,7 +260,7 @@ class Saver:
     def _copy(self, content: Snapshot, owned: bool) -> Snapshot:
         """The snapshot with copies of its tensors; those of a GPU are whole when self._copied has happened."""
         groups = (content.weights, content.optimizer)
-        on_gpu = [tensor for tensors in groups for tensor in tensors.values() if tensor.is_cuda]
+        on_gpu = [tensor for group in groups for tensor in group.values() if tensor.is_cuda]
         places = iter(self._pinned_like(on_gpu))
         if on_gpu:
             self._stream = self._stream or torch.cuda.Stream(self._device)
@@ -299,15 +279,12 @@ class Saver:
 
     def _pinned_like(self, tensors: list[Tensor]) -> list[Tensor]:
         """A place for each tensor in one pinned buffer, which is kept: to allocate pinned memory takes long."""
-        starts, size = [], 0
-        for tensor in tensors:
-            starts.append(size)
-            size += -(-tensor.nbytes // 64) * 64
-        if size > self._pinned.numel():
-            self._pinned = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        ends = list(itertools.accumulate((-(-tensor.nbytes // 64) * 64 for tensor in tensors), initial=0))
+        if ends[-1] > self._pinned.numel():
+            self._pinned = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=True)
         return [
             self._pinned[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            for start, tensor in zip(starts, tensors, strict=True)
+            for start, tensor in zip(ends, tensors, strict=False)
         ]
 
 
@@ -352,7 +329,9 @@ def _safetensors(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Ite
     end = 0
     for name, tensor in ordered:
         start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        dtype = str(tensor.dtype).removeprefix("torch.").upper()  # as safetensors names it: F32, BF16, I64, U8, BOOL
+        dtype = dtype.replace("FLOAT", "F").replace("UINT", "U").replace("INT", "I")
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little")
@@ -408,32 +387,18 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:500]
 
 
-def _short(value: object) -> str:
-    """A value of a damaged file, which can be of any length."""
-    return repr(value)[:60]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 # --- Finding and loading --------------------------------------------------------------------------
 
 
 def steps(folder: str | Path) -> list[Path]:
     """The checkpoints of a folder, oldest first, good or damaged."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        return []
-    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=step_of)
+    return sorted((path for path in Path(folder).glob("step-*") if _NAME.fullmatch(path.name)), key=step_of)
 
 
 def latest(folder: str | Path) -> Path | None:
     """The newest good checkpoint, or None. Warns of each newer one that is damaged."""
     for path in reversed(steps(folder)):
-        damage = _damage(path)
-        if damage is None:
+        if (damage := _damage(path)) is None:
             return path
         warnings.warn(f"skipping a damaged checkpoint: {damage}", stacklevel=2)
     return None
@@ -445,24 +410,19 @@ def best(folder: str | Path) -> Path | None:
 
 
 def _by_loss(paths: Iterable[Path]) -> list[Path]:
-    """Those of the checkpoints that were evaluated, the lowest validation loss first."""
+    """Those of the checkpoints that were evaluated, the lowest validation loss first; none that is damaged."""
     losses = {}
     for path in paths:
-        try:
-            losses[path] = _read_state(path)["valid_loss"]
-        except (ValueError, OSError):
-            continue  # damaged: not among the best
-    evaluated = {path: loss for path, loss in losses.items() if loss is not None}
-    return sorted(evaluated, key=evaluated.__getitem__)
+        with suppress(ValueError, OSError):
+            if (loss := _read_state(path)["valid_loss"]) is not None:
+                losses[path] = loss
+    return sorted(losses, key=losses.__getitem__)
 
 
 def load(path: str | Path, *, verify: bool = True) -> Checkpoint:
-    """Read a checkpoint.
+    """Read a checkpoint. ValueError, naming the file and the newest good checkpoint: there is none, or it is damaged.
 
-    Args:
-        verify: check its checksums; False where another process of the run has just done so.
-    Raises:
-        ValueError: there is none, or it is damaged: names the file and the newest good checkpoint beside it.
+    verify: check its checksums; False where another process of the run has just done so.
     """
     path = _verified(path) if verify else Path(path)
     state, weights = _read_state(path), _load_tensors(path / MODEL_FILE)
@@ -474,11 +434,7 @@ def load(path: str | Path, *, verify: bool = True) -> Checkpoint:
 def _read_state(path: Path) -> dict[str, Any]:
     """state.json of a checkpoint, of the right form; ValueError where it is not."""
     file = path / STATE_FILE
-    try:
-        state = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged: {first_line(error)}") from None
-    require(isinstance(state, dict), f"{file} is damaged: it does not hold an object")
+    state = _json_object(file.read_bytes(), f"{file} is damaged: it")
     state.setdefault("valid_loss", None)
     for name in ("optimizer", "sampler", "rng", "config", "extra"):
         require(isinstance(state.get(name), dict), f"{file} is damaged: '{name}' is not an object")
@@ -486,9 +442,18 @@ def _read_state(path: Path) -> dict[str, Any]:
     require(isinstance(model, dict), f"{file} is damaged: its config has no section 'model'")
     step, loss = state.get("step"), state["valid_loss"]
     named = step_of(path) if _NAME.fullmatch(path.name) else step
-    require(type(step) is int and step >= 0 and step == named, f"{file} is damaged: its step is {_short(step)}")
-    require(loss is None or type(loss) in (int, float), f"{file} is damaged: its valid_loss is {_short(loss)}")
+    require(type(step) is int and step >= 0 and step == named, f"{file} is damaged: its step is {step!r:.60}")
+    require(loss is None or type(loss) in (int, float), f"{file} is damaged: its valid_loss is {loss!r:.60}")
     return state
+
+
+def _json_object(text: str | bytes, what: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} is not JSON ({first_line(error)})") from None
+    require(isinstance(value, dict), f"{what} is not an object")
+    return value
 
 
 def _load_tensors(file: Path) -> dict[str, Tensor]:
@@ -505,8 +470,8 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     given = {name: _described(tensor) for name, tensor in weights.items()}
     for name in sorted(wanted.keys() | given.keys()):
         theirs, ours = given.get(name, "absent"), wanted.get(name, "absent")
-        message = f"the weights do not fit the model: {name} is {theirs} in the file and {ours} in the model"
-        require(theirs == ours, message)
+        difference = f"{name} is {theirs} in the file and {ours} in the model"
+        require(theirs == ours, f"the weights do not fit the model: {difference}")
     model.load_state_dict(weights, strict=False)  # a tied tensor is in the file under one of its names
 
 
@@ -515,24 +480,16 @@ def _described(tensor: Tensor) -> str:
 
 
 def load_model(path: str | Path, *, attention_kernel: str = "vectorized_torch") -> tuple[TransformerLM, ModelConfig]:
-    """The model of a checkpoint folder or of a .safetensors file that export_weights wrote, on the CPU.
-
-    Raises:
-        ValueError: nothing there, damaged, or not a model of this package.
-    """
+    """The model of a checkpoint folder or of a .safetensors file that export_weights wrote, on the CPU."""
     path = Path(path)
     file = _verified(path) / MODEL_FILE if path.is_dir() else path
     require(file.exists(), f"no model at {path}; give a checkpoint folder (step-…) or an exported .safetensors file")
     weights = _load_tensors(file)
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata() or {}
-    described = "model_config" in metadata
-    require(described, f"{file} has no model_config in its metadata: it was not written by lmsys")
-    try:
-        given = json.loads(metadata["model_config"])
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged: its model_config is not JSON ({first_line(error)})") from None
-    require(isinstance(given, dict), f"{file} is damaged: its model_config is not an object")
+    message = f"{file} has no model_config in its metadata: it was not written by lmsys"
+    require("model_config" in metadata, message)
+    given = _json_object(metadata["model_config"], f"{file} is damaged: its model_config")
     config = build(ModelConfig, given, str(file))
     require(config.vocab_size is not None, f"{file} is damaged: its model_config has no vocab_size")
     require(
@@ -586,8 +543,9 @@ def _damage(path: Path) -> str | None:
         sums = json.loads(file.read_text(encoding="utf-8"))
         for name in FILES:
             file = path / name
-            if _sha256(file) != sums[name]:
-                return f"{file} is damaged: its SHA-256 is not the one in {CHECKSUMS_FILE}"
+            with file.open("rb") as opened:
+                if hashlib.file_digest(opened, "sha256").hexdigest() != sums[name]:
+                    return f"{file} is damaged: its SHA-256 is not the one in {CHECKSUMS_FILE}"
     except FileNotFoundError:
         return f"{file} is missing"
     except (ValueError, KeyError, TypeError):

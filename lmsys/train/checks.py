@@ -10,7 +10,7 @@ import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ import torch
 from lmsys import cost, parallel
 from lmsys import device as devices
 from lmsys.attention import check_support
-from lmsys.config import PipelineConfig, TrainConfig, require, to_dict
+from lmsys.config import PipelineConfig, require, to_dict
 from lmsys.parallel import group
 from lmsys.records import writable_dir
 from lmsys.train import checkpoint
@@ -38,17 +38,14 @@ def total_steps(config: PipelineConfig, train_length: int, world_size: int = 1) 
 
 
 def tokens_per_step(config: PipelineConfig, world_size: int) -> int:
-    train: TrainConfig = config.train
+    train = config.train
     return train.batch_size * config.model.context_length * train.gradient_accumulation_steps * world_size
 
 
 def check_setup(config: PipelineConfig, world_size: int | None = None) -> torch.device:
-    """The device of a run, once it is known that this process can train on it with the config's kernel and wrapper.
+    """The device of a run, once it is known that this process can train on it; ValueError where it cannot.
 
-    Args:
-        world_size: processes that will train; None: those of this process's group.
-    Raises:
-        ValueError: no such device, kernel or wrapper, or one that does not take this model.
+    world_size: processes that will train; None: those of this process's group.
     """
     settings, model = config.train, config.model
     device = devices.resolve_device(settings.device)
@@ -59,15 +56,9 @@ def check_setup(config: PipelineConfig, world_size: int | None = None) -> torch.
         f"train.device is '{settings.device}', one GPU for {world_size} processes, each of which needs its own; give "
         "auto or cuda",
     )
-    check_support(
-        settings.attention_kernel,
-        device=device,
-        dtype=AUTOCAST.get(settings.dtype, torch.float32),
-        head_dim=model.head_dim,
-        heads=model.num_heads,
-        kv_heads=model.num_heads,
-        backward=True,
-    )
+    shape = {"head_dim": model.head_dim, "heads": model.num_heads, "kv_heads": model.num_heads}
+    dtype = AUTOCAST.get(settings.dtype, torch.float32)
+    check_support(settings.attention_kernel, device=device, dtype=dtype, backward=True, **shape)
     require(
         not settings.cuda_graph or device.type == "cuda",
         f"train.cuda_graph is for a GPU, and this run is on {device}; set train.cuda_graph=false",
@@ -90,9 +81,6 @@ def check(
     """Everything that can be known to fail before a run starts. Returns the device and the number of steps.
 
     Several processes compare what they were given; then each checks its device, and rank 0 the data and the folder.
-
-    Raises:
-        ValueError, OSError: as train(); the same in every process.
     """
     rank, world_size = group.current()
     if world_size > 1:
@@ -105,11 +93,8 @@ def check(
     def check_here() -> torch.device:
         device = check_setup(config)
         if rank == 0:
-            require(
-                config.optim.warmup_steps <= steps,
-                f"optim.warmup_steps {config.optim.warmup_steps} is more than the run's {steps} steps; lower it, or "
-                "train longer",
-            )
+            warmup = f"optim.warmup_steps {config.optim.warmup_steps} is more than the run's {steps} steps"
+            require(config.optim.warmup_steps <= steps, f"{warmup}; lower it, or train longer")
             _check_data(config, train_tokens, valid_tokens, tokenizer)
             if run_dir is not None:
                 _check_folder(config, run_dir)
@@ -134,7 +119,8 @@ def _check_data(
             f"the {name} data have {len(tokens)} tokens, fewer than one context of {model.context_length} and its next "
             "token; give more text or lower model.context_length",
         )
-        low, high = _extremes(tokens)
+        blocks = [tokens[at : at + (1 << 24)] for at in range(0, len(tokens), 1 << 24)]  # a map may exceed memory
+        low, high = min(int(block.min()) for block in blocks), max(int(block.max()) for block in blocks)
         require(
             low >= 0 and high < model.vocab_size,
             f"the {name} data hold token id {low if low < 0 else high}, outside the model's vocabulary of "
@@ -158,12 +144,6 @@ def fingerprint(tokens: np.ndarray) -> dict[str, int]:
     return {"length": len(tokens), "crc32": crc}
 
 
-def _extremes(tokens: np.ndarray, block: int = 1 << 24) -> tuple[int, int]:
-    """The smallest and the largest id, read a block at a time: a memory map can be larger than memory."""
-    blocks = [tokens[start : start + block] for start in range(0, len(tokens), block)]
-    return min(int(part.min()) for part in blocks), max(int(part.max()) for part in blocks)
-
-
 # --- Resuming -------------------------------------------------------------------------------------
 
 
@@ -181,15 +161,13 @@ def resume_point(
         group.from_rank0(lambda: _put_aside(run_dir, say))
         return None
     rank, world_size = group.current()
-
     folder = run_dir / CHECKPOINTS
     path = group.from_rank0(lambda: (checkpoint.recover(folder), checkpoint.latest(folder))[1])
     if path is None:
         return None
-    saved: checkpoint.Checkpoint | None = None
+    read: list[checkpoint.Checkpoint] = []  # what by_rank() returns goes to all processes: too much for it
 
-    def read() -> None:
-        nonlocal saved
+    def read_here() -> None:
         seen = rank == 0 or path.is_dir()
         require(seen, f"rank {rank} sees no {path}: give a run_dir on a file system that all processes share")
         saved = checkpoint.load(path, verify=rank == 0)
@@ -202,8 +180,10 @@ def resume_point(
             "train.resume=false to start anew",
         )
 
-    group.by_rank(read)
-    return saved
+        read.append(saved)
+
+    group.by_rank(read_here)
+    return read[0]
 
 
 def _differences(saved: checkpoint.Checkpoint, config: PipelineConfig, world_size: int) -> list[str]:
@@ -211,28 +191,25 @@ def _differences(saved: checkpoint.Checkpoint, config: PipelineConfig, world_siz
 
     The length may change, and how a step's sequences are shared among processes and micro-batches.
     """
-    old, new = saved.config, to_dict(config)
-    for section in ("model", "optim", "train"):
-        is_there = isinstance(old.get(section), dict)
-        require(is_there, f"{saved.path} is damaged: its config has no section '{section}'")
-    keys = [(section, key) for section in ("model", "optim") for key in new[section]] + [("train", "seed")]
-    differing = [
-        f"{section}.{key} is {new[section][key]} and was {old[section].get(key)}"
-        for section, key in keys
-        if old[section].get(key) != new[section][key]
-    ]
-    names = ("batch_size", "gradient_accumulation_steps")
-    was, now = (
-        {"the number of processes": processes} | {f"train.{name}": train.get(name) for name in names}
-        for processes, train in ((saved.extra.get("world_size", 1), old["train"]), (world_size, new["train"]))
-    )
-    are_numbers = all(type(value) is int for value in was.values())
-    require(are_numbers, f"{saved.path} is damaged: of {', '.join(was)}, one is not a number")
-    had, has = math.prod(was.values()), math.prod(now.values())
+    old, new = _flat(saved.config), _flat(to_dict(config))
+    same = [name for name in new if name.startswith(("model.", "optim."))] + ["train.seed"]
+    differing = [f"{name} is {new[name]} and was {old.get(name)}" for name in same if old.get(name) != new[name]]
+    processes = "the number of processes"
+    shared = (processes, "train.batch_size", "train.gradient_accumulation_steps")
+    old[processes], new[processes] = saved.extra.get("world_size", 1), world_size
+    are_numbers = all(type(old.get(name)) is int for name in shared)
+    require(are_numbers, f"{saved.path} is damaged: of {', '.join(shared)}, one is not a number")
+    had, has = (math.prod(values[name] for name in shared) for values in (old, new))
     if had != has:
-        changed = ", ".join(f"{name} is {now[name]} and was {was[name]}" for name in was if was[name] != now[name])
+        changed = ", ".join(f"{name} is {new[name]} and was {old[name]}" for name in shared if new[name] != old[name])
         differing.append(f"a step has {has} sequences and had {had} ({changed}; their product must stay)")
     return differing
+
+
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    """A config's values by section.name."""
+    sections = {section: values for section, values in config.items() if isinstance(values, dict)}
+    return {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
 
 
 def _put_aside(run_dir: Path, say: Callable[[str], None]) -> None:

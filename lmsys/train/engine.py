@@ -1,7 +1,7 @@
 """One process's part of the training: the model, its wrapper and optimizer, and what they do in a step.
 
 lmsys.train.loop drives it and every benchmark of a training step times it, so that what is published is what trains.
-Everything here is the same in one process and in several: what differs is in lmsys.train.strategies.
+What differs in several processes is in lmsys.train.strategies.
 """
 
 from __future__ import annotations
@@ -92,14 +92,13 @@ class Engine:
             blocks.select(self.model, [blocks.NO_MATMUL_RECOMPUTED] * config.model.num_layers)
         if prepare is not None:
             prepare(self.model)
-        kind = strategy(settings)
         self.loss_function = cross_entropy
         if settings.compile:
             self.model.compile_blocks(mode="max-autotune-no-cudagraphs" if settings.autotune else None)
             self.loss_function = torch.compile(cross_entropy)
-        self.strategy = kind(config, self.model, wrapper_options)
+        self.strategy = strategy(settings)(config, self.model, wrapper_options)
         self.module, self.optimizer = self.strategy.module, self.strategy.optimizer
-        self.rank, self.world_size = group.current() if kind.several(settings) else (0, 1)
+        self.rank, self.world_size = group.current() if self.strategy.several else (0, 1)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.dtype == "fp16")
         if saved:
             with damage_told(saved.path):
@@ -141,20 +140,18 @@ class Engine:
 
     def _pass(self, part: _Part, inputs: Tensor, targets: Tensor) -> Tensor:
         """Forward and backward over a batch, and the synchronization of gradients. Returns its share of the loss."""
+        module, settings = self.module, self.config.train
         with self.strategy.sync() if part.communicates else self.strategy.no_sync():
-            with self.phase("forward"), autocast(self.device, self.config.train.dtype):
-                loss = self._loss(inputs, targets) / part.share
+            with self.phase("forward"), autocast(self.device, settings.dtype):
+                fused = settings.fused_loss
+                loss = module(inputs, targets) if fused else self.loss_function(module(inputs), targets)
+                loss = loss / part.share
             with self.phase("backward"):
                 self.scaler.scale(loss).backward()
         if part.communicates:
             with self.phase("synchronize"):
                 self.strategy.finish()
         return loss.detach()
-
-    def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        if self.config.train.fused_loss:
-            return self.module(inputs, targets)
-        return self.loss_function(self.module(inputs), targets)
 
     def update(self, learning_rate: float) -> Tensor:
         """Clip the gradients and take the optimizer's step. Returns the global gradient norm before clipping."""
@@ -203,10 +200,8 @@ class Engine:
         if model is None:
             return []
         with autocast(self.device, self.config.train.dtype):
-            return [
-                {"prompt": prompt, "text": generate_text(model, tokenizer, prompt, settings)}
-                for prompt in settings.prompts
-            ]
+            texts = [generate_text(model, tokenizer, prompt, settings) for prompt in settings.prompts]
+        return [{"prompt": prompt, "text": text} for prompt, text in zip(settings.prompts, texts, strict=True)]
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], shapes: list[torch.Size]) -> None:
@@ -217,20 +212,20 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], sh
     require(fits, f"its optimizer is of {len(indices)} parameters in {len(theirs)} groups")
     for mine, saved in zip(ours, theirs, strict=True):
         for name in ("betas", "eps", "weight_decay"):
-            message = f"its optimizer's {name} is {saved.get(name)!r} and this run's {mine[name]}"
-            require(json.dumps(mine[name]) == json.dumps(saved.get(name)), message)
+            given = saved.get(name)
+            same = json.dumps(mine[name]) == json.dumps(given)
+            require(same, f"its optimizer's {name} is {given!r} and this run's {mine[name]}")
     for index, values in state["state"].items():
         require(0 <= index < len(shapes), f"its optimizer has a state of parameter {index} of {len(shapes)}")
         moments = {name for name, value in values.items() if isinstance(value, Tensor) and value.ndim}
         for name in {"exp_avg", "exp_avg_sq"} | moments:
-            moment = values[name]
+            shape, dtype = values[name].shape, values[name].dtype
             require(
-                moment.shape == shapes[index] and moment.is_floating_point(),
-                f"its optimizer's {name} of parameter {index} is {tuple(moment.shape)} of {moment.dtype}, the "
-                f"parameter {tuple(shapes[index])}",
+                shape == shapes[index] and dtype.is_floating_point,
+                f"its optimizer's {name} of parameter {index} is {tuple(shape)} of {dtype}, the parameter "
+                f"{tuple(shapes[index])}",
             )
-        message = f"its optimizer's step of parameter {index} is {values['step']}"
-        require(float(values["step"]) >= 1, message)
+        require(float(values["step"]) >= 1, f"its optimizer's step of parameter {index} is {values['step']}")
 
 
 @torch.no_grad()
@@ -246,11 +241,10 @@ def evaluate(
     rank: int = 0,
     world_size: int = 1,
 ) -> float:
-    """Mean next-token loss in nats over the first max_batches batches of the tokens, the same ones at every call.
+    """Mean next-token loss in nats over max_batches batches of the tokens, the same ones at every call.
 
     Args:
         forward: what computes the logits where it is not the model itself, as a wrapper that gathers its parameters.
-        fused_loss: without the logits of all tokens.
         rank, world_size: of the processes that share the batches; all of them call this, and go forward equally often.
     """
     forward = model if forward is None else forward
@@ -270,9 +264,6 @@ def evaluate(
         sums = group.mean_over_ranks(sums)
     total, count = sums.tolist()
     return total / count
-
-
-# --- Small parts ----------------------------------------------------------------------------------
 
 
 def to_device(array: np.ndarray | Tensor, device: torch.device) -> Tensor:

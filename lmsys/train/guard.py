@@ -26,11 +26,12 @@ SKIPS_IN_A_ROW = 10  # a run that skips more is beyond help
 class Guard:
     """Tells bad steps: a loss or gradient norm that is not finite, a loss far above the median of those before it.
 
-    It is given means over the ranks, so that each process tells the same. A resumed run needs the state to do so too.
+    It is given means over the ranks, so that each process tells the same.
     """
 
     def __init__(self, settings: TrainConfig, sampler: BatchSampler, state: dict[str, Any] | None):
         self.factor, self.sampler = settings.loss_spike, sampler
+        self.norms_overflow = settings.dtype == "fp16"  # and the gradient scaler sees to it
         state = state or {"step": 0, "losses": [], "in_a_row": 0, "skipped": []}
         self.step = int(state["step"])  # the last one that was looked at
         self.losses = deque((float(loss) for loss in state["losses"]), maxlen=SPIKE_WINDOW)
@@ -40,22 +41,21 @@ class Guard:
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step, "losses": [*self.losses], "in_a_row": self.in_a_row, "skipped": [*self.skipped]}
 
-    def fault(self, loss: float, norm: float | None) -> str | None:
-        """What is bad about a step, or None. norm None: it may be infinite, as where fp16 overflows."""
+    def fault(self, loss: float, norm: float) -> str | None:
+        """What is bad about a step, or None."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
-        if norm is not None and not math.isfinite(norm):
+        if not math.isfinite(norm) and not self.norms_overflow:
             return f"the gradient norm is {norm}"
         if self.factor is None or len(self.losses) < SPIKE_LEAST:
             return None
         usual = statistics.median(self.losses)
         if loss <= self.factor * usual:
             return None
-        times = f"{loss / usual:.3g} times the median {usual:.4g} of the {len(self.losses)} before it"
-        return f"the loss is {loss:.4g}, {times},"
+        median = f"the median {usual:.4g} of the {len(self.losses)} before it"
+        return f"the loss is {loss:.4g}, {loss / usual:.3g} times {median},"
 
     def accept(self, step: int, loss: float) -> None:
-        """A good step."""
         self.step, self.in_a_row = step, 0
         self.losses.append(loss)
 
@@ -79,10 +79,10 @@ class Requests:
     """What asks a run to end after the step at hand: SIGTERM or SIGINT to a process, a failed write on rank 0.
 
     with Requests(device, stop) as requests:
-        ...; requests.something_to_save()   # a step is done
+        requests.savable = True             # once a step is done
         request = requests.agreed(failed)   # once a step, by all processes: the same NOTHING, STOP or FAILED in each
 
-    Within the block, a signal is noted; until there is something to save, it raises stop(number) at once. A second
+    Within the block, a signal is noted; until a step is done, it raises stop(number) at once. A second
     SIGINT raises KeyboardInterrupt, unless it follows within a moment: torchrun passes on what its processes may have
     got as well. Between processes the request travels as one number a step. On a GPU it is that of the step before,
     whose end the host then waits for: it stays one step ahead of the GPU, which is never idle for it.
@@ -95,7 +95,7 @@ class Requests:
         self.number: int | None = None  # of the signal that this process got
         self._device, self._stop = device, stop
         self._at = -math.inf
-        self._savable = False
+        self.savable = False  # whether a step is done
         self._handlers: dict[int, Any] = {}
         self._flying: tuple[Tensor, torch.cuda.Event] | None = None  # the last step's, on its way to the host
         self._slots: list[Tensor] = []
@@ -115,13 +115,10 @@ class Requests:
         before, self._at = self._at, time.monotonic()
         if self.number is None:
             self.number = number
-            if not self._savable:
+            if not self.savable:
                 raise self._stop(number)
         elif number == signal.SIGINT and self._at - before > self._TWICE_S:
             raise KeyboardInterrupt
-
-    def something_to_save(self) -> None:
-        self._savable = True
 
     def agreed(self, failed: bool) -> int:
         """The gravest request of any process, the same in all of them."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
@@ -28,13 +27,11 @@ class Log:
     """
 
     def __init__(self, run_dir: Path | None, rows: list[dict[str, Any]], samples: list[dict[str, Any]], wandb_run: Any):
-        self.rows, self.samples = rows, samples
-        self._wandb = wandb_run
+        self.rows, self.samples, self._wandb = rows, samples, wandb_run
         self._files: list[Any] = []
         if run_dir is not None:
-            header = ",".join(COLUMNS)
-            self._start(run_dir / METRICS_FILE, [header, *map(self._csv, rows)])
-            self._start(run_dir / SAMPLES_FILE, list(map(self._json, samples)))
+            self._start(run_dir / METRICS_FILE, [",".join(COLUMNS), *map(_csv_line, rows)])
+            self._start(run_dir / SAMPLES_FILE, [json.dumps(sample, ensure_ascii=False) for sample in samples])
 
     def __enter__(self) -> Log:
         return self
@@ -45,22 +42,13 @@ class Log:
 
     def add_row(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
-        self._append(0, self._csv(row))
+        self._append(0, _csv_line(row))
         if self._wandb is not None:
             self._wandb.log({name: value for name, value in row.items() if value is not None}, step=row["step"])
 
     def add_sample(self, sample: dict[str, Any]) -> None:
         self.samples.append(sample)
-        self._append(1, self._json(sample))
-
-    @staticmethod
-    def _csv(row: dict[str, Any]) -> str:
-        """Every digit of a float, so that a resumed run reads back what it wrote."""
-        return ",".join("" if row[name] is None else repr(row[name]) for name in COLUMNS)
-
-    @staticmethod
-    def _json(sample: dict[str, Any]) -> str:
-        return json.dumps(sample, ensure_ascii=False)
+        self._append(1, json.dumps(sample, ensure_ascii=False))
 
     def _start(self, path: Path, lines: Sequence[str]) -> None:
         with atomic_path(path) as temporary:
@@ -73,35 +61,36 @@ class Log:
             self._files[index].flush()
 
 
+def _csv_line(row: dict[str, Any]) -> str:
+    """Every digit of a float, so that a resumed run reads back what it wrote."""
+    return ",".join("" if row[name] is None else repr(row[name]) for name in COLUMNS)
+
+
 def logged(run_dir: Path | None, step: float = math.inf) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The rows and samples of a run folder up to a step; what an interrupted run logged after it is left out."""
-    rows: list[dict[str, Any]] = []
-    samples: list[dict[str, Any]] = []
     if run_dir is None or step == 0:
-        return rows, samples
-    if (path := run_dir / METRICS_FILE).exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            for line in csv.DictReader(file):
-                if None in line.values():  # cut off in the middle of a write
-                    continue
-                row = {name: None if value == "" else float(value) for name, value in line.items()}
-                rows.append(row | {"step": int(row["step"]), "tokens": int(row["tokens"])})
-    if (path := run_dir / SAMPLES_FILE).exists():
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # a line without its end was cut off
-        samples = [json.loads(line) for line in lines]
+        return [], []
+    names, *lines = [line.split(",") for line in _whole_lines(run_dir / METRICS_FILE)] or [[]]
+    rows = []
+    for values in lines:
+        if len(values) == len(names):
+            row = {name: float(value) if value else None for name, value in zip(names, values, strict=True)}
+            rows.append(row | {"step": int(row["step"]), "tokens": int(row["tokens"])})
+    samples = [json.loads(line) for line in _whole_lines(run_dir / SAMPLES_FILE)]
     return [row for row in rows if row["step"] <= step], [sample for sample in samples if sample["step"] <= step]
 
 
+def _whole_lines(path: Path) -> list[str]:
+    """The lines of a file that may be missing; one without its end was cut off in the middle of a write."""
+    return path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+
+
 def init_wandb(config: PipelineConfig, run_dir: str | Path) -> Any:
-    """Start a Weights & Biases run whose files lie under run_dir.
+    """Start a Weights & Biases run whose files lie under run_dir. ValueError: online was asked for and cannot be had.
 
     WANDB_MODE decides, then wandb.mode; `auto` is online where the user is logged in and the server answers, else
-    offline. wandb reads its key from its own places; none passes through here. None where it is disabled, or not
-    installed and not asked
-    to be online: the rows are in metrics.csv either way.
-
-    Raises:
-        ValueError: online was asked for and cannot be had.
+    offline. None where it is disabled, or not installed and not asked to be online. wandb reads its key from its own
+    places; none passes through here.
     """
     mode = os.environ.get("WANDB_MODE") or config.wandb.mode
     if mode == "disabled":

@@ -1,23 +1,19 @@
 """Training a TransformerLM: one function for one device, for a notebook, and for each process of a group.
 
 A run folder holds metrics.csv (its columns: lmsys.train.log), samples.jsonl (step, prompt, text), checkpoints/, and
-wandb's files. A step reads gradient_accumulation_steps batches a process, clips the global gradient norm, and takes one
-AdamW step at the learning rate of the cosine schedule. The device is waited for only where a row of metrics is written;
-with fp16 at each step, as torch's gradient scaler reads there whether a gradient overflowed and the step is to be
-skipped, and with train.on_bad_step=skip, as the loss decides there whether the weights are updated.
+wandb's files. The device is waited for only where a row of metrics is written; with fp16 at each step, as torch's
+gradient scaler reads there whether a gradient overflowed, and with train.on_bad_step=skip.
 
 Resuming is exact: on the CPU, with as many threads, an interrupted run gives the losses of an uninterrupted one bit for
-bit. A checkpoint is written while training goes on; a write that fails ends the run at the next step. SIGTERM and
-SIGINT end a run after the step at hand, with a checkpoint of it and the exit code 128 + signal; before the first step
-is done there is nothing to save, and they end it at once. In several processes a signal to one ends all after the same
-step. fp32 on a CUDA GPU uses TF32 in matrix products, as is the practice; MFU is then against the TF32 peak.
+bit. A write of a checkpoint that fails ends the run at the next step. SIGTERM and SIGINT to any process end a run after
+the step at hand, with a checkpoint of it and the exit code 128 + signal; before the first step is done, at once. fp32
+on a CUDA GPU uses TF32 in matrix products, as is the practice; MFU is then against the TF32 peak.
 
 In several processes, each trains on its rows of the batches that one process with the whole batch would read, and
-evaluates its part of the validation batches; rank 0 samples, logs and saves. Losses are means over the ranks, taken
-where a row is written. A checkpoint is that of one process: a run can go on with another number of processes or another
-wrapper, to the same losses to rounding, if processes x batch_size x gradient_accumulation_steps stays what it was.
-Nothing that is computed draws from torch's random generators once the weights are there (no dropout; batches and
-samples have generators of their own), so that rank 0's state stands for all. All processes must see the run folder.
+evaluates its part of the validation batches; rank 0 samples, logs and saves. Losses are means over the ranks. A
+checkpoint is that of one process: a run can go on with another number of processes or another wrapper, to the same
+losses to rounding, if processes x batch_size x gradient_accumulation_steps stays what it was. Nothing draws from
+torch's random generators once the weights are there, so that rank 0's state stands for all. All see the run folder.
 """
 
 from __future__ import annotations
@@ -79,22 +75,17 @@ class History:
         return next((row[name] for row in reversed(self.rows) if row[name] is not None), None)
 
     def frame(self) -> pd.DataFrame:
-        """The rows as a DataFrame."""
         import pandas as pd
 
         return pd.DataFrame(self.rows, columns=list(COLUMNS))
 
 
 class Stopped(SystemExit):
-    """A signal ended the run; the process ends with its code, 128 + the signal's number, unless this is caught.
-
-    Attributes:
-        checkpoint: the last one, from which the run can go on; None where there is none.
-    """
+    """A signal ended the run; the process ends with its code, 128 + the signal's number, unless this is caught."""
 
     def __init__(self, number: int, checkpoint: Path | None = None):
         super().__init__(128 + number)
-        self.checkpoint = checkpoint
+        self.checkpoint = checkpoint  # the last one, from which the run can go on, if there is one
 
 
 def train(
@@ -116,15 +107,13 @@ def train(
         tokenizer: draws samples of config.generate.prompts, if given.
         run_dir: where metrics, samples and checkpoints go; None keeps them in memory and saves no checkpoint.
         progress: show a bar, or lines in several processes.
-        wandb_run: what init_wandb returned; metrics are logged to it.
+        wandb_run: what init_wandb returned.
         on_step: called with each step that is done and its loss in this process, a scalar on the device.
-    Raises:
+    Raises, in several processes in all of them:
         ValueError: settings, data or device that cannot work, found before any work; a checkpoint that does not fit.
-        OSError: a folder that cannot be written, a full disk, a device out of memory.
-        FloatingPointError: the loss or the gradient norm is not finite, or a spike; names the step and the batch. The
-            last checkpoint is good.
+        OSError: a folder that cannot be written, a full disk, a device out of memory (in its process alone).
+        FloatingPointError: a bad loss or gradient norm; names the step and the batch. The last checkpoint is good.
         Stopped: SIGTERM or SIGINT, after a checkpoint.
-    In several processes, ValueError, FloatingPointError and an OSError of rank 0's files are raised in all of them.
     """
     settings = config.train
     rank, world_size = group.current()
@@ -132,7 +121,7 @@ def train(
     device, steps = check(config, train_tokens, valid_tokens, tokenizer, run_dir)
     step_tokens = tokens_per_step(config, world_size)
     is_main = rank == 0
-    say = print if is_main else _quiet
+    say = print if is_main else lambda _line: None
 
     saved = resume_point(config, train_tokens, run_dir, say)
     rows, samples = logged(run_dir, saved.step if saved else 0)
@@ -143,15 +132,9 @@ def train(
     with _memory_errors_told(lambda: "before the first step"):
         engine = Engine(config, device, saved)
     schedule = {name: getattr(config.optim, name) for name in ("learning_rate", "min_learning_rate", "warmup_steps")}
-    sampler = BatchSampler(
-        train_tokens,
-        settings.batch_size,
-        config.model.context_length,
-        micro_batches=settings.gradient_accumulation_steps,
-        seed=settings.seed,
-        rank=rank,
-        world_size=world_size,
-    )
+    shape = settings.batch_size, config.model.context_length
+    sharing = {"micro_batches": settings.gradient_accumulation_steps, "rank": rank, "world_size": world_size}
+    sampler = BatchSampler(train_tokens, *shape, seed=settings.seed, **sharing)
     if saved:
         sampler.load_state_dict(saved.sampler)
         checkpoint.set_rng_state(saved.rng)
@@ -163,8 +146,7 @@ def train(
     last_checkpoint, resumed_from = (saved.path, saved.step) if saved else (None, None)
     with damage_told(last_checkpoint):
         guard = Guard(settings, sampler, saved.extra.get("guard") if saved else None)
-        # (loss, gradient norm) of the steps since the last row, on the device. A run that a signal ended goes on with
-        # those that had no row yet.
+        # (loss, gradient norm) of the steps that have no row yet, on the device.
         numbers = saved.extra.get("since_row", ()) if saved else ()
         since_row = [tuple(torch.tensor(float(n), device=device) for n in (loss, norm)) for loss, norm in numbers]
     del saved  # its tensors are in the model and the optimizer now
@@ -185,20 +167,13 @@ def train(
 
         group.from_rank0(save_here)
 
-    def fault_of(loss: float, norm: float) -> str | None:
-        return guard.fault(loss, None if engine.scaler.is_enabled() else norm)  # whose steps may overflow
-
     def read_window() -> list[tuple[float, float]]:
-        """Loss and gradient norm of the steps since the last row, means over the ranks. Waits for the device.
-
-        Raises:
-            FloatingPointError: one is bad, in every process, as each has the same means.
-        """
+        """Loss and gradient norm of the steps since the last row, means over the ranks; FloatingPointError at a bad one."""
         pairs = _means(since_row)
         for at, (loss, norm) in enumerate(pairs, start=step - len(pairs) + 1):
             if at <= guard.step:  # looked at before: where steps are skipped, each is before its update
                 continue
-            if fault := fault_of(loss, norm):
+            if fault := guard.fault(loss, norm):
                 kept = _kept(group.from_rank0(saver.finish))
                 raise FloatingPointError(
                     f"{fault} at step {at}; lower optim.learning_rate or warm up longer, or set train.on_bad_step=skip "
@@ -234,7 +209,7 @@ def train(
             fault = None
             if skips:  # the host waits for the loss before the update
                 ((loss, seen_norm),) = _means([(step_loss, norm)])
-                fault = fault_of(loss, seen_norm)
+                fault = guard.fault(loss, seen_norm)
             if fault:
                 engine.discard()
                 guard.skip(step, fault, say)
@@ -245,7 +220,7 @@ def train(
                     guard.accept(step, loss)
             timed += 1
             bar.update()
-            requests.something_to_save()
+            requests.savable = True
 
             request = requests.agreed(saver.failed)
             if request == Requests.FAILED:
@@ -260,13 +235,9 @@ def train(
                 window = read_window()
                 seconds = time.perf_counter() - window_started
                 rate = timed * step_tokens / seconds
-                row = dict.fromkeys(COLUMNS) | {
-                    "step": step,
-                    "tokens": step * step_tokens,
-                    "learning_rate": learning_rate,
-                    "tokens_per_s": rate,
-                    "mfu": cost.mfu(rate, flops_per_token, peak),
-                }
+                row = dict.fromkeys(COLUMNS) | {"step": step, "tokens": step * step_tokens}
+                row |= {"learning_rate": learning_rate, "tokens_per_s": rate}
+                row["mfu"] = cost.mfu(rate, flops_per_token, peak)
                 if window:  # else all its steps were skipped
                     norm = window[-1][1]
                     row["train_loss"] = sum(loss for loss, _ in window) / len(window)
@@ -300,8 +271,8 @@ def _means(pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step, means over the ranks, as numbers: waits for the device."""
     if not pairs:
         return []
-    losses, norms = map(torch.stack, zip(*pairs, strict=True))
-    return [tuple(pair) for pair in group.mean_over_ranks(torch.stack([losses, norms], -1)).tolist()]
+    means = group.mean_over_ranks(torch.stack([torch.stack(pair) for pair in pairs]))
+    return [tuple(pair) for pair in means.tolist()]
 
 
 def _kept(last_checkpoint: Path | None) -> str:
@@ -311,10 +282,8 @@ def _kept(last_checkpoint: Path | None) -> str:
 def _stopped(number: int, step: int | None, steps: int, path: Path | None, say: Callable[[str], None]) -> Stopped:
     """The exception that ends a run by a signal, after a line about it. step None: before the first one."""
     when = "before a step was done" if step is None else f"after step {step} of {steps}"
-    say(
-        f"stopped by {signal.Signals(number).name} {when}; {_kept(path)}"
-        + ("; the same command with train.resume=true (train: --resume) goes on from there" if path else "")
-    )
+    how = "; the same command with train.resume=true (train: --resume) goes on from there" if path else ""
+    say(f"stopped by {signal.Signals(number).name} {when}; {_kept(path)}{how}")
     return Stopped(number, path)
 
 
@@ -332,12 +301,6 @@ def _memory_errors_told(when: Callable[[], str]) -> Iterator[None]:
         known = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
         if not known:
             raise
-        raise OSError(
-            errno.ENOMEM,
-            f"out of memory {when()}: {first_line(error)} Lower train.batch_size and raise "
-            "train.gradient_accumulation_steps, or shard the model: train.ddp_wrapper=fsdp",
-        ) from error
-
-
-def _quiet(_message: str) -> None:
-    """Say nothing: for all ranks but 0."""
+        remedy = "Lower train.batch_size and raise train.gradient_accumulation_steps, or shard the model"
+        message = f"out of memory {when()}: {first_line(error)} {remedy}: train.ddp_wrapper=fsdp"
+        raise OSError(errno.ENOMEM, message) from error

@@ -1,8 +1,6 @@
 """How each family of wrappers takes its part in a step: when it communicates, how it clips, steps, saves and loads.
 
-A strategy wraps the model and makes the optimizer. There is one a family, chosen by what the wrapper's entry in
-lmsys.parallel says of it: replicas, replicas whose optimizer state is shared out (ZeRO-1), and full sharding. All
-processes call each method at the same point of a run.
+A strategy wraps the model and makes the optimizer. All processes call each method at the same point of a run.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lmsys import parallel
-from lmsys.config import OptimConfig, PipelineConfig, TrainConfig
+from lmsys.config import PipelineConfig, TrainConfig
 from lmsys.model import TransformerLM
 from lmsys.parallel import group
 from lmsys.step.optimizer import AdamW, clip_factor, clip_grad_norm, parameter_groups
@@ -25,43 +23,36 @@ class Replicated:
     """Every process holds all parameters, gradients and optimizer state; the wrapper averages gradients.
 
     Attributes:
+        several: whether several processes train together; else this one is alone, even within a group.
         copies_state: whether the tensors on the CPU that whole_state() gives are copies, which no step changes.
         gathers: whether no_sync() still communicates, as parameters are gathered or sent whatever becomes of gradients.
     """
 
     gathers = False
+    copies_state = False
 
     def __init__(self, config: PipelineConfig, model: TransformerLM, wrapper_options: dict[str, Any]):
-        settings = config.train
-        self.model, self.config = model, config
+        settings, optim = config.train, config.optim
+        self.model, self.config, self.fused = model, config, settings.fused_optimizer
+        self.several = parallel.get_wrapper(settings.ddp_wrapper).many_processes
         self.module = parallel.wrap(model, settings.ddp_wrapper, **_wrapper_options(settings) | wrapper_options)
         self.parameters = list(self.module.parameters())
-        self.optimizer = self._make_optimizer(settings, config.optim)
-        self.fused = settings.fused_optimizer
+        options = {"lr": optim.learning_rate, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
+        self.optimizer = self._make_optimizer(parameter_groups(self.module, optim.weight_decay), options)
         self._gradient_scale: Tensor | None = None  # of clipping, where the fused optimizer applies it
-        self.copies_state = self._copies_state()
 
-    def _make_optimizer(self, settings: TrainConfig, optim: OptimConfig) -> torch.optim.Optimizer:
-        groups, options = parameter_groups(self.module, optim.weight_decay), _adam_options(optim)
-        if settings.fused_optimizer:
+    def _make_optimizer(self, groups: list[dict[str, Any]], options: dict[str, Any]) -> torch.optim.Optimizer:
+        if self.fused:
             from lmsys.step.adamw import FusedAdamW
 
             return FusedAdamW(groups, **options)
         return AdamW(groups, **options)
 
-    def _copies_state(self) -> bool:
-        return False
-
-    @staticmethod
-    def several(settings: TrainConfig) -> bool:
-        """Whether several processes train together; else this one is alone, even within a group."""
-        return parallel.get_wrapper(settings.ddp_wrapper).many_processes
-
     # --- A step ---
 
     def no_sync(self) -> AbstractContextManager:
         """A backward pass in here adds up gradients and sends none."""
-        return self.module.no_sync() if self.several(self.config.train) else nullcontext()
+        return self.module.no_sync() if self.several else nullcontext()
 
     def sync(self) -> AbstractContextManager:
         """A backward pass in here is followed by finish()."""
@@ -69,7 +60,7 @@ class Replicated:
 
     def finish(self) -> None:
         """After a backward pass: every process has the gradients' mean."""
-        if self.several(self.config.train):
+        if self.several:
             self.module.finish_gradient_synchronization()
 
     def clip(self, max_norm: float) -> Tensor:
@@ -119,15 +110,12 @@ class ShardedState(Replicated):
 
     gathers = True
 
-    def _make_optimizer(self, settings: TrainConfig, optim: OptimConfig) -> torch.optim.Optimizer:
+    def _make_optimizer(self, groups: list[dict[str, Any]], options: dict[str, Any]) -> torch.optim.Optimizer:
         from lmsys.parallel.zero1 import ShardedOptimizer
 
-        self.scatters = settings.reduce_scatter_gradients
-        groups = parameter_groups(self.module, optim.weight_decay)
-        return ShardedOptimizer(groups, AdamW, reduce_scatter_gradients=self.scatters, **_adam_options(optim))
-
-    def _copies_state(self) -> bool:
-        return self.parameters[0].is_cuda
+        self.scatters = self.config.train.reduce_scatter_gradients
+        self.copies_state = self.parameters[0].is_cuda
+        return ShardedOptimizer(groups, AdamW, reduce_scatter_gradients=self.scatters, **options)
 
     def no_sync(self) -> AbstractContextManager:
         stack = ExitStack()
@@ -156,9 +144,7 @@ class FullySharded(Replicated):
     """Each process holds its part of the parameters, gradients and optimizer state; the wrapper gathers blocks."""
 
     gathers = True
-
-    def _copies_state(self) -> bool:
-        return True
+    copies_state = True
 
     def _clip(self, max_norm: float) -> Tensor:
         return self.module.clip_grad_norm_(max_norm)
@@ -186,14 +172,9 @@ class FullySharded(Replicated):
 
 
 def strategy(settings: TrainConfig) -> type[Replicated]:
-    """The strategy of a run's settings."""
     if parallel.get_wrapper(settings.ddp_wrapper).sharded:
         return FullySharded
     return ShardedState if settings.sharded_optimizer else Replicated
-
-
-def _adam_options(optim: OptimConfig) -> dict[str, Any]:
-    return {"lr": optim.learning_rate, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
 
 
 def _wrapper_options(settings: TrainConfig) -> dict[str, Any]:
