@@ -32,6 +32,7 @@ from lmsys.bench.experiment import Experiment, Measured, Notebook, Parameters, P
 from lmsys.bench.measure import quantiles
 from lmsys.config import TrainConfig, model_size, require
 from lmsys.device import resolve_device
+from lmsys.options import STEP_PRESETS
 from lmsys.parallel.copy_engine import reachable
 from lmsys.parallel.ddp import BUCKET_MB
 from lmsys.parallel.group import Process
@@ -61,7 +62,7 @@ def check(p: Parameters) -> None:
     processes.settle(p, NOTEBOOK)
     p.studies = p.studies or [name for name in STUDIES if name != "captured" or on_gpus(p)]
     p.wrappers = p.wrappers or list(WRAPPERS)
-    experiment.require_names(p, {"studies": STUDIES, "wrappers": WRAPPERS})
+    experiment.require_names(p, {"studies": STUDIES, "wrappers": WRAPPERS, "step_preset": STEP_PRESETS})
     experiment.require_numbers(p, dict.fromkeys(("batch", "context_length", "vocab_size", "steps", "timed_steps"), 1))
     experiment.require_numbers(p, {"bucket_sizes_mb": 0})
     p.gpus = list(processes.process_counts(p.device, p.gpus))
@@ -156,6 +157,7 @@ def _point(
         batch_size=batch,
         dtype=p.dtype,
         compile=p.compiled,
+        step_preset=p.step_preset,
         seed=p.seed,
         device=p.device,
         ddp_wrapper=wrapper,

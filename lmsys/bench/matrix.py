@@ -24,6 +24,7 @@ from lmsys.bench.experiment import Experiment, Measured, Notebook, Parameters, P
 from lmsys.bench.processes import process_counts
 from lmsys.config import DTYPES, ModelConfig, model_size, require
 from lmsys.device import device_name, resolve_device
+from lmsys.options import STEP_PRESETS
 from lmsys.parallel.group import Process
 
 LOSSES = "lm_matrix_losses"
@@ -50,7 +51,7 @@ def check(p: Parameters) -> None:
     Raises:
         ValueError: an unknown name, a number out of range, tokens that do not fit the model.
     """
-    experiment.require_names(p, {"dtype": DTYPES})
+    experiment.require_names(p, {"dtype": DTYPES, "step_preset": STEP_PRESETS})
     experiment.require_numbers(
         p, dict.fromkeys(("steps", "timed_steps", "batch_size", "context_length", "vocab_size"), 1)
     )
@@ -123,6 +124,7 @@ def points(p: Parameters) -> list[Point]:
                     batch_size=batch,
                     dtype=p.dtype,
                     compile=p.compile,
+                    step_preset=p.step_preset,
                     seed=p.seed,
                     device=p.device,
                     **(steps.wrapped(name) if gpus > 1 else {}),

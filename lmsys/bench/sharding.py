@@ -26,6 +26,7 @@ from lmsys.bench.experiment import Experiment, Measured, Notebook, Parameters, P
 from lmsys.bench.measure import DTYPES, measure
 from lmsys.config import ModelConfig, model_size, require
 from lmsys.device import device_name, resolve_device
+from lmsys.options import STEP_PRESETS
 from lmsys.parallel.group import Process
 
 MEMORY, TIMELINE = "sharding_memory", "sharding_timeline"
@@ -51,7 +52,7 @@ def check(p: Parameters) -> None:
     """
     processes.settle(p, NOTEBOOK)
     p.variants = [name for name in VARIANTS if name != ONE] if p.variants is None else p.variants
-    experiment.require_names(p, {"variants": [name for name in VARIANTS if name != ONE]})
+    experiment.require_names(p, {"variants": [name for name in VARIANTS if name != ONE], "step_preset": STEP_PRESETS})
     experiment.require_numbers(p, dict.fromkeys(("batch", "context_length", "vocab_size", "steps", "timed_steps"), 1))
     p.gpus = list(processes.process_counts(p.device, p.gpus))
     require(p.gpus[-1] > 1, f"gpus are {p.gpus}: sharding needs two or more, which this machine does not have")
@@ -76,6 +77,7 @@ def points(p: Parameters) -> list[Point]:
             batch_size=p.batch,
             dtype=p.dtype,
             compile=p.compiled,
+            step_preset=p.step_preset,
             seed=p.seed,
             device=p.device,
             **settings,
