@@ -64,7 +64,7 @@ def parameters(scale="smoke", **given):
 def rows_of(monkeypatch, case, *names):
     """The rows of one case."""
     monkeypatch.setattr(accuracy, "cases", lambda p: [case])
-    monkeypatch.setattr(accuracy, "_current", (None, None))
+    accuracy.answers.cache_clear()
     p = parameters(kernels=list(names))
     return [point | {"status": "ok"} | accuracy.measure_point(point, p) for point in accuracy.points(p)]
 

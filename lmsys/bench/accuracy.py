@@ -15,6 +15,7 @@ key or one head make up for it. For the same reason most cases are of head dim 6
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import random
 from collections.abc import Sequence
@@ -104,10 +105,7 @@ def _length(draw: random.Random, longest: int, even: bool) -> int:
 
 
 def inputs(case: Point, device: torch.device, seed: int) -> list[torch.Tensor]:
-    """q, k, v and the gradient of the output, random normal, (B, H, T, D) in the case's layout.
-
-    q, k and v are leaves that ask for gradients.
-    """
+    """q, k, v, leaves that ask for gradients, and that of the output: random normal, (B, H, T, D) in the case's layout."""
     generator = torch.Generator(device).manual_seed(seed * 1_000_003 + case["case"])
     batch, heads, kv_heads, q_len, k_len, head_dim = (case[name] for name in CASE[1:7])
     dtype, magnitude = DTYPES[case["dtype"]], case["magnitude"]
@@ -168,30 +166,22 @@ class Poisoned(TorchDispatchMode):
     PyTorch does the same under torch.use_deterministic_algorithms, which would also choose other kernels.
     """
 
-    _EMPTY = tuple(
-        getattr(torch.ops.aten, name)
-        for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
-    )
+    _EMPTY = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if function.overloadpacket in self._EMPTY and result.is_floating_point():
+        if function.overloadpacket.__name__ in self._EMPTY and result.is_floating_point():
             result.fill_(math.nan)
         return result
 
 
-_current: tuple[Any, Any] = (None, None)  # the case at hand, as text, and what answers() says of it
-
-
-def answers(case: Point, p: Parameters) -> tuple[list, list, list, dict[str, float]]:
+@functools.lru_cache(maxsize=1)  # the case at hand
+def answers(values: tuple, device: str, seed: int) -> tuple[list, list, list, dict[str, float]]:
     """A case's inputs; o, lse, dq, dk, dv in float64 and in its own dtype by plain PyTorch; the floor of each."""
-    global _current
-    key = str([p.device, p.seed, *(case[name] for name in CASE)])
-    if _current[0] != key:
-        tensors = inputs(case, resolve_device(p.device), p.seed)
-        exact, plain = (_reference(case, tensors, dtype) for dtype in (torch.float64, DTYPES[case["dtype"]]))
-        _current = key, (tensors, exact, plain, _floors(case, tensors, exact))
-    return _current[1]
+    case = dict(zip(CASE, values, strict=True))
+    tensors = inputs(case, resolve_device(device), seed)
+    exact, plain = (_reference(case, tensors, dtype) for dtype in (torch.float64, DTYPES[case["dtype"]]))
+    return tensors, exact, plain, _floors(case, tensors, exact)
 
 
 def _reference(case: Point, tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
@@ -212,10 +202,9 @@ def outputs(point: Point, tensors: Sequence[torch.Tensor], **options: Any) -> li
 
 def measure_point(point: Point, p: Parameters) -> Row:
     """Errors of one kernel at one case, over PyTorch's and relative; an error row where one is too large."""
-    tensors, exact, plain, floors = answers(point, p)
+    tensors, exact, plain, floors = answers(tuple(point[name] for name in CASE), p.device, p.seed)
     actual = outputs(point, tensors)
-    row: Row = {}
-    wrong = []
+    row, wrong = {}, []
     for name, a, b, e in zip(OUTPUTS, actual, plain, exact, strict=True):
         if a.shape != e.shape or (name != "lse" and a.dtype != b.dtype):
             wrong.append(f"{name} is {a.dtype} {tuple(a.shape)}, not {b.dtype} {tuple(e.shape)}")
@@ -223,8 +212,7 @@ def measure_point(point: Point, p: Parameters) -> Row:
         row[f"{name}_ratio"], row[f"{name}_error"] = _errors(a, b, e, floors[name])
         if row[f"{name}_ratio"] > LIMIT:
             wrong.append(f"{name} is off by {row[f'{name}_ratio']:.3g} times PyTorch's error")
-    differ = _differing(point, tensors, actual)
-    if differ:
+    if differ := _differing(point, tensors, actual):
         wrong.append(f"{' and '.join(differ)}: not the same bits in a second run")
     return row | {"deterministic": not differ} | ({"status": "error", "note": "; ".join(wrong)} if wrong else {})
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -77,17 +78,13 @@ def _select_groups(p: Parameters) -> None:
 
 def parse_tier(text: str) -> tuple[str, tuple[int, int]]:
     """'128:64' -> a tier of 128 queries and 64 keys. Both must be powers of two."""
-    q_text, colon, k_text = text.partition(":")
-    lengths = []
-    for what, number in (("q_len", q_text), ("k_len", k_text)):
-        require(colon == ":" and number.isdigit(), f"tier '{text}' is not of the form q:k, such as 128:64")
-        length = int(number)
-        require(
-            length > 0 and length & (length - 1) == 0,
-            f"tier '{text}': {what} {length} is not a power of two; give 1, 2, 4, 8, ... such as 128:64",
-        )
-        lengths.append(length)
-    return text, (lengths[0], lengths[1])
+    match = re.fullmatch(r"([0-9]+):([0-9]+)", text)
+    require(match is not None, f"tier '{text}' is not of the form q:k, such as 128:64")
+    q_len, k_len = map(int, match.groups())
+    for length in (q_len, k_len):
+        power = length > 0 and length & (length - 1) == 0
+        require(power, f"tier '{text}': {length} is not a power of two; give 1, 2, 4, 8, ... such as 128:64")
+    return text, (q_len, k_len)
 
 
 NOTEBOOK = Notebook("attention_sweep", check)
