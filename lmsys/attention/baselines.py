@@ -1,13 +1,13 @@
-"""The attention implementations that ours are measured against: torch's SDPA backends, FlexAttention and FlashAttention-4.
+"""The peers that ours are measured against: torch's SDPA backends, FlexAttention and FlashAttention-4.
 
-Each takes q (B, H, T, D), k and v (B, H_kv, S, D) and a top-left causal mask, and runs the implementation that its name says or
-raises ValueError: no other backend steps in.
+Each takes q (B, H, T, D), k and v (B, H_kv, S, D) and a top-left causal mask, and runs the implementation that its name
+says or raises ValueError: no other backend steps in.
 
-- torch_sdpa_flash, torch_sdpa_cudnn: torch.nn.functional.scaled_dot_product_attention with one backend allowed. Their causal mask
-  is for T = S. With T < S the keys after the last query are cut off, which is exact; T > S is refused.
-- torch_flex: torch.nn.attention.flex_attention (arXiv:2412.05496) under torch.compile. The block mask of a shape is made at its first call.
-- flash_attention_4: flash_attn.cute of the package flash-attn-4, CuTe kernels for compute capability 9.0 and later, on (B, T, H, D) tensors,
-  as which the inputs are viewed. Its causal mask aligns at the bottom right, which for T = S is the same, so T != S goes as in SDPA.
+- torch_sdpa_flash, torch_sdpa_cudnn: torch.nn.functional.scaled_dot_product_attention with one backend allowed. Their
+  causal mask is for T = S. With T < S the keys after the last query are cut off, which is exact; T > S is refused.
+- torch_flex: torch.nn.attention.flex_attention (arXiv:2412.05496) under torch.compile.
+- flash_attention_4: flash_attn.cute of the package flash-attn-4, CuTe kernels for compute capability 9.0 and later. Its
+  causal mask aligns at the bottom right, which for T = S is the same, so T != S goes as in SDPA.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,9 +46,9 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, ba
     except RuntimeError as error:
         if "No available kernel" not in str(error):
             raise
+        got = f"q {tuple(q.shape)}, k {tuple(k.shape)}, {q.dtype} on {q.device}"
         raise ValueError(
-            f"attention kernel '{name}': torch's backend takes no q {tuple(q.shape)}, k {tuple(k.shape)}, {q.dtype} on {q.device} "
-            "here; its warnings say why"
+            f"attention kernel '{name}': torch's backend takes no {got} here; its warnings say why"
         ) from error
 
 
@@ -76,14 +77,8 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None, scale: float 
 
 
 @functools.cache
-def _compiled_flex(
-    q_shape: torch.Size,
-    k_shape: torch.Size,
-    dtype: torch.dtype,
-    device: torch.device,
-    causal: bool,
-    scale: float | None,
-) -> Callable:
+def _compiled_flex(*kind: Any) -> Callable:
+    """One compiled function for each kind of call."""
     return torch.compile(own_code(_flex), dynamic=False, fullgraph=True)
 
 

@@ -1,21 +1,23 @@
-"""FlashAttention for Hopper GPUs (sm_90) in Gluon, Triton's lower-level dialect: the forward pass. flash_hopper_backward has the other.
+"""FlashAttention for Hopper GPUs (sm_90) in Gluon, Triton's lower-level dialect: the forward pass.
 
-Sources: Dao, "FlashAttention-2" (arXiv:2307.08691), algorithm 1; Shah et al., "FlashAttention-3" (arXiv:2407.08608), for the division
-of labour: one group of warps only copies (TMA), groups of four warps only compute (wgmma), and the next block's Q K^T runs while
-this block's softmax and P V do. Plain Triton 3.6 waits for each product before it goes on, so none of this can be said in it.
+Sources: Dao, "FlashAttention-2" (arXiv:2307.08691), algorithm 1; Shah et al., "FlashAttention-3" (arXiv:2407.08608),
+for the division of labour: one group of warps only copies (TMA), groups of four warps only compute (wgmma), and the
+next block's Q K^T runs while this block's softmax and P V do. Plain Triton 3.6 waits for each product before it goes
+on, so none of this can be said in it.
 
 How it works:
-- A tile is GROUPS x 64 queries of one head, a group of warps (a "consumer") for each 64. Consumers read the same keys and values
-  from a ring of STAGES shared-memory blocks, which the producer fills; full and empty barriers tell each when to go on.
+- A tile is GROUPS x 64 queries of one head, a group of warps (a "consumer") for each 64. Consumers read the same keys
+  and values from a ring of STAGES shared-memory blocks, which the producer fills; full and empty barriers tell each
+  when to go on.
 - Keys go from the diagonal back to the start, so that only a tile's first block needs a mask.
-- Programs are persistent: one a multiprocessor, taking tiles from a list by an atomic counter. The list is longest first within
-  sections of heads whose keys and values fit the L2 cache.
+- Programs are persistent: one a multiprocessor, taking tiles from a list by an atomic counter. The list is longest
+  first within sections of heads whose keys and values fit the L2 cache.
 - P stays in registers between the products, two 16-bit values to a register.
-- Where a call has fewer tiles than half the multiprocessors (few queries, many keys, no causal mask), each tile's keys are split
-  among several programs, and a second kernel adds their results.
+- Where a call has fewer tiles than half the multiprocessors (few queries, many keys, no causal mask), each tile's keys
+  are split among several programs, and a second kernel adds their results.
 
-Limits: float16 and bfloat16, head_dim 64 and 128. Tensors are read where they lie: any strides that are multiples of 16 bytes, with
-the last 1. Triton's CPU interpreter has no Gluon: without a GPU the tests run the kernels in an interpreter of their own.
+Limits: float16 and bfloat16, head_dim 64 and 128. Tensors are read where they lie: any strides that are multiples of 16
+bytes, with the last 1. Triton's CPU interpreter has no Gluon: without a GPU the tests run the kernels in their own.
 
 Legend: B batch, H heads, H_kv key heads, T queries, S keys, D head dim.
 """
@@ -57,8 +59,8 @@ _ROWS = 64  # queries of a consumer: the rows of one wgmma
 def put_item(slots, ready, n, item):
     """The producer hands the n-th item of its list to the consumers.
 
-    Two slots need no empty barrier: before the producer writes a slot again, it has waited for buffers that the consumers released
-    after they had read it.
+    Two slots need no empty barrier: before the producer writes a slot again, it has waited for buffers that the
+    consumers released after they had read it.
     """
     scalar: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     slots.index(n % 2).store(gl.full([1], 0, gl.int32, scalar) + item)
@@ -88,21 +90,13 @@ def finish_list(counter):
 
 @gluon.jit
 def _tile(
-    item,
-    heads,
-    section,
-    T,
-    S,
-    splits,
-    GROUPS: gl.constexpr,
-    ROWS: gl.constexpr,
-    BLOCK: gl.constexpr,
-    CAUSAL: gl.constexpr,
-):
+    item, heads, section, T, S, splits,
+    GROUPS: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr, CAUSAL: gl.constexpr,
+):  # fmt: skip
     """An item's head (of all batches' heads), first query, first key block, number of key blocks, and split.
 
-    Tiles are counted from the last query back, so that what no tile divides is missing from the front, where a causal tile is
-    shortest: the first query of a head's last item may be negative.
+    Tiles are counted from the last query back, so that what no tile divides is missing from the front, where a causal
+    tile is shortest: the first query of a head's last item may be negative.
     """
     TILE: gl.constexpr = GROUPS * ROWS
     split = item % splits
@@ -129,7 +123,7 @@ def _tile(
 
 @gluon.jit
 def _sum_in_thread(p, ROWS: gl.constexpr, BLOCK: gl.constexpr):
-    """Row sums over each thread's own columns; the four threads that share a row are added once, after the last block."""
+    """Row sums over each thread's own columns; the four threads of a row are added once, after the last block."""
     return gl.sum(p.reshape([ROWS, BLOCK // 8, 4, 2]).permute((0, 2, 1, 3)).reshape([ROWS, 4, BLOCK // 4]), 2)
 
 
@@ -276,7 +270,7 @@ def _consumer_tile(
     G: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr, ROWS: gl.constexpr,
     BLOCK: gl.constexpr, D: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
-    """o and log-sum-exp of the ROWS queries from `first` on, over `blocks` key blocks from block `start` on. blocks >= 1."""
+    """o and log-sum-exp of the ROWS queries from `first` on, over `blocks` >= 1 key blocks from block `start` on."""
     q_s, k_s, v_s, o_s = buffers
     q_full, k_full, v_full = full
     q_empty, k_empty, v_empty = empty
@@ -303,9 +297,7 @@ def _consumer_tile(
         visible = gl.minimum(visible, rows + (1 - first_key))
     columns = gl.arange(0, BLOCK, gl.SliceLayout(0, S_LAYOUT))
     scores = gl.where(columns[None, :] < visible[:, None], scores, -float("inf"))
-    maximum = gl.maximum(
-        gl.max(scores, 1) * scale_log2, -1e30
-    )  # finite: a row past T whose keys are hidden gives no NaN
+    maximum = gl.maximum(gl.max(scores, 1) * scale_log2, -1e30)  # finite: a row past T gives no NaN
     p = gl.exp2(scores * scale_log2 - maximum[:, None])
     total = _sum_in_thread(p, ROWS, BLOCK)
     acc = gl.zeros([ROWS, D], gl.float32, O_LAYOUT)
@@ -398,7 +390,7 @@ def _forward_kernel(
     GROUPS: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr,
     D: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
-    """o and lse (splits, B, H, T), natural logarithms. Descriptors: (1, 1, ROWS or BLOCK, D) blocks of (B, H, T, D) tensors."""
+    """o and lse (splits, B, H, T), natural logarithms. Descriptors: (1, 1, ROWS or BLOCK, D) blocks of (B, H, T, D)."""
     dtype: gl.constexpr = q_desc.dtype
     q_s = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, ROWS, D], q_desc.layout)
     o_s = gl.allocate_shared_memory(o_desc.dtype, [GROUPS, 1, 1, ROWS, D], o_desc.layout)
@@ -417,38 +409,31 @@ def _forward_kernel(
         gl.warp_specialize(
             [
                 (_producer, ((q_desc, k_desc, v_desc), counter, state, GROUPS, STAGES, ROWS, BLOCK, CAUSAL)),
-                (
-                    _consumer,
-                    (gl.constexpr(0), o_desc, lse_ptr, scale_log2, state, GROUPS, STAGES, RING, ROWS, BLOCK, D, CAUSAL),
-                ),
-                (
-                    _consumer,
-                    (gl.constexpr(1), o_desc, lse_ptr, scale_log2, state, GROUPS, STAGES, RING, ROWS, BLOCK, D, CAUSAL),
-                ),
+                (_consumer, (
+                    gl.constexpr(0), o_desc, lse_ptr, scale_log2, state, GROUPS, STAGES, RING, ROWS, BLOCK, D, CAUSAL,
+                )),
+                (_consumer, (
+                    gl.constexpr(1), o_desc, lse_ptr, scale_log2, state, GROUPS, STAGES, RING, ROWS, BLOCK, D, CAUSAL,
+                )),
             ],
-            [4, 4],
-            [240, 240],
-        )
+            [4, 4], [240, 240],
+        )  # fmt: skip
     else:
         gl.warp_specialize(
             [
                 (_producer, ((q_desc, k_desc, v_desc), counter, state, GROUPS, STAGES, ROWS, BLOCK, CAUSAL)),
-                (
-                    _consumer,
-                    (gl.constexpr(0), o_desc, lse_ptr, scale_log2, state, GROUPS, STAGES, RING, ROWS, BLOCK, D, CAUSAL),
-                ),
-                (
-                    _consumer,
-                    (gl.constexpr(1), o_desc, lse_ptr, scale_log2, state, GROUPS, STAGES, RING, ROWS, BLOCK, D, CAUSAL),
-                ),
-                (
-                    _consumer,
-                    (gl.constexpr(2), o_desc, lse_ptr, scale_log2, state, GROUPS, STAGES, RING, ROWS, BLOCK, D, CAUSAL),
-                ),
+                (_consumer, (
+                    gl.constexpr(0), o_desc, lse_ptr, scale_log2, state, GROUPS, STAGES, RING, ROWS, BLOCK, D, CAUSAL,
+                )),
+                (_consumer, (
+                    gl.constexpr(1), o_desc, lse_ptr, scale_log2, state, GROUPS, STAGES, RING, ROWS, BLOCK, D, CAUSAL,
+                )),
+                (_consumer, (
+                    gl.constexpr(2), o_desc, lse_ptr, scale_log2, state, GROUPS, STAGES, RING, ROWS, BLOCK, D, CAUSAL,
+                )),
             ],
-            [4, 4, 4],
-            [160, 160, 160],
-        )
+            [4, 4, 4], [160, 160, 160],
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["H", "T", "rows", "splits", "stride_b", "stride_h", "stride_t"])
@@ -458,8 +443,8 @@ def _combine_kernel(
 ):  # fmt: skip
     """Add what `splits` programs found for the same queries: the mean of their o, weighted by exp(lse).
 
-    parts (splits, B, H, T, D) and their lse (splits, B, H, T) -> o (B, H, T, D), lse (B, H, T). rows: B * H * T. Strides in units of
-    eight elements, of which Triton then knows that addresses are aligned.
+    parts (splits, B, H, T, D) and their lse (splits, B, H, T) -> o (B, H, T, D), lse (B, H, T). rows: B * H * T.
+    Strides in units of eight elements, of which Triton then knows that addresses are aligned.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     inside = row < rows
@@ -482,9 +467,9 @@ def _combine_kernel(
 
 # --- Launch ---------------------------------------------------------------------------------------
 
-# By head dim: consumers, ring stages, whether they take turns, and keys of a block. FlashAttention-3's tiles. H200, Triton 3.6, causal, 16k
-# tokens, TFLOP/s at 16384: head_dim 64 with two consumers of 240 registers 437, with three 520; 128 keys a block against 64: 305 and
-# 318 at 1024, and ahead from 2048 on; five stages are within noise of four.
+# By head dim: consumers, ring stages, whether they take turns, and keys of a block. FlashAttention-3's tiles. H200,
+# Triton 3.6, causal, 16k tokens, TFLOP/s at 16384: head_dim 64 with two consumers of 240 registers 437, with three 520;
+# 128 keys a block against 64: 305 and 318 at 1024, and ahead from 2048 on; five stages are within noise of four.
 _TILES = {
     64: {"GROUPS": 3, "STAGES": 4, "RING": True, "BLOCK": 128},
     128: {"GROUPS": 2, "STAGES": 2, "RING": False, "BLOCK": 128},
@@ -494,11 +479,6 @@ _COMBINE_ROWS = 32
 _L2_SHARE = 0.95  # of the L2 cache, for the keys and values of a section of heads
 
 
-@functools.cache
-def _layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], _ELEMENT[dtype])
-
-
 _descriptions: dict[tuple[Any, ...], dict[str, Any]] = {}
 _REMEMBERED = 4096  # layouts of tensors
 
@@ -506,50 +486,47 @@ _REMEMBERED = 4096  # layouts of tensors
 def tiles_of(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """What the copy unit needs to know to move (rows, columns) tiles of a (B, H, T, D) tensor of any TMA-able strides.
 
-    Four dimensions, so that a tile at a head's end neither reads nor writes the next head. The stride of a dimension of length 1 may
-    be any number; the unit wants a multiple of 16 bytes.
+    Four dimensions, so that a tile at a head's end neither reads nor writes the next head. The stride of a dimension of
+    length 1 may be any number; the unit wants a multiple of 16 bytes.
     """
     key = tensor.shape, tensor.stride(), tensor.dtype, rows, columns
-    known = _descriptions.get(key)
-    if known is None:
-        strides = [
-            stride if length > 1 else columns for length, stride in zip(tensor.shape, tensor.stride(), strict=True)
-        ]
-        strides[-1] = 1
-        known = _describe(key, tensor, strides, [1, 1, rows, columns], _layout(rows, columns, tensor.dtype))
-    return _descriptor(tensor, known)
+    if key not in _descriptions:
+        lengths = zip(tensor.shape, tensor.stride(), strict=True)
+        strides = [*[stride if length > 1 else columns for length, stride in lengths][:-1], 1]
+        block = [1, 1, rows, columns]
+        layout = gl.NVMMASharedLayout.get_default_for(block, _ELEMENT[tensor.dtype])
+        _describe(key, tensor, strides, block, layout)
+    return _descriptor(tensor, key)
 
 
 def pieces_of(vector: Tensor, length: int) -> TensorDescriptor:
     """The same for pieces of a contiguous (n,) tensor."""
     key = vector.shape, vector.dtype, length
-    known = _descriptions.get(key)
-    if known is None:
-        known = _describe(key, vector, [1], [length], gl.NVMMASharedLayout(0, 32, 1))
-    return _descriptor(vector, known)
+    if key not in _descriptions:
+        _describe(key, vector, [1], [length], gl.NVMMASharedLayout(0, 32, 1))
+    return _descriptor(vector, key)
 
 
-def _describe(key: tuple, tensor: Tensor, strides: list[int], block: list[int], layout: Any) -> dict[str, Any]:
-    """A descriptor's attributes but for the tensor, remembered: TensorDescriptor's own checks are made once a layout."""
+def _describe(key: tuple, tensor: Tensor, strides: list[int], block: list[int], layout: Any) -> None:
+    """Remember a descriptor's attributes but for the tensor: TensorDescriptor's own checks are made once a layout."""
     known = vars(TensorDescriptor(tensor, list(tensor.shape), strides, block, layout)) | {"base": None}
     if len(_descriptions) >= _REMEMBERED:
         _descriptions.clear()
     _descriptions[key] = known
-    return known
 
 
-def _descriptor(tensor: Tensor, known: dict[str, Any]) -> TensorDescriptor:
+def _descriptor(tensor: Tensor, key: tuple) -> TensorDescriptor:
     descriptor = object.__new__(TensorDescriptor)
-    vars(descriptor).update(known, base=tensor)
+    vars(descriptor).update(_descriptions[key], base=tensor)
     return descriptor
 
 
 class Launcher:
     """Launches a kernel, past Triton's binding of its arguments where the compiled kernel is known.
 
-    The binding costs the host several times the launch. What Triton compiles depends on the constants, on the tensors' dtypes and
-    alignment, and on the integers that it specializes on; here these are none, and tensors are aligned, so that the constants, the
-    dtype and the device name the compiled kernel. Profilers' launch hooks run as ever.
+    The binding costs the host several times the launch. What Triton compiles depends on the constants, on the tensors'
+    dtypes and alignment, and on the integers that it specializes on; here these are none, and tensors are aligned, so
+    that constants, dtype and device name the compiled kernel. Profilers' launch hooks run as ever.
     """
 
     def __init__(self, kernel: Any) -> None:
@@ -591,22 +568,16 @@ _counters: dict[tuple[int, int], Tensor] = {}
 
 
 def list_counter(device: torch.device) -> Tensor:
-    """Two int32 zeros, which each kernel leaves as zeros: one pair a stream, as two launches at once must not share them.
+    """Two int32 zeros, which each kernel leaves as zeros: a pair a stream, as two launches at once must not share them.
 
-    While a CUDA graph is captured a pair of its own is made, with its zeroing part of the graph: replays may run on any stream.
+    A CUDA graph that is being captured gets a pair of its own and its zeroing: replays may run on any stream.
     """
-    stream = torch.cuda.current_stream(device)
     if torch.cuda.is_current_stream_capturing():
         return torch.zeros(2, dtype=torch.int32, device=device)
-    key = (device.index, stream.cuda_stream)
+    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
     if key not in _counters:
         _counters[key] = torch.zeros(2, dtype=torch.int32, device=device)
     return _counters[key]
-
-
-def _splits(tiles: int, blocks: int, processors: int) -> int:
-    """Programs that share a tile's keys, so that all multiprocessors have work; each gets at least four key blocks."""
-    return max(1, min(processors // tiles, blocks // 4))
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -620,12 +591,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tupl
     tile = _TILES[head_dim]
     processors, cache = device_sizes(q.device.index)
     tiles = batch * heads * ceil_div(q_len, tile["GROUPS"] * _ROWS)
-    splits = 1 if causal else _splits(tiles, ceil_div(k_len, tile["BLOCK"]), processors)
+    splits = (
+        1  # programs that share a tile's keys, so that all multiprocessors have work: four key blocks each at least
+    )
+    if not causal:
+        splits = max(1, min(processors // tiles, ceil_div(k_len, tile["BLOCK"]) // 4))
     o = q.new_empty(batch, q_len, heads, head_dim).transpose(1, 2)
     lse = q.new_empty(batch, heads, q_len, dtype=torch.float32)
-    if splits == 1:
-        target, lse_target = o, lse
-    else:
+    target, lse_target = o, lse
+    if splits > 1:
         target = q.new_empty(splits * batch, heads, q_len, head_dim, dtype=torch.float32)
         lse_target = q.new_empty(splits, batch, heads, q_len, dtype=torch.float32)
     head_bytes = 2 * k_len * head_dim * k.itemsize * kv_heads / heads
@@ -634,8 +608,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tupl
         _launch_forward(
             min(tiles * splits, processors), (q.device.index, q.dtype, target.dtype),
             (
-                tiles_of(q, _ROWS, head_dim), tiles_of(k, tile["BLOCK"], head_dim), tiles_of(v, tile["BLOCK"], head_dim),
-                tiles_of(target, _ROWS, head_dim), lse_target, list_counter(q.device), scale * math.log2(math.e),
+                tiles_of(q, _ROWS, head_dim), tiles_of(k, tile["BLOCK"], head_dim),
+                tiles_of(v, tile["BLOCK"], head_dim), tiles_of(target, _ROWS, head_dim),
+                lse_target, list_counter(q.device), scale * math.log2(math.e),
                 heads, kv_heads, batch * heads, section, q_len, k_len, splits,
             ),
             (tile["GROUPS"], tile["STAGES"], tile["RING"], _ROWS, tile["BLOCK"], head_dim, causal),

@@ -1,21 +1,23 @@
-"""FlashAttention for Hopper GPUs (sm_90) in Gluon: the backward pass. flash_hopper has the forward pass and the launch helpers.
+"""FlashAttention for Hopper GPUs (sm_90) in Gluon: the backward pass; the launch helpers are flash_hopper's.
 
-Sources: Dao, "FlashAttention-2" (arXiv:2307.08691), algorithm 2; Shah et al., "FlashAttention-3" (arXiv:2407.08608), section 3 and its
-appendix on the backward pass.
+Sources: Dao, "FlashAttention-2" (arXiv:2307.08691), algorithm 2; Shah et al., "FlashAttention-3" (arXiv:2407.08608),
+section 3 and its appendix on the backward pass.
 
 How it works:
 - _prepare_kernel: delta = rowsum(O dO), the log-sum-exp in base 2, and zeros for dQ's float32 sum.
-- One item of work is 128 keys of a key head: it walks over the queries of all heads that read them, with dK and dV in registers; or
-  of a part of these heads where items are few, the sums of the parts being added up at the end.
-  Two groups of four warps (consumers) take 64 keys each, and a producer group copies Q and dO tiles of 64 queries into a ring.
-- Scores are computed transposed, S^T = K Q^T and dP^T = V dO^T, so that P^T and dS^T feed dV and dK as left operands from registers.
-  Only dS goes through shared memory, for dQ.
-- dQ leaves as float32 by the copy unit's reduce-add, so the order of its sums, and with it its last bits, differ from run to run.
+- One item of work is 128 keys of a key head: it walks over the queries of all heads that read them, with dK and dV in
+  registers; or of a part of these heads where items are few, the sums of the parts being added up at the end. Two
+  groups of four warps (consumers) take 64 keys each, and a producer group copies Q and dO tiles of 64 queries into a
+  ring.
+- Scores are computed transposed, S^T = K Q^T and dP^T = V dO^T, so that P^T and dS^T feed dV and dK as left operands
+  from registers. Only dS goes through shared memory, for dQ.
+- dQ leaves as float32 by the copy unit's reduce-add: the order of its sums, so its last bits, differ from run to run.
 - _finish_kernel: dQ times the scale, in the inputs' dtype.
 
-Head dim 64: a step is two query tiles, of which consumer g adds up dQ of tile g over all 128 keys; K and V stay in registers as left
-operands, since 64 x 64 products from shared memory alone would take all of its bandwidth (on an H200, 16k causal: 456 without, 490
-TFLOP/s with). Head dim 128: a step is one query tile, and consumer g adds up half g of dQ's columns.
+Head dim 64: a step is two query tiles, of which consumer g adds up dQ of tile g over all 128 keys; K and V stay in
+registers as left operands, since 64 x 64 products from shared memory alone would take all of its bandwidth (on an H200,
+16k causal: 456 without, 490 TFLOP/s with). Head dim 128: a step is one query tile, and consumer g adds up half g of
+dQ's columns.
 
 Limits: those of flash_hopper, and gradients are not the same bits in every run.
 
@@ -86,11 +88,8 @@ def _consumers_barrier():
 # --- Before and after -----------------------------------------------------------------------------
 
 
-_STRIDES = [
-    "stride_b",
-    "stride_h",
-    "stride_t",
-]  # in units of eight elements, of which Triton then knows that addresses are aligned
+# In units of eight elements, of which Triton then knows that addresses are aligned.
+_STRIDES = ["stride_b", "stride_h", "stride_t"]
 
 
 @triton.jit(do_not_specialize=["H", "T", "T_PAD", "stride_gb", "stride_gh", "stride_gt", *_STRIDES])
@@ -138,7 +137,7 @@ def _finish_kernel(
 def _item(item, sizes, D: gl.constexpr, CAUSAL: gl.constexpr):
     """Batch, head (of X), first key, first query tile, query tiles of a head, and how many of them need a mask.
 
-    Sections of heads follow each other, and in each the longest items of all its heads come first, so that what ends last is short.
+    Sections of heads follow each other, and in each the longest items of all its heads come first.
     At head_dim 64 tiles come in pairs.
     """
     _H, X, _parts, section, T, S, _T_PAD, items = sizes
@@ -382,8 +381,8 @@ def _consumer_64(
 
 @gluon.jit
 def _step_128(
-    i, c, tiles, masked, first, dk, dv, dq_desc, buffers, q_full, do_full, q_empty, zeros, first_query, b, h0, scale_log2,
-    G: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr, GROUPED: gl.constexpr, LAYOUT: gl.constexpr,
+    i, c, tiles, masked, first, dk, dv, dq_desc, buffers, q_full, do_full, q_empty, zeros, first_query, b, h0,
+    scale_log2, G: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr, GROUPED: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Query tile i of an item, c of the program; consumer G adds columns G * 64 to G * 64 + 63 to dQ."""
     q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s = buffers
@@ -463,8 +462,8 @@ def _consumer_128(
         _consumers_barrier()
         for i in range(total):
             dk, dv = _step_128(
-                i, done + i, tiles, masked, first, dk, dv, dq_desc, buffers, q_full, do_full, q_empty, zeros, first_query,
-                b, x * group, scale * _LOG2_E, G, STAGES, MASK, GROUPED, LAYOUT,
+                i, done + i, tiles, masked, first, dk, dv, dq_desc, buffers, q_full, do_full, q_empty, zeros,
+                first_query, b, x * group, scale * _LOG2_E, G, STAGES, MASK, GROUPED, LAYOUT,
             )  # fmt: skip
         mbarrier.arrive(v_empty.index(0), count=1)
         mbarrier.arrive(k_empty.index(0), count=1)
@@ -501,8 +500,9 @@ def _consumer(
 
 @gluon.jit(do_not_specialize=["H", "X", "parts", "section", "items", "T", "S", "T_PAD"])
 def _backward_kernel(
-    q_desc, do_desc, k_desc, v_desc, dq_desc, dk_desc, dv_desc, lse_desc, delta_desc, counter, scale, H, X, parts, section,
-    items, T, S, T_PAD, D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, MASK: gl.constexpr, GROUPED: gl.constexpr,
+    q_desc, do_desc, k_desc, v_desc, dq_desc, dk_desc, dv_desc, lse_desc, delta_desc, counter, scale,
+    H, X, parts, section, items, T, S, T_PAD,
+    D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, MASK: gl.constexpr, GROUPED: gl.constexpr,
 ):  # fmt: skip
     """dK, dV, and dQ's float32 sum without the scale. MASK: causal, or S is no multiple of 128. GROUPED: H > X.
 
@@ -540,9 +540,9 @@ def _backward_kernel(
 # --- Launch ---------------------------------------------------------------------------------------
 
 _STAGES = {64: 4, 128: 2}  # by head dim: what shared memory holds
-# By head dim: up to this many queries programs are persistent, one a multiprocessor; with more, one an item. On an H200, 16k tokens,
-# heads x head_dim 2048, causal, TFLOP/s: head_dim 64 at 1024 298 and 273, 2048 378 and 362, 4096 425 and 423, 16384 472 and 488;
-# head_dim 128 at 512 219 and 212, 1024 321 and 315, 2048 384 and 404, 4096 433 and 474.
+# By head dim: up to this many queries programs are persistent, one a multiprocessor; with more, one an item. H200, 16k
+# tokens, heads x head_dim 2048, causal, TFLOP/s: head_dim 64 at 1024 298 and 273, 2048 378 and 362, 4096 425 and 423,
+# 16384 472 and 488; head_dim 128 at 512 219 and 212, 1024 321 and 315, 2048 384 and 404, 4096 433 and 474.
 _PERSISTENT_QUERIES = {64: 4096, 128: 1024}
 _ITEMS_EACH = 6  # a multiprocessor, from which the query heads of a key head need no parting
 _launch_prepare, _launch_backward, _launch_finish = map(Launcher, (_prepare_kernel, _backward_kernel, _finish_kernel))
@@ -583,7 +583,7 @@ def backward(
         _launch_backward(
             min(items, processors) if q_len <= _PERSISTENT_QUERIES[head_dim] else items, kind,
             (
-                tiles_of(q, tile, head_dim), tiles_of(do, tile, head_dim), tiles_of(k, tile, head_dim), tiles_of(v, tile, head_dim),
+                *(tiles_of(tensor, tile, head_dim) for tensor in (q, do, k, v)),
                 tiles_of(dq_sum, tile, 64), tiles_of(dk_parts, tile, head_dim), tiles_of(dv_parts, tile, head_dim),
                 pieces_of(lse_log2, tile), pieces_of(delta, tile), list_counter(q.device), scale,
                 heads, item_heads, parts, section, items, q_len, k_len, padded,
@@ -600,17 +600,14 @@ def backward(
 
 
 def _parting(items: int, group: int, processors: int) -> int:
-    """Into how many the query heads of a key head are parted, so that every multiprocessor has several items to even out their lengths."""
+    """Into how many the query heads of a key head are parted: every multiprocessor gets several, uneven, items."""
     divisors = [n for n in range(1, group + 1) if group % n == 0]
     return next((n for n in divisors if items * n >= _ITEMS_EACH * processors), group)
 
 
 def _readable(tensor: Tensor) -> Tensor:
     """With strides and an address that the copy unit takes: a sum's gradient is one number in many places."""
-    if (
-        tensor.stride(-1) == 1
-        and tensor.data_ptr() % 16 == 0
-        and all(s > 0 and s % 8 == 0 for s in tensor.stride()[:-1])
-    ):
+    in_eights = all(s > 0 and s % 8 == 0 for s in tensor.stride()[:-1])
+    if in_eights and tensor.stride(-1) == 1 and tensor.data_ptr() % 16 == 0:
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)

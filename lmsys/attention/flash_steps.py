@@ -1,16 +1,16 @@
 """Two forward kernels on the way from portable Triton to the Hopper path, for notebooks/flash_attention.ipynb.
 
-Source: FlashAttention-2 (arXiv:2307.08691), algorithm 1, and for the second FlashAttention-3 (arXiv:2407.08608), section 3.1.
-Each differs from the step before it in one thing, so that the difference of their times is that thing's worth:
-- tma_forward: plain Triton as in flash_triton, but tiles come and go through tensor descriptors. On Hopper that is the TMA unit: one thread
-  asks for a whole tile, and no register holds an address. Anywhere else Triton makes ordinary loads of it.
-- specialized_forward: Gluon, sm_90. A group of warps only loads, into a ring of buffers guarded by barriers; two groups of four
-  warps with 64 queries each only compute. Every product is waited for before the next instruction, as in FlashAttention-3's figure 1:
-  nothing overlaps inside a group, one group's softmax overlaps with the other's products.
+Source: FlashAttention-2 (arXiv:2307.08691), algorithm 1, and for the second FlashAttention-3 (arXiv:2407.08608),
+section 3.1. Each differs from the step before it in one thing, so the difference of their times is that thing's worth:
+- tma_forward: plain Triton as in flash_triton, but tiles come and go through tensor descriptors. On Hopper that is the
+  TMA unit: one thread asks for a whole tile, and no register holds an address. Elsewhere these are ordinary loads.
+- specialized_forward: Gluon, sm_90. A group of warps only loads, into a ring of buffers guarded by barriers; two groups
+  of four warps with 64 queries each only compute. Every product is waited for before the next instruction, as in
+  FlashAttention-3's figure 1: one group's softmax overlaps with the other's products, nothing inside a group.
 flash_hopper goes on from there: the next block's scores are computed while this block's values are multiplied.
 
-Limits: forward only, and nothing here is tuned further than its tile. Any lengths >= 1 and strides that descriptors take: the last
-1, the others and the base multiples of 16 bytes.
+Limits: forward only, and nothing here is tuned further than its tile. Any lengths >= 1 and strides that descriptors
+take: the last 1, the others and the base multiples of 16 bytes.
 
 Legend: B batch, H heads, H_kv key heads, T queries, S keys, D head dim.
 """
@@ -18,6 +18,7 @@ Legend: B batch, H heads, H_kv key heads, T queries, S keys, D head dim.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -111,8 +112,8 @@ def _tma_kernel(
     o_desc.store([batch, head, first, 0], o.reshape(1, 1, BLOCK_Q, D_PAD))
 
 
-# (BLOCK_Q, BLOCK_K, warps, stages) by D_PAD. On an H200, bf16, causal, heads x head_dim 2048, a prototype of this kernel with these tiles
-# reached 373 (64) and 433 (128) TFLOP/s at 16,384 tokens; this one 318 (64) at 4 x 4,096 tokens.
+# (BLOCK_Q, BLOCK_K, warps, stages) by D_PAD. On an H200, bf16, causal, heads x head_dim 2048, a prototype with these
+# tiles reached 373 (64) and 433 (128) TFLOP/s at 16,384 tokens; this one 318 (64) at 4 x 4,096 tokens.
 _TMA_TILES = {64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (64, 64, 8, 2)}
 _TMA_TILES_F32 = {64: (64, 32, 4, 2), 128: (64, 32, 4, 2), 256: (16, 16, 4, 1)}
 _TMA_TILE_INTERPRETED = (32, 32, 4, 1)
@@ -122,7 +123,6 @@ def tma_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> tuple[
     """q: (B, H, T, D), k, v: (B, H_kv, S, D) -> o (B, H, T, D), lse (B, H, T) in float32."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    o, lse = _outputs(q)
     d_pad = max(16, triton.next_power_of_2(q.shape[3]))
     tiles = _TMA_TILES_F32 if q.dtype == torch.float32 else _TMA_TILES
     block_q, block_k, warps, stages = _TMA_TILE_INTERPRETED if INTERPRETED else tiles[max(64, d_pad)]
@@ -130,12 +130,20 @@ def tma_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> tuple[
     def descriptor(t: Tensor, rows: int) -> Any:
         return TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, rows, d_pad])
 
+    precision = "tf32x3" if q.dtype == torch.float32 and not INTERPRETED else "ieee"
+    constants = {"D_PAD": d_pad, "CAUSAL": causal, "PRECISION": precision, "BLOCK_Q": block_q, "BLOCK_K": block_k}
+    return _launch(_tma_kernel, descriptor, q, k, v, block_q, block_k, **constants, num_warps=warps, num_stages=stages)
+
+
+def _launch(
+    kernel: Any, descriptor: Callable, q: Tensor, k: Tensor, v: Tensor, rows: int, keys: int, groups: int = 1, **options
+) -> tuple[Tensor, Tensor]:
+    """o and lse of a program for each groups * rows queries of a head. descriptor(tensor, rows of a tile)."""
+    o, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     with torch.cuda.device_of(q):
-        _tma_kernel[(triton.cdiv(q.shape[2], block_q) * q.shape[0] * q.shape[1],)](
-            descriptor(q, block_q), descriptor(k, block_k), descriptor(v, block_k), descriptor(o, block_q), lse,
-            1 / math.sqrt(q.shape[3]), q.shape[1], k.shape[1], q.shape[2], k.shape[2],
-            D_PAD=d_pad, CAUSAL=causal, PRECISION="tf32x3" if q.dtype == torch.float32 and not INTERPRETED else "ieee",
-            BLOCK_Q=block_q, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
+        kernel[(triton.cdiv(q.shape[2], groups * rows) * q.shape[0] * q.shape[1],)](
+            descriptor(q, rows), descriptor(k, keys), descriptor(v, keys), descriptor(o, rows), lse,
+            1 / math.sqrt(q.shape[3]), q.shape[1], k.shape[1], q.shape[2], k.shape[2], **options,
         )  # fmt: skip
     return o, lse
 
@@ -166,7 +174,7 @@ def _consume_block(
     acc, total, maximum, q, k_smem, v_smem, full, empty, i, visible, scale_log2, MASKED: gl.constexpr,
     STAGES: gl.constexpr, ROWS: gl.constexpr, BLOCK_K: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
-    """The i-th key block: product, wait, softmax, product, wait. visible: (ROWS) keys of the block that each query sees."""
+    """The i-th key block: product, wait, softmax, product, wait. visible: (ROWS) keys of it that each query sees."""
     s_layout: gl.constexpr = maximum.type.layout.parent
     o_layout: gl.constexpr = acc.type.layout
     stage = i % STAGES
@@ -190,8 +198,8 @@ def _consume_block(
 
 @gluon.jit
 def _consume(
-    GROUP: gl.constexpr, o_desc, lse_ptr, q_smem, k_smem, v_smem, q_full, full, empty, batch, head, lse_row, first, blocks,
-    T, S, scale_log2, CAUSAL: gl.constexpr,
+    GROUP: gl.constexpr, o_desc, lse_ptr, q_smem, k_smem, v_smem, q_full, full, empty,
+    batch, head, lse_row, first, blocks, T, S, scale_log2, CAUSAL: gl.constexpr,
     STAGES: gl.constexpr, ROWS: gl.constexpr, BLOCK_K: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
     """One computing group of warps: ROWS queries against all blocks, then o and lse."""
@@ -258,30 +266,20 @@ def _specialized_kernel(
     scale_log2 = scale * _LOG2_E
     gl.warp_specialize(
         [
-            (
-                _produce,
-                (
-                    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, full, empty, batch, head, kv_head, first, blocks,
-                    GROUPS, STAGES, ROWS, BLOCK_K,
-                ),
-            ),
-            (
-                _consume,
-                (
-                    gl.constexpr(0), o_desc, lse_ptr, q_smem, k_smem, v_smem, q_full, full, empty, batch, head, lse_row, first,
-                    blocks, T, S, scale_log2, CAUSAL, STAGES, ROWS, BLOCK_K, D,
-                ),
-            ),
-            (
-                _consume,
-                (
-                    gl.constexpr(1), o_desc, lse_ptr, q_smem, k_smem, v_smem, q_full, full, empty, batch, head, lse_row, first,
-                    blocks, T, S, scale_log2, CAUSAL, STAGES, ROWS, BLOCK_K, D,
-                ),
-            ),
+            (_produce, (
+                q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, full, empty,
+                batch, head, kv_head, first, blocks, GROUPS, STAGES, ROWS, BLOCK_K,
+            )),
+            (_consume, (
+                gl.constexpr(0), o_desc, lse_ptr, q_smem, k_smem, v_smem, q_full, full, empty,
+                batch, head, lse_row, first, blocks, T, S, scale_log2, CAUSAL, STAGES, ROWS, BLOCK_K, D,
+            )),
+            (_consume, (
+                gl.constexpr(1), o_desc, lse_ptr, q_smem, k_smem, v_smem, q_full, full, empty,
+                batch, head, lse_row, first, blocks, T, S, scale_log2, CAUSAL, STAGES, ROWS, BLOCK_K, D,
+            )),
         ],
-        [4, 4],
-        [240, 240],
+        [4, 4], [240, 240],
     )  # fmt: skip
 
 
@@ -290,39 +288,23 @@ _ROWS, _BLOCK_K = 64, 128
 
 
 def specialized_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> tuple[Tensor, Tensor]:
-    """q: (B, H, T, D), k, v: (B, H_kv, S, D), float16 or bfloat16 -> o (B, H, T, D), lse (B, H, T) in float32. sm_90."""
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+    """q: (B, H, T, D), k, v: (B, H_kv, S, D), 16-bit floats -> o (B, H, T, D), lse (B, H, T) in float32. sm_90."""
+    from lmsys.attention.flash_hopper import tiles_of
 
-    dtype = gl.float16 if q.dtype == torch.float16 else gl.bfloat16
     head_dim = q.shape[3]
-    o, lse = _outputs(q)
+    constants = {"CAUSAL": causal, "STAGES": _STAGES[head_dim], "ROWS": _ROWS, "BLOCK_K": _BLOCK_K, "D": head_dim}
 
     def descriptor(t: Tensor, rows: int) -> Any:
-        block = [1, 1, rows, head_dim]
-        layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
-        return TensorDescriptor(t, list(t.shape), list(t.stride()), block, layout)
+        return tiles_of(t, rows, head_dim)
 
-    with torch.cuda.device_of(q):
-        _specialized_kernel[(triton.cdiv(q.shape[2], 2 * _ROWS) * q.shape[0] * q.shape[1],)](
-            descriptor(q, _ROWS), descriptor(k, _BLOCK_K), descriptor(v, _BLOCK_K), descriptor(o, _ROWS), lse,
-            1 / math.sqrt(head_dim), q.shape[1], k.shape[1], q.shape[2], k.shape[2],
-            CAUSAL=causal, STAGES=_STAGES[head_dim], ROWS=_ROWS, BLOCK_K=_BLOCK_K, D=head_dim, num_warps=4,
-        )  # fmt: skip
-    return o, lse
-
-
-def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return _launch(_specialized_kernel, descriptor, q, k, v, _ROWS, _BLOCK_K, 2, **constants, num_warps=4)
 
 
 def no_tma(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why tma_forward does not run there as it should, or None: without TMA its descriptors are ordinary loads."""
     if device.type == "cpu":
-        return (
-            None
-            if INTERPRETED and dtype != torch.bfloat16
-            else "on a CPU it needs Triton's interpreter, and float32 or float16"
-        )
+        runs = INTERPRETED and dtype != torch.bfloat16
+        return None if runs else "on a CPU it needs Triton's interpreter, and float32 or float16"
     if torch.version.hip or torch.cuda.get_device_capability(device) < (9, 0):
         return f"needs a GPU with TMA (compute capability 9.0); {torch.cuda.get_device_name(device)} has none"
     if head_dim * dtype.itemsize % 16 != 0 or head_dim > 256:

@@ -4,10 +4,9 @@ Two paths give the same results within rounding, and each reads what the other s
 - portable: lmsys.attention.flash_triton, any GPU that Triton knows and Triton's CPU interpreter.
 - hopper: lmsys.attention.flash_hopper, in Gluon, for GPUs of compute capability 9.0; RULES says for which inputs.
 
-path="auto" follows the environment variable LMSYS_FLASH_PATH where it is set, and else takes hopper where no rule refuses it.
-"portable" always goes; "hopper" raises ValueError, with the reason, where a rule refuses. The choice is made at each call, in the
-forward and again in the backward pass, and reads no device memory. It knows nothing of speed: where no rule refuses, hopper is
-the faster one.
+path="auto" follows the environment variable LMSYS_FLASH_PATH where it is set, and else takes hopper where no rule
+refuses it: there it is the faster one. "portable" always goes; "hopper" raises ValueError, with the reasons, where a
+rule refuses. The choice is made at each call, in the forward and again in the backward pass, and reads no device memory.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _ALIGNMENT = 16  # bytes; of base pointers and strides that the TMA unit takes
 
 
 class Path(NamedTuple):
-    """A choice. reasons: the first rule that refuses the hopper path, or who asked for it; empty where auto took hopper."""
+    """A choice. reasons: the first refusal of the hopper path, or who asked for it; empty where auto took hopper."""
 
     name: str
     reasons: tuple[str, ...]
@@ -51,10 +50,6 @@ class _Call(NamedTuple):
     v: Tensor
     backward: bool
     deterministic: bool
-
-
-def _machine(call: _Call) -> str | None:
-    return _machine_of(call.q.device)
 
 
 @functools.cache
@@ -116,18 +111,16 @@ def _determinism(call: _Call) -> str | None:
     return None
 
 
+# What the hopper path asks for. Each gives the reason for which it refuses a call, or None. They run at each call, in this
+# order, so what the machine or a layout alone decides is remembered.
 RULES: dict[str, Callable[[_Call], str | None]] = {
-    "machine": _machine,
+    "machine": lambda call: _machine_of(call.q.device),
     "dtype": _dtype,
     "head_dim": _head_dim,
     "layout": _layout,
     "rows": _rows,
     "determinism": _determinism,
 }
-"""What the hopper path asks for. Each gives the reason for which it refuses a call, or None.
-
-They run at each call, in this order, so what the machine or a layout alone decides is remembered.
-"""
 
 
 # --- The choice -----------------------------------------------------------------------------------
@@ -136,13 +129,11 @@ They run at each call, in this order, so what the machine or a layout alone deci
 def choose(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool, backward: bool, deterministic: bool = False, path: str = "auto"
 ) -> Path:
-    """The path of one pass over q (..., H, T, D), k and v (..., H_kv, S, D).
+    """The path of one pass, forward or backward, over q (..., H, T, D), k and v (..., H_kv, S, D).
 
     Args:
         causal: no rule asks for it today.
-        backward: of the backward pass, not the forward.
         deterministic: gradients must be the same bits in every run; torch.use_deterministic_algorithms asks for it too.
-        path: one of PATHS.
     Raises:
         ValueError: an unknown path, in the argument or the environment variable; or hopper, where a rule refuses it.
     """
@@ -173,7 +164,7 @@ def _refusals(call: _Call) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What flash_attention_triton would run. reasons: of every rule that refuses the hopper path, or who asked for this one."""
+    """What flash_attention_triton would run. reasons: of all rules that refuse the hopper path, or who asked for this."""
 
     forward: str
     backward: str
@@ -189,9 +180,7 @@ def explain(
 ) -> Explanation:
     """Which path flash_attention_triton takes for these tensors, and why. Launches nothing.
 
-    Args:
-        q: (..., H, T, D). k, v: (..., H_kv, S, D). Meta tensors do, but only real ones have the device and the address that
-            the choice depends on.
+    Meta tensors do, but only real ones have the device and the address that the choice depends on.
     """
     forward, backward = (
         choose(q, k, v, causal=causal, backward=side, deterministic=deterministic, path=path) for side in (False, True)

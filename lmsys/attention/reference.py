@@ -1,17 +1,17 @@
 """Attention that holds all scores: the oracle, the naive kernel, and the best plain PyTorch, eager and compiled.
 
-Source: scaled dot-product attention, section 3.2.1 of "Attention Is All You Need" (arXiv:1706.03762), softmax(Q K^T / sqrt(D)) V.
-All functions here take q (B, H, T, D) and k, v (B, H_kv, S, D) with H a multiple of H_kv (grouped-query heads: query head h
-reads key head h // (H / H_kv)), and any leading dimensions in the place of B. Causal masks align at the top left: query i
-sees keys j <= i. Memory is quadratic: every function holds one or more (T, S) arrays a head.
+Source: scaled dot-product attention, section 3.2.1 of "Attention Is All You Need" (arXiv:1706.03762):
+softmax(Q K^T / sqrt(D)) V. All functions take q (..., H, T, D) and k, v (..., H_kv, S, D) with H a multiple of H_kv
+(query head h reads key head h // (H / H_kv)). Causal masks align at the top left: query i sees keys j <= i. scale:
+None is 1 / sqrt(D). Memory is quadratic: every function holds one or more (T, S) arrays a head.
 
 How the three kernels differ:
-- scaled_dot_prod_attention is the formula, an operation a line: keys and values repeated for grouped heads, then scores,
-  scaled scores, masked scores and probabilities, each an array of its own.
-- vectorized_torch makes the same product with fewer passes over memory: the scale goes into q, the mask is applied in place,
-  and the query heads of a group are stacked as rows of one product, so that nothing is repeated.
-- vectorized_torch_compiled is vectorized_torch under torch.compile, which fuses scale, mask and softmax. Where the compiler
-  recognizes attention in the graph it may put torch's fused scaled_dot_product_attention in its place (inductor's
+- scaled_dot_prod_attention is the formula, an operation a line: keys and values repeated for grouped heads, then
+  scores, scaled scores, masked scores and probabilities, each an array of its own.
+- vectorized_torch makes the same product with fewer passes over memory: the scale goes into q, the mask is applied in
+  place, and the query heads of a group are stacked as rows of one product, so that nothing is repeated.
+- vectorized_torch_compiled is vectorized_torch under torch.compile, which fuses scale, mask and softmax. Where the
+  compiler recognizes attention it may put torch's fused scaled_dot_product_attention in its place (inductor's
   fuse_attention patterns), so a fast time here is not proof of a fast naive attention.
 """
 
@@ -21,6 +21,7 @@ import functools
 import math
 import types
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,11 +37,7 @@ def reference_attention(
 ) -> tuple[Tensor, Tensor]:
     """The oracle of all tests and benchmarks, computed in the dtype that it is given: call it with float64.
 
-    Args:
-        q: (..., H, T, D). k, v: (..., H_kv, S, D), H a multiple of H_kv.
-        scale: of the scores; 1 / sqrt(D) where it is None.
-    Returns:
-        o (..., H, T, D), and lse (..., H, T), the natural logarithm of each row's sum of exponentials.
+    Returns o (..., H, T, D), and lse (..., H, T), the natural logarithm of each row's sum of exponentials.
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     k, v = repeat_heads(q, k), repeat_heads(q, v)
@@ -61,7 +58,7 @@ def repeat_heads(q: Tensor, kv: Tensor) -> Tensor:
 def scaled_dot_prod_attention(
     q: Tensor, k: Tensor, v: Tensor, causal: bool = False, scale: float | None = None
 ) -> Tensor:
-    """The formula, an operation a line. q: (..., H, T, D), k, v: (..., H_kv, S, D) -> (..., H, T, D). scale: None is 1 / sqrt(D)."""
+    """The formula, an operation a line. q: (..., H, T, D), k, v: (..., H_kv, S, D) -> (..., H, T, D)."""
     k, v = repeat_heads(q, k), repeat_heads(q, v)
     scores = q @ k.transpose(-2, -1)
     scores = scores / math.sqrt(q.shape[-1]) if scale is None else scores * scale
@@ -86,29 +83,23 @@ def vectorized_torch(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, scal
 def vectorized_torch_compiled(
     q: Tensor, k: Tensor, v: Tensor, causal: bool = False, scale: float | None = None
 ) -> Tensor:
-    """vectorized_torch under torch.compile, compiled anew for each shape and scale (the first call of each takes seconds)."""
+    """vectorized_torch under torch.compile, compiled for each shape and scale (the first call of each takes seconds)."""
     if torch.compiler.is_compiling():  # already inside a compiled region, which compiles this too
         return vectorized_torch(q, k, v, causal, scale)
     return _compiled(q.shape, k.shape, q.dtype, q.device, scale)(q, k, v, causal, scale)
 
 
 @functools.cache
-def _compiled(
-    q_shape: torch.Size, k_shape: torch.Size, dtype: torch.dtype, device: torch.device, scale: float | None
-) -> Callable:
+def _compiled(*kind: Any) -> Callable:
+    """One compiled function for each kind of call."""
     return torch.compile(own_code(vectorized_torch), dynamic=False, fullgraph=True)
 
 
 def own_code(function: types.FunctionType) -> types.FunctionType:
     """The same function with a code object of its own.
 
-    Dynamo counts recompilations by code object and, past eight, runs the function uncompiled without a word. A function that is
-    compiled for many shapes therefore needs a code object a shape (and fullgraph=True, with which Dynamo raises instead).
+    Dynamo counts recompilations by code object and, past eight, runs the function uncompiled without a word. A function
+    compiled for many shapes therefore needs one a shape (and fullgraph=True, with which Dynamo raises instead).
     """
-    return types.FunctionType(
-        function.__code__.replace(),
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
+    code, name = function.__code__.replace(), function.__name__
+    return types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
