@@ -6,7 +6,8 @@ Two paths give the same results within rounding, and each reads what the other s
 
 path="auto" follows the environment variable LMSYS_FLASH_PATH where it is set, and else takes hopper where no rule
 refuses it: there it is the faster one. "portable" always goes; "hopper" raises ValueError, with the reasons, where a
-rule refuses. The choice is made at each call, in the forward and again in the backward pass, and reads no device memory.
+rule refuses. The choice is made at each call, in the forward and again in the backward pass, and reads no
+device memory.
 """
 
 from __future__ import annotations
@@ -111,8 +112,8 @@ def _determinism(call: _Call) -> str | None:
     return None
 
 
-# What the hopper path asks for. Each gives the reason for which it refuses a call, or None. They run at each call, in this
-# order, so what the machine or a layout alone decides is remembered.
+# What the hopper path asks for. Each gives the reason for which it refuses a call, or None. They run at each call, in
+# this order, so what the machine or a layout alone decides is remembered.
 RULES: dict[str, Callable[[_Call], str | None]] = {
     "machine": lambda call: _machine_of(call.q.device),
     "dtype": _dtype,
@@ -164,7 +165,7 @@ def _refusals(call: _Call) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What flash_attention_triton would run. reasons: of all rules that refuse the hopper path, or who asked for this."""
+    """What flash_attention_triton would run. reasons: of all rules that refuse hopper, or who asked for this path."""
 
     forward: str
     backward: str

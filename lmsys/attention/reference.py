@@ -83,7 +83,7 @@ def vectorized_torch(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, scal
 def vectorized_torch_compiled(
     q: Tensor, k: Tensor, v: Tensor, causal: bool = False, scale: float | None = None
 ) -> Tensor:
-    """vectorized_torch under torch.compile, compiled for each shape and scale (the first call of each takes seconds)."""
+    """vectorized_torch under torch.compile, compiled for each shape and scale, which takes seconds."""
     if torch.compiler.is_compiling():  # already inside a compiled region, which compiles this too
         return vectorized_torch(q, k, v, causal, scale)
     return _compiled(q.shape, k.shape, q.dtype, q.device, scale)(q, k, v, causal, scale)

@@ -6,8 +6,7 @@
   the formula, the same under torch.compile (the course's torch_compile, part a), and FlashAttention.
 - FLASH_BENCHMARKING: batch 1, causal: FlashAttention beside plain PyTorch, forward, backward and both.
 Source of the tables: Stanford CS336, assignment 2 (2025). Differences: calls are timed by the clock of
-lmsys.bench.measure, a slow one fewer than 100 times; pytorch_attention is causal, and goes on past the course's 16,384
-tokens until it runs out of memory.
+lmsys.bench.measure, a slow one fewer than 100 times; pytorch_attention is causal and goes on past 16,384 tokens.
 
 Limits: torch.compile is given one graph a head dim with the length left open, compiled at a middle length, as it does by
 itself from the second length on; a graph for each length alone could be a little faster and would compile for minutes.
@@ -16,6 +15,7 @@ itself from the second length on; a graph for each length alone could be a littl
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,55 +67,27 @@ _TRITON = "flash_attention_triton"
 # Passes over the scores, read and written: naive 8 (matmul, scale, mask and softmax write; scale, mask, softmax and
 # matmul read), vectorized 6 (the scale is in q), compiled 4 (one kernel between the matmuls). Tiled PyTorch makes each
 # tile's softmax of seven operations in float32: 40 bytes a score, and 4 more elements where a half precision is cast.
-STEPS: dict[str, Step] = {
-    step.name: step
-    for step in (
-        Step("naive", "the formula, an operation a line", "scaled_dot_prod_attention", {}, lambda size: 8 * size, True),
-        Step(
-            "vectorized",
-            "the scale goes into the queries, the mask is applied in place",
-            "vectorized_torch",
-            score_bytes=lambda size: 6 * size,
-            whole=True,
-        ),
-        Step(
-            "compiled",
-            "torch.compile makes mask and softmax one kernel",
-            "vectorized_torch_compiled",
-            score_bytes=lambda size: 4 * size,
-            whole=True,
-        ),
-        Step(
-            "tiled PyTorch",
-            "FlashAttention's tiles: no array of all scores, but each operation on a tile is a kernel",
-            "flash_attention_torch",
-            score_bytes=lambda size: 40 + (4 * size if size < 4 else 0),
-        ),
-        Step("portable Triton", "one kernel: a tile's scores never leave the chip", _TRITON, {"path": "portable"}),
-        Step(
-            "TMA", "tiles are fetched by the TMA unit, through tensor descriptors", _TRITON, {"function": "tma_forward"}
-        ),
-        Step(
-            "warp specialization",
-            "one group of warps only loads, two only compute",
-            _TRITON,
-            {"function": "specialized_forward"},
-        ),
-        Step(
-            "overlap",
-            "the next scores are computed while this block's values are multiplied; a counter hands out the tiles",
-            _TRITON,
-            {"path": "hopper"},
-        ),
-    )
-}
+# fmt: off
+STEPS: dict[str, Step] = {step.name: step for step in (
+    Step("naive", "the formula, an operation a line", "scaled_dot_prod_attention", {}, lambda size: 8 * size, True),
+    Step("vectorized", "the scale goes into the queries, the mask is applied in place", "vectorized_torch", {},
+         lambda size: 6 * size, True),
+    Step("compiled", "torch.compile makes mask and softmax one kernel", "vectorized_torch_compiled", {},
+         lambda size: 4 * size, True),
+    Step("tiled PyTorch", "FlashAttention's tiles: no array of all scores, but each operation on a tile is a kernel",
+         "flash_attention_torch", {}, lambda size: 40 + (4 * size if size < 4 else 0)),
+    Step("portable Triton", "one kernel: a tile's scores never leave the chip", _TRITON, {"path": "portable"}),
+    Step("TMA", "tiles are fetched by the TMA unit, through tensor descriptors", _TRITON, {"function": "tma_forward"}),
+    Step("warp specialization", "one group of warps only loads, two only compute",
+         _TRITON, {"function": "specialized_forward"}),
+    Step("overlap", "the next scores are computed while this block's values are multiplied; a counter hands out tiles",
+         _TRITON, {"path": "hopper"}),
+)}
+# fmt: on
 
 
 def step_bytes(step: Step, batch: int, heads: int, seq_len: int, head_dim: int, size: int) -> float:
-    """Bytes through device memory of a causal forward pass by counting.
-
-    q, k, v and o once, and what a step does to each score.
-    """
+    """Bytes through device memory of a causal forward pass: q, k, v, o once, and what a step does to each score."""
     scores = batch * heads * seq_len * seq_len / (1 if step.whole else 2)
     return 4 * batch * heads * seq_len * head_dim * size + step.score_bytes(size) * scores
 
@@ -131,7 +103,7 @@ _NAIVE = "scaled_dot_prod_attention"
 
 
 def before_backward_bytes(implementation: str, batch: int, seq_len: int, head_dim: int, size: int) -> int:
-    """Memory in use before the backward pass by formula: q, k, v, o, the output's gradient, and what is saved beside them.
+    """Memory in use before the backward pass by formula: q, k, v, o, the output's gradient, and what is saved beside.
 
     naive and compiled save the probabilities, (B, T, T), and the mask, a byte for each of (T, T). FlashAttention saves
     the log-sum-exp, (B, T) in float32, and recomputes the probabilities.
@@ -236,37 +208,37 @@ def _shape(batch: int, heads: int, seq_len: int, head_dim: int, dtype: str) -> P
 
 def step_points(p: Parameters) -> list[Point]:
     """Each step at one shape: all forward, then those that have one backward."""
-    found, size = [], DTYPES[p.step_dtype].itemsize
+    size = DTYPES[p.step_dtype].itemsize
+    points = []
     for head_dim in p.step_head_dims:
-        shape = _shape(p.step_batch, p.step_width // head_dim, p.step_seq_len, head_dim, p.step_dtype)
+        heads = p.step_width // head_dim
+        shape = _shape(p.step_batch, heads, p.step_seq_len, head_dim, p.step_dtype)
         for which in PASSES[:2]:
             for step in (STEPS[name] for name in p.steps if which in STEPS[name].passes):
+                counted = step_bytes(step, p.step_batch, heads, p.step_seq_len, head_dim, size) / 2**20
                 point = shape | {"step": step.name, "kernel": step.kernel, "options": dict(step.options)}
-                counted = step_bytes(step, *(shape[key] for key in ("batch", "heads", "seq_len", "head_dim")), size)
-                counted = counted / 2**20 if which == "forward" else None
-                found.append(point | {"pass": which, "passes": [which], "counted_mib": counted})
-    return found
+                point |= {"pass": which, "passes": [which], "counted_mib": counted if which == "forward" else None}
+                points.append(point)
+    return points
 
 
 def course_points(p: Parameters) -> list[Point]:
     """pytorch_attention: batch course_batch, no heads."""
-    found, size = [], DTYPES[p.course_dtype].itemsize
+    size = DTYPES[p.course_dtype].itemsize
+    points = []
     for head_dim in p.course_head_dims:
         lengths = p.course_seq_lens + (p.past_seq_lens if head_dim == max(p.course_head_dims) else [])
         for point in _table_points(p, p.course_batch, lengths, head_dim, p.course_dtype):
             computed = before_backward_bytes(point["implementation"], p.course_batch, point["seq_len"], head_dim, size)
-            found.append(point | {"computed_mib": computed / 2**20, "before_backward": point["pass"] == "forward"})
-    return found
+            point |= {"computed_mib": computed / 2**20, "before_backward": point["pass"] == "forward"}
+            points.append(point)
+    return points
 
 
 def bench_points(p: Parameters) -> list[Point]:
     """flash_benchmarking: batch 1."""
-    return [
-        point
-        for dtype in p.bench_dtypes
-        for head_dim in p.bench_head_dims
-        for point in _table_points(p, 1, p.bench_seq_lens, head_dim, dtype)
-    ]
+    shapes = itertools.product(p.bench_dtypes, p.bench_head_dims)
+    return [point for dtype, dim in shapes for point in _table_points(p, 1, p.bench_seq_lens, dim, dtype)]
 
 
 def _table_points(p: Parameters, batch: int, lengths: Sequence[int], head_dim: int, dtype: str) -> list[Point]:
@@ -277,9 +249,7 @@ def _table_points(p: Parameters, batch: int, lengths: Sequence[int], head_dim: i
         _shape(batch, 1, length, head_dim, dtype)
         | {"implementation": name, "kernel": calls[name][0], "options": calls[name][1]}
         | {"pass": which, "passes": list(PASSES)}
-        for length in lengths
-        for name in p.implementations
-        for which in PASSES
+        for length, name, which in itertools.product(lengths, p.implementations, PASSES)
     ]
 
 
@@ -311,15 +281,15 @@ def compile_ahead(points: Callable[[Parameters], list[Point]]) -> Callable[[Para
     """Before a GPU's run: compile each kernel and graph once, at the longest length up to _LONG."""
 
     def before(p: Parameters) -> None:
-        found: dict[Any, Point] = {}
+        work: dict[Any, Point] = {}
         for point in points(p) if resolve_device(p.device).type == "cuda" else ():
             open_length = "compiled_at" in point["options"]
             compiles = "compiled" in point["kernel"] or KERNELS[point["kernel"]].compiled_per
             if point["seq_len"] <= _LONG and (open_length or compiles):
                 batch = point["batch"] if open_length else None  # FlashAttention's kernels do not depend on it
                 key = (point["kernel"], *(str(point[key]) for key in ("options", "head_dim", "dtype", "passes")), batch)
-                found[key] = point
-        ahead.compile_points(compile_point, list(found.values()), p, 8, _COMPILE_LIMIT_S)
+                work[key] = point
+        ahead.compile_points(compile_point, list(work.values()), p, 8, _COMPILE_LIMIT_S)
 
     return before
 

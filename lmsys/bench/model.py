@@ -1,9 +1,8 @@
-"""The model benchmark: forward pass, forward and backward, full training step, over sizes, contexts, precisions,
-compiled or not.
+"""The model benchmark: forward pass, forward and backward, full training step, by size, context, precision, compiled.
 
 Answers benchmarking_script, torch_compile (b) and benchmarking_mixed_precision (c) of Stanford CS336, assignment 2
 (systems). A point is timed as that assignment asks (measure_steps in bench/measure.py): 5 warm-up steps and 10 samples,
-the device idle around each.
+the device idle around each. A slow step gets fewer: see the parameter budget_s.
 
 - forward: inference, no graph is kept. forward_backward: with the loss. full_step: the trainer's whole step. Gradients
   are dropped at the end of each step, so that every step of a mode allocates the same.
@@ -13,7 +12,7 @@ the device idle around each.
   are static.
 
 Where memory runs out, the point is a row (oom), and the points of its series that need more still are not tried
-(oom_skipped). A slow step gets fewer warm-up steps and samples: see the parameter budget_s.
+(oom_skipped).
 
 Limits: one device. Tokens are random. A point's model has its weights from the point before, of the same size.
 """
@@ -33,31 +32,9 @@ from torch import Tensor
 
 from lmsys import cost, records
 from lmsys.attention import KERNELS, check_support
-from lmsys.bench import ahead, ranges
-from lmsys.bench.experiment import (
-    Experiment,
-    Measured,
-    Notebook,
-    Parameters,
-    Point,
-    Row,
-    require_names,
-    require_numbers,
-)
-from lmsys.bench.measure import (
-    Repeated,
-    StepClock,
-    StepMeasurement,
-    allocations,
-    available_bytes,
-    gpu_state,
-    is_out_of_memory,
-    measure_steps,
-    one_thread,
-    profiled,
-    release,
-    time_steps,
-)
+from lmsys.bench import ahead, experiment, measure, ranges
+from lmsys.bench.experiment import Experiment, Measured, Notebook, Parameters, Point, Row
+from lmsys.bench.measure import StepClock, StepMeasurement, profiled, release
 from lmsys.config import MODEL_SIZES, ModelConfig, PipelineConfig, build, model_size, require, with_train
 from lmsys.device import device_name, fp32_products, peak_flops, resolve_device
 from lmsys.model import cross_entropy
@@ -120,10 +97,10 @@ def check(p: Parameters) -> None:
     """
     given = {name: getattr(p, name) for name in _FIELDS if getattr(p, name) is not None}
     known = {"sizes": MODEL_SIZES, "dtypes": DTYPES, "modes": MODES, "compile": COMPILED, "attention_kernels": KERNELS}
-    require_names(p, known)
+    experiment.require_names(p, known)
     require(p.contexts != [], "contexts must not be empty")
     numbers = ("contexts", "batch_size", "steps", "checkpoint", "vocab_size")
-    require_numbers(p, dict.fromkeys(numbers, 1) | {"warmup": 0, "compile_ahead": 0})
+    experiment.require_numbers(p, dict.fromkeys(numbers, 1) | {"warmup": 0, "compile_ahead": 0})
     require(p.budget_s > 0, f"budget_s is {p.budget_s}; it must be above 0")
     p.grids, p.repeated, p.cold = GRIDS[p.scale]
     if given:
@@ -145,31 +122,19 @@ NOTEBOOK = Notebook("model_benchmark", check)
 
 
 def points(p: Parameters, grids: Sequence[Grid] | None = None) -> list[Point]:
-    """Every point once; those of a model one after the other, contexts ascending, so that a series ends where memory
-    does.
-    """
+    """Every point once; those of a model one after the other, contexts ascending: a series ends where memory does."""
     found: dict[tuple, Point] = {}
     for grid in p.grids if grids is None else grids:
-        values = (
-            grid["sizes"],
-            p.attention_kernels,
-            *(grid[name] for name in ("compile", "contexts", "dtypes", "modes")),
-        )
-        for size, kernel, compiled, context, dtype, mode in itertools.product(*values):
-            point = {
-                "size": size,
-                "context_length": context,
-                "batch": p.batch_size,
-                "dtype": dtype,
-                "compiled": compiled,
-            }
-            point |= {"mode": mode, "kernel": kernel, "checkpoint": p.checkpoint, "warmup": p.warmup}
-            found.setdefault(tuple(point.values()), point)
-    order = {model: place for place, model in enumerate(dict.fromkeys(map(model_key, found.values())))}
+        names = ("size", "kernel", "compiled", "context_length", "dtype", "mode")
+        rest = (grid[name] for name in ("compile", "contexts", "dtypes", "modes"))
+        for values in itertools.product(grid["sizes"], p.attention_kernels, *rest):
+            point = dict(zip(names, values, strict=True))
+            found[values] = point | {"batch": p.batch_size, "checkpoint": p.checkpoint, "warmup": p.warmup}
+    models = list(dict.fromkeys(map(model_key, found.values())))
 
     def place(point: Point) -> tuple:
-        where = (list(DTYPES).index(point["dtype"]), MODES.index(point["mode"]))
-        return order[model_key(point)], point["context_length"], *where
+        within = point["context_length"], list(DTYPES).index(point["dtype"]), MODES.index(point["mode"])
+        return models.index(model_key(point)), *within
 
     return sorted(found.values(), key=place)
 
@@ -182,8 +147,8 @@ def model_key(point: Point) -> tuple:
 def point_name(point: Point) -> str:
     """For the names of files."""
     names = ("size", "context_length", "batch", "dtype", "compiled", "mode", "kernel")
-    parts = [str(point[name]) for name in names]
-    return "_".join(parts + ([] if point["checkpoint"] is None else [f"checkpoint{point['checkpoint']}"]))
+    checkpoint = "" if point["checkpoint"] is None else f"_checkpoint{point['checkpoint']}"
+    return "_".join(str(point[name]) for name in names) + checkpoint
 
 
 def needs_no_less(point: Point, other: Point) -> bool:
@@ -213,7 +178,9 @@ def least_bytes(point: Point, config: ModelConfig) -> float:
 def _shortage(point: Point, p: Parameters, device: torch.device) -> str:
     """Why a point cannot fit the device's memory; empty where it may."""
     needed = least_bytes(point, model_config(p, point["size"]))
-    there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else available_bytes()
+    there = (
+        torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else measure.available_bytes()
+    )
     if there is None or needed < there:
         return ""
     what = f"{point['size']}, {point['batch']} x {point['context_length']} tokens, {point['mode']}"
@@ -271,7 +238,7 @@ class Subject:
         engine, generator = self.engine, torch.Generator(self.device).manual_seed(self.p.seed)
         shape, vocabulary = (point["batch"], point["context_length"]), engine.config.model.vocab_size
         ids, targets = (torch.randint(vocabulary, shape, generator=generator, device=self.device) for _ in range(2))
-        numbers, batches = itertools.count(), Repeated((ids, targets))
+        numbers, batches = itertools.count(), measure.Repeated((ids, targets))
 
         def forward() -> None:
             with engine.phase("forward"), torch.no_grad(), autocast(self.device, engine.config.train.dtype):
@@ -301,11 +268,10 @@ class Subject:
 
     def measure(self, step: Callable[[], None]) -> StepMeasurement:
         """Warm-up and samples of a step."""
-        options = {"warmup": self.p.warmup, "steps": self.p.steps, "budget_s": self.p.budget_s}
-        with one_thread(self.p.scale == "smoke" and self.device.type == "cpu"):
-            return measure_steps(
-                step, device=self.device, clock=StepClock(self.device), resident=self.resident, **options
-            )
+        options = {name: getattr(self.p, name) for name in ("warmup", "steps", "budget_s")}
+        with measure.one_thread(self.p.scale == "smoke" and self.device.type == "cpu"):
+            clock = StepClock(self.device)
+            return measure.measure_steps(step, device=self.device, clock=clock, resident=self.resident, **options)
 
 
 _subject: list[Subject] = []  # the one at hand
@@ -325,14 +291,8 @@ def measure_point(point: Point, p: Parameters) -> Row:
     """A point's times, rates and memory; oom_skipped where a smaller one ran out of memory."""
     config, device = model_config(p, point["size"]), resolve_device(p.device)
     require(point["dtype"] != "tf32" or device.type == "cuda", "tf32 is a mode of NVIDIA's tensor cores; this is a CPU")
-    check_support(
-        point["kernel"],
-        device=device,
-        dtype=DTYPES[point["dtype"]],
-        head_dim=config.head_dim,
-        heads=config.num_heads,
-        backward=point["mode"] != "forward",
-    )
+    shape = {"head_dim": config.head_dim, "heads": config.num_heads, "backward": point["mode"] != "forward"}
+    check_support(point["kernel"], device=device, dtype=DTYPES[point["dtype"]], **shape)
     smaller = next((other for other in _ended if needs_no_less(point, other)), None)
     if smaller is not None:
         note = f"memory ran out at context {smaller['context_length']}, {smaller['mode']}"
@@ -346,40 +306,38 @@ def measure_point(point: Point, p: Parameters) -> Row:
             _leave_files(subject, point, step)
     except Exception as error:
         _subject.clear()
-        if is_out_of_memory(error):
+        if measure.is_out_of_memory(error):
             _ended.append(point)
         raise
     return figures_of(point, config, measured, device)
 
 
 def figures_of(point: Point, config: ModelConfig, measured: StepMeasurement, device: torch.device) -> Row:
-    """The measured part of a row.
-
-    Rates are of the median. MFU counts the model's FLOPs, not those that are recomputed.
-    """
+    """The measured part of a row. Rates are of the median; MFU counts the model's FLOPs, not recomputed ones."""
     tokens_per_s = point["batch"] * point["context_length"] / measured.median_ms * 1e3
     flops = cost.train_flops_per_token(config, point["context_length"]) / (3 if point["mode"] == "forward" else 1)
-    return measured.columns() | {
-        "mean_ms": measured.mean_ms,
-        "std_ms": measured.std_ms,
+    columns = {name: getattr(measured, name) for name in ("mean_ms", "std_ms", "reserved_mib")}
+    return measured.columns() | columns | {
         "first_ms": measured.warmup_ms[0] if measured.warmup_ms else None,
         "warmup_done": len(measured.warmup_ms),
         "tokens_per_s": tokens_per_s,
         "tflops": tokens_per_s * flops / 1e12,
         "mfu": cost.mfu(tokens_per_s, flops, peak_flops(device_name(device), point["dtype"])),
-        "reserved_mib": measured.reserved_mib,
         "times_ms": " ".join(f"{value:.6g}" for value in measured.times_ms),
-    }
+    }  # fmt: skip
 
 
 # --- Files of a point -----------------------------------------------------------------------------
 
 
 def _leave_files(subject: Subject, point: Point, step: Callable[[], None]) -> None:
-    """What trace and memory_profile leave of a point beside the results."""
+    """What trace (for chrome://tracing or Perfetto) and memory_profile leave of a point beside the results."""
     path = records.artifacts_dir(subject.p.machine) / f"model_benchmark_{point_name(point)}"
     if subject.p.trace:
-        write_trace(step, subject.device, path.with_name(path.name + ".trace.json"))
+        with profiled(subject.device) as profile:
+            step()
+        with records.atomic_path(path.with_name(path.name + ".trace.json")) as temporary:
+            profile.export_chrome_trace(str(temporary))
     if subject.p.memory_profile:
         from lmsys import figures
 
@@ -387,15 +345,6 @@ def _leave_files(subject: Subject, point: Point, step: Callable[[], None]) -> No
         timeline = memory_timeline(step, subject.device, path.with_name(path.name + ".pickle"), held)
         figure = figures.lines(timeline, "time_ms", "allocated_mib", xlabel="ms", ylabel="allocated, MiB")
         figures.save(figure, path.with_name(path.name + ".memory.png"), "Allocated memory during one step")
-
-
-def write_trace(step: Callable[[], None], device: torch.device, path: Path) -> Path:
-    """One step as a Chrome trace, for chrome://tracing or Perfetto."""
-    with profiled(device) as profile:
-        step()
-    with records.atomic_path(path) as temporary:
-        profile.export_chrome_trace(str(temporary))
-    return path
 
 
 def memory_timeline(step: Callable[[], None], device: torch.device, path: Path, held_bytes: int = 0):
@@ -418,16 +367,15 @@ def memory_timeline(step: Callable[[], None], device: torch.device, path: Path, 
             snapshot = torch.cuda.memory._snapshot(device)
         finally:
             torch.cuda.memory._record_memory_history(enabled=None)
-        index = device.index if device.index is not None else torch.cuda.current_device()
+            index = torch.cuda.current_device() if device.index is None else device.index
         changes = snapshot_changes(snapshot["device_traces"][index])
     else:
-        _, found = allocations(step)
+        _, found = measure.allocations(step)
         changes = [(when / 1e3, size) for when, size in found]
-    times = [0.0] + [(when - changes[0][0]) / 1e3 for when, _ in changes]
-    total = [held_bytes]
-    for _, size in changes:
-        total.append(total[-1] + size)
-    return pd.DataFrame({"time_ms": times, "allocated_mib": [value / 2**20 for value in total]})
+    frame = pd.DataFrame([(changes[0][0], held_bytes), *changes], columns=["at_us", "bytes"])
+    return pd.DataFrame(
+        {"time_ms": (frame.at_us - frame.at_us[0]) / 1e3, "allocated_mib": frame.bytes.cumsum() / 2**20}
+    )
 
 
 def snapshot_changes(trace: Sequence[dict[str, Any]]) -> list[tuple[float, int]]:
@@ -441,13 +389,12 @@ def snapshot_changes(trace: Sequence[dict[str, Any]]) -> list[tuple[float, int]]
 
 def compile_ahead(p: Parameters) -> None:
     """Compile the blocks of all points once: inference and training apart, the largest first, which take longest."""
-    found: dict[tuple, Point] = {}
-    for point in points(p):
+    work: dict[tuple, Point] = {}
+    for point in sorted(points(p), key=lambda point: -point["context_length"]):
         if point["compiled"] == "blocks":
             key = (model_key(point), point["context_length"], point["dtype"], point["mode"] == "forward")
-            found.setdefault(key, point)
-    work = sorted(found.values(), key=lambda point: -point["context_length"])
-    ahead.compile_points(compile_point, work, p, p.compile_ahead, _COMPILE_LIMIT_S)
+            work.setdefault(key, point)
+    ahead.compile_points(compile_point, list(work.values()), p, p.compile_ahead, _COMPILE_LIMIT_S)
 
 
 def compile_point(point: Point, p: Parameters) -> None:
@@ -473,13 +420,13 @@ def measure_cold(point: Point, p: Parameters) -> Measured:
 
 
 def _in_fresh_process(work: Callable[..., Any], p: Parameters, number: int) -> Any:
-    """What work(p, number) returns in a process that has computed nothing before, though it may have imported much."""
+    """work(p, number) in a process that has computed nothing before, though it may have imported much."""
     with ProcessPoolExecutor(1, mp_context=group.context(resolve_device(p.device), __name__)) as pool:
         return pool.submit(_calm, work, p, number).result()
 
 
 def _calm(work: Callable[..., Any], p: Parameters, number: int) -> Any:
-    with one_thread(p.scale == "smoke"):
+    with measure.one_thread(p.scale == "smoke"):
         return work(p, number)
 
 
@@ -488,7 +435,7 @@ def _cold_times(p: Parameters, steps: int) -> list[float]:
     (point,) = points(p, [p.cold])
     subject = Subject(point, p)
     with subject.ready(point) as step:
-        return time_steps(step, clock=StepClock(subject.device), warmup=0, steps=steps)[1]
+        return measure.time_steps(step, clock=StepClock(subject.device), warmup=0, steps=steps)[1]
 
 
 def _cold_profile(p: Parameters, later: int) -> list[Row]:
@@ -503,21 +450,21 @@ def _cold_profile(p: Parameters, later: int) -> list[Row]:
                 events = profile.key_averages()
                 both.append({event.key: (event.self_cpu_time_total / 1e3, event.count) for event in events})
     first, last = both
-    rows = []
-    for name in {**first, **last}:
-        (first_ms, first_calls), (later_ms, later_calls) = first.get(name, (0.0, 0)), last.get(name, (0.0, 0))
-        rows.append({"name": name, "first_ms": first_ms, "later_ms": later_ms})
-        rows[-1] |= {"first_calls": first_calls, "later_calls": later_calls}
-    return rows
+    columns = ("name", "first_ms", "first_calls", "later_ms", "later_calls")
+    none = (0.0, 0)
+    return [
+        dict(zip(columns, (name, *first.get(name, none), *last.get(name, none)), strict=True))
+        for name in {**first, **last}
+    ]
 
 
 def warmup_windows(times, steps: int) -> list[Row]:
     """What a benchmark of so many samples reports of a cold start after each of WARMUP_COUNTS steps."""
-    found = []
-    for warmup in WARMUP_COUNTS:
-        window = times.time_ms.iloc[warmup : warmup + steps]
-        found.append({"warm-up steps": warmup, "mean_ms": window.mean(), "std_ms": window.std()})
-    return found
+    windows = {warmup: times.time_ms.iloc[warmup : warmup + steps] for warmup in WARMUP_COUNTS}
+    return [
+        {"warm-up steps": warmup, "mean_ms": window.mean(), "std_ms": window.std()}
+        for warmup, window in windows.items()
+    ]
 
 
 # --- Experiments ----------------------------------------------------------------------------------
@@ -525,15 +472,14 @@ def warmup_windows(times, steps: int) -> list[Row]:
 
 def _method(p: Parameters) -> dict[str, Any]:
     device = resolve_device(p.device)
-    gpu = device.type == "cuda"
     return {
         "timer": "host clock, device idle before and after each step",
         "warmup": f"{p.warmup} steps, fewer of a slow one: see the column warmup_done",
         "samples": f"{p.steps}, fewer of a slow step: see the column samples",
         "statistic": "mean and standard deviation; median, 20th and 80th percentile; all samples in times_ms",
-        "memory": "peak allocated and reserved, parameters included" if gpu else "from the profiler's events",
+        "memory": "peak allocated and reserved, parameters included; on a CPU from the profiler's events",
         "empty_step_ms": StepClock(device).overhead_ms(),
-        "gpu": gpu_state(device),
+        "gpu": measure.gpu_state(device),
     }
 
 
@@ -568,10 +514,7 @@ COLD = Experiment(
 
 
 def paired(rows, column: str, base: str, other: str):
-    """The points that are ok with both values of a column, one beside the other.
-
-    `gain` is base's median over other's.
-    """
+    """The points that are ok with both values of a column, one beside the other; gain: base's median over other's."""
     keys = [name for name in ("size", "context_length", "dtype", "compiled", "mode", "kernel") if name != column]
     ok = rows[rows.status == "ok"]
     both = ok[ok[column] == base].merge(ok[ok[column] == other], on=keys, suffixes=("", "_other"))

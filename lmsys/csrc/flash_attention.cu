@@ -1,25 +1,27 @@
 // FlashAttention-2 (Dao, arXiv:2307.08691, algorithms 1 and 2) on tensor cores, forward and backward.
 //
-// For GPUs of compute capability 8.0 and up: mma.sync.m16n8k16, ldmatrix and cp.async, nothing of one generation's own but a wider
-// atomic addition on 9.0. Element type half or bfloat16, sums in float, head dim D 64 or 128. This file knows no framework: it ends in
-// C functions that take device pointers, strides and a stream, and return a cudaError_t.
+// For GPUs of compute capability 8.0 and up: mma.sync.m16n8k16, ldmatrix and cp.async; a wider atomic addition on 9.0.
+// Element type half or bfloat16, sums in float, head dim D 64 or 128. This file knows no framework: it ends in C
+// functions that take device pointers, strides and a stream, and return a cudaError_t.
 //
 // Layouts, used throughout (lane = threadIdx.x % 32, g = lane / 4, t = lane % 4):
-//   C, a 16 x 8 float accumulator:   c[0], c[1] at (row g, columns 2t, 2t + 1);  c[2], c[3] at (row g + 8, the same columns)
+//   C, a 16 x 8 float accumulator:   c[0], c[1] at (row g, columns 2t, 2t + 1);  c[2], c[3] the same of row g + 8
 //   A, a 16 x 16 left operand:       a[0] (g, 2t..2t+1), a[1] (g + 8, 2t..), a[2] (g, 2t + 8..), a[3] (g + 8, 2t + 8..)
 //   B, a 16 x 8 right operand:       b[0] (rows 2t..2t+1, column g), b[1] (rows 2t + 8.., column g)
-// Two C tiles side by side, rounded to pairs, are an A operand in the same thread: probabilities go from the accumulators of one
-// product into the next without leaving registers.
+// Two C tiles side by side, rounded to pairs, are an A operand in the same thread: probabilities go from the
+// accumulators of one product into the next without leaving registers.
 //
-// A tile in shared memory has rows of 2 * D bytes in chunks of 16. Chunk c of row r lies at chunk c ^ (r % 8) of its row, so that eight
-// rows' chunks of one column fall into different banks: ldmatrix and cp.async are free of conflicts without padding. Because a row
-// offset never has the bits of the chunk, stepping k by 16 elements is one exclusive or of the address with 32 * step.
+// A tile in shared memory has rows of 2 * D bytes in chunks of 16. Chunk c of row r lies at chunk c ^ (r % 8) of its
+// row, so that eight rows' chunks of one column fall into different banks: ldmatrix and cp.async are free of conflicts
+// without padding. Because a row offset never has the bits of the chunk, stepping k by 16 elements is one exclusive or
+// of the address with 32 * step.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <math_constants.h>
 #include <stdint.h>
+#include <type_traits>
 
 struct Strides {  // in elements; the last dimension's is 1
   int64_t batch, head, row;
@@ -50,7 +52,6 @@ struct BackwardParams {
 namespace {
 
 constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
 
 // --- Instructions ---------------------------------------------------------------------------------
 
@@ -68,9 +69,10 @@ __device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_
 __device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
 
 // Waits for the other warp of a pair. Barrier 0 is __syncthreads().
-__device__ __forceinline__ void pair_barrier(int barrier) { asm volatile("bar.sync %0, 64;" ::"r"(barrier) : "memory"); }
+__device__ __forceinline__ void pair_barrier(int number) { asm volatile("bar.sync %0, 64;" ::"r"(number) : "memory"); }
 
-// Four 8 x 8 matrices; lane l gives the address of row l % 8 of matrix l / 8 and gets the pair (row g, columns 2t, 2t + 1) of each.
+// Four 8 x 8 matrices; lane l gives the address of row l % 8 of matrix l / 8 and gets (row g, columns 2t, 2t + 1) of
+// each.
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -85,22 +87,21 @@ __device__ __forceinline__ void load_transposed(uint32_t (&r)[4], uint32_t addre
 }
 
 template <typename T>
-__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+constexpr bool kIsHalf = std::is_same_v<T, __half>;
 
-template <>
-__device__ __forceinline__ void mma<__half>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-template <>
-__device__ __forceinline__ void mma<__nv_bfloat16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+template <typename T>
+__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#define LMSYS_MMA(types)                                                                                    \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col." types " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, " \
+               "{%0, %1, %2, %3};"                                                                          \
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                             \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+  if constexpr (kIsHalf<T>) {
+    LMSYS_MMA("f32.f16.f16.f32");
+  } else {
+    LMSYS_MMA("f32.bf16.bf16.f32");
+  }
+#undef LMSYS_MMA
 }
 
 __device__ __forceinline__ float power_of_2(float x) {  // flushes subnormal results to zero; exact zero at -inf
@@ -109,38 +110,35 @@ __device__ __forceinline__ float power_of_2(float x) {  // flushes subnormal res
   return y;
 }
 
-// Two floats rounded to a pair, the first in the low half.
+// Two floats rounded to a pair, the first in the low half; and back.
 template <typename T>
-__device__ __forceinline__ uint32_t pack(float low, float high);
-
-template <>
-__device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
-  const __half2 pair = __floats2half2_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(pair);
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  if constexpr (kIsHalf<T>) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(pair);
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(pair);
+  }
 }
-
-template <>
-__device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(pair);
-}
-
 template <typename T>
-__device__ __forceinline__ float2 unpack(uint32_t pair);
-
-template <>
-__device__ __forceinline__ float2 unpack<__half>(uint32_t pair) {
-  return __half22float2(reinterpret_cast<const __half2&>(pair));
-}
-
-template <>
-__device__ __forceinline__ float2 unpack<__nv_bfloat16>(uint32_t pair) {
-  return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(pair));
+__device__ __forceinline__ float2 unpack(uint32_t pair) {
+  if constexpr (kIsHalf<T>) {
+    return __half22float2(reinterpret_cast<const __half2&>(pair));
+  } else {
+    return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(pair));
+  }
 }
 
 // --- Tiles ----------------------------------------------------------------------------------------
 
-// ROWS rows of D elements into shared memory by all THREADS threads, rows from `valid` on as zeros. stride is in elements.
+// A tensor from row `row` of a head on; T is const for what is read.
+template <typename T>
+__device__ __forceinline__ T* rows_of(const void* tensor, const Strides& strides, int batch, int head, int row) {
+  return static_cast<T*>(const_cast<void*>(tensor)) + batch * strides.batch + head * strides.head + row * strides.row;
+}
+
+// ROWS rows of D elements into shared memory by all THREADS threads, rows from `valid` on as zeros; stride in elements.
 template <typename T, int D, int ROWS, int THREADS>
 __device__ __forceinline__ void load_tile(uint32_t to, const T* from, int64_t stride, int valid) {
   constexpr int kChunks = D / 8, kRows = THREADS / kChunks;
@@ -155,7 +153,8 @@ __device__ __forceinline__ void load_tile(uint32_t to, const T* from, int64_t st
   }
 }
 
-// ROWS rows that one warp left in shared memory, COLUMNS of each from their 8 `chunk`-th on, to global memory, 16 bytes a lane.
+// ROWS rows that one warp left in shared memory, COLUMNS of each from 8 * chunk_from on, to global memory, 16 bytes a
+// lane.
 template <typename T, int D, int ROWS, int COLUMNS>
 __device__ __forceinline__ void store_rows(T* to, int64_t stride, const uint8_t* from, int chunk_from, int valid) {
   constexpr int kChunks = COLUMNS / 8;
@@ -169,9 +168,10 @@ __device__ __forceinline__ void store_rows(T* to, int64_t stride, const uint8_t*
   }
 }
 
-// M x N accumulators, times `factor` for each row, as elements into rows of shared memory, from their 8 `chunk`-th column on.
+// M x N accumulators, times `factor` for each row, as elements into rows of shared memory, from column 8 * chunk on.
 template <typename T, int D, int M, int N>
-__device__ __forceinline__ void stage_rows(uint8_t* to, const float (&c)[M][N][4], const float (&factor)[M][2], int chunk) {
+__device__ __forceinline__ void stage_rows(
+    uint8_t* to, const float (&c)[M][N][4], const float (&factor)[M][2], int chunk) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
   for (int m = 0; m < M; ++m) {
@@ -184,7 +184,8 @@ __device__ __forceinline__ void stage_rows(uint8_t* to, const float (&c)[M][N][4
   }
 }
 
-// Where a lane reads an operand that lies with its k dimension along the row: A (rows m) and B (rows n).
+// Where a lane reads an operand that lies with its k dimension along the row: A (rows m) and B (rows n). A B operand
+// whose rows are k is read by load_transposed at lane_a.
 template <int D>
 __device__ __forceinline__ uint32_t lane_a(int lane) {
   return (lane % 16) * (2 * D) + ((lane / 16 ^ lane % 8) << 4);
@@ -192,11 +193,6 @@ __device__ __forceinline__ uint32_t lane_a(int lane) {
 template <int D>
 __device__ __forceinline__ uint32_t lane_b(int lane) {
   return (lane % 8 + lane / 16 * 8) * (2 * D) + ((lane / 8 % 2 ^ lane % 8) << 4);
-}
-// And a B operand whose rows are k, by load_transposed: the same lanes as A.
-template <int D>
-__device__ __forceinline__ uint32_t lane_b_transposed(int lane) {
-  return lane_a<D>(lane);
 }
 
 // c (16 M x 8 N) += a b^T over D, both operands rows of D elements in shared memory, at lane_a and lane_b.
@@ -220,7 +216,8 @@ __device__ __forceinline__ void multiply_rows(float (&c)[M][N][4], uint32_t a_at
   }
 }
 
-// c (16 M x 8 N) += a b over 16: a in registers, b 16 rows of D elements in shared memory, at lane_b_transposed plus its first column.
+// c (16 M x 8 N) += a b over 16: a in registers, b 16 rows of D elements in shared memory, at lane_a plus its first
+// column.
 template <typename T, int D, int M, int N>
 __device__ __forceinline__ void multiply_step(float (&c)[M][N][4], const uint32_t (&a)[M][4], uint32_t b_at) {
 #pragma unroll
@@ -248,8 +245,9 @@ __device__ __forceinline__ void clear(float (&c)[M][N][4]) {
   for (int i = 0; i < M * N * 4; ++i) c[i / (N * 4)][i / 4 % N][i % 4] = 0.f;
 }
 
-// Which head and which of its blocks a thread block does. Blocks of `section` heads are mixed, rank by rank: under a causal mask the
-// long ones (rank 0) start first, and a section's keys and values stay in L2 until its last block has read them.
+// Which head and which of its blocks a thread block does. Blocks of `section` heads are mixed, rank by rank: under a
+// causal mask the long ones (rank 0) start first, and a section's keys and values stay in L2 until its last block has
+// read them.
 struct Place {
   int head, rank;
 };
@@ -262,22 +260,17 @@ __device__ __forceinline__ Place place(int heads, int blocks, int section) {
 
 // --- Forward --------------------------------------------------------------------------------------
 
-// A block of 4 warps takes 128 queries, 32 a warp: every B operand that a warp loads feeds two products. Keys come in tiles of
-// kParts parts, and a part's scores are held at a time. Two blocks share a multiprocessor: while one makes exponentials the other keeps
-// the tensor cores busy.
+// A block of 4 warps takes 128 queries, 32 a warp: every B operand that a warp loads feeds two products. Keys come in
+// tiles of kParts parts, and a part's scores are held at a time. Two blocks share a multiprocessor: while one makes
+// exponentials the other keeps the tensor cores busy.
 // Tuned on an H200, bf16, 16k tokens of heads x head_dim = 2048; TFLOP/s, causal 1024 keys / full 16k keys:
 //   head dim 64:  2 parts of 64: 258 / 351;  1 of 128: 250 / 345;  4 of 32: 247 / 328
 //   head dim 128: 2 parts of 32: 285 / 384;  1 of 64: 271 / 381
-//   The exponentials of each part between the products of the other: 249 / 339 and 272 / 379. 8 warps, 256 queries: 228 / 317, 247 / 361.
+//   The exponentials of each part between the products of the other: 249 / 339 and 272 / 379. 8 warps, 256 queries:
+//   228 / 317, 247 / 361.
 template <int D>
-struct ForwardTiles;
-template <>
-struct ForwardTiles<64> {
-  static constexpr int kPart = 64, kParts = 2;
-};
-template <>
-struct ForwardTiles<128> {
-  static constexpr int kPart = 32, kParts = 2;
+struct ForwardTiles {
+  static constexpr int kPart = D == 64 ? 64 : 32, kParts = 2;
 };
 constexpr int kForwardQueries = 128, kForwardWarps = 4;
 
@@ -292,13 +285,15 @@ struct Softmax {
   float sum[2][2];  // of this lane's exponentials
 };
 
-// The exponentials are relative to the largest score seen when `top` was last set. It is set again only when a score exceeds it by more
-// than 2^8 in the exponential: until then sums and outputs are larger than usual by a common factor that cancels at the end. Almost
-// all tiles so pass without any exchange between lanes and without rescaling the output.
+// The exponentials are relative to the largest score seen when `top` was last set. It is set again only when a score
+// exceeds it by more than 2^8 in the exponential: until then sums and outputs are larger than usual by a common factor
+// that cancels at the end. Almost all tiles so pass without any exchange between lanes and without rescaling the
+// output.
 constexpr float kSlack = 8.f;
 
 template <int D, int N>
-__device__ __forceinline__ void settle(const float (&s)[2][N][4], Softmax& x, float (&o)[2][D / 8][4], float scale_log2) {
+__device__ __forceinline__ void settle(
+    const float (&s)[2][N][4], Softmax& x, float (&o)[2][D / 8][4], float scale_log2) {
   const float slack = kSlack / scale_log2;
   float top[2][2];
   bool above = false;
@@ -377,12 +372,12 @@ __global__ void __launch_bounds__(kForwardWarps * 32, 2) forward_kernel(const __
   const Place at = place(p.batch * p.heads, blocks, p.section);
   const int batch = at.head / p.heads, head = at.head % p.heads, kv_head = head / (p.heads / p.kv_heads);
   const int first = (blocks - 1 - at.rank) * kForwardQueries;
-  const T* q = static_cast<const T*>(p.q) + batch * p.q_strides.batch + head * p.q_strides.head + first * p.q_strides.row;
-  const T* k = static_cast<const T*>(p.k) + batch * p.k_strides.batch + kv_head * p.k_strides.head;
-  const T* v = static_cast<const T*>(p.v) + batch * p.v_strides.batch + kv_head * p.v_strides.head;
+  const T* q = rows_of<const T>(p.q, p.q_strides, batch, head, first);
+  const T* k = rows_of<const T>(p.k, p.k_strides, batch, kv_head, 0);
+  const T* v = rows_of<const T>(p.v, p.v_strides, batch, kv_head, 0);
 
-  // Under the mask a block's lower warps see fewer keys. Odd blocks give them to the other schedulers, so that two blocks on one
-  // multiprocessor balance.
+  // Under the mask a block's lower warps see fewer keys. Odd blocks give them to the other schedulers, so that two
+  // blocks on one multiprocessor balance.
   const int lane = threadIdx.x % 32;
   const int warp = blockIdx.x % 2 ? kForwardWarps - 1 - threadIdx.x / 32 : threadIdx.x / 32;
   const int row = first + warp * 32;  // the warp's first query
@@ -417,7 +412,7 @@ __global__ void __launch_bounds__(kForwardWarps * 32, 2) forward_kernel(const __
     __syncthreads();  // this tile has arrived, for all; and all have left the tile before, whose stage is filled next
     if (tile + 1 < tiles) load_keys(tile + 1);
     const uint32_t stage = kv_tiles + tile % 2 * 2 * kTileBytes;
-    const uint32_t k_at = stage + lane_b<D>(lane), v_at = stage + kTileBytes + lane_b_transposed<D>(lane);
+    const uint32_t k_at = stage + lane_b<D>(lane), v_at = stage + kTileBytes + lane_a<D>(lane);
 #pragma unroll
     for (int part = 0; part < kKeys; part += kPart) {
       const int key = tile * kKeys + part;
@@ -453,65 +448,49 @@ __global__ void __launch_bounds__(kForwardWarps * 32, 2) forward_kernel(const __
   __syncwarp();
   stage_rows<T, D>(own, o, inverse, 0);
   __syncwarp();
-  T* to = static_cast<T*>(p.o) + batch * p.o_strides.batch + head * p.o_strides.head + row * p.o_strides.row;
+  T* to = rows_of<T>(p.o, p.o_strides, batch, head, row);
   store_rows<T, D, 32, D>(to, p.o_strides.row, own, 0, p.q_len - row);
 }
 
 // --- Backward -------------------------------------------------------------------------------------
 
-// A block holds a tile of keys and values and walks over the queries that see it, and over the query heads that read the key head. A
-// warp makes S^T = K Q^T and dP^T = V dO^T for 32 keys, so that P^T and dS^T are operands of dV += P^T dO and dK += dS^T Q in
-// registers. dQ = dS K sums over all keys: dS^T goes through shared memory, each warp makes a part of the tile of dQ, and adds it to a
-// float array in global memory, since other blocks add to the same rows.
+// A block holds a tile of keys and values and walks over the queries that see it, and over the query heads that read
+// the key head. A warp makes S^T = K Q^T and dP^T = V dO^T for 32 keys, so that P^T and dS^T are operands of dV += P^T
+// dO and dK += dS^T Q in registers. dQ = dS K sums over all keys: dS^T goes through shared memory, each warp makes a
+// part of the tile of dQ, and adds it to a float array in global memory, since other blocks add to the same rows.
 //
-// At head dim 64 a warp holds dK and dV of its keys in full (kSplit 1) and takes the queries of a tile half by half. At head dim 128
-// they would not fit its registers: two warps share 32 keys (kSplit 2), each makes the scores of half the queries, and half the columns
-// of dK and dV; the other's P^T and dS^T come through shared memory.
+// At head dim 64 a warp holds dK and dV of its keys in full (kSplit 1) and takes the queries of a tile half by half. At
+// head dim 128 they would not fit its registers: two warps share 32 keys (kSplit 2), each makes the scores of half the
+// queries, and half the columns of dK and dV; the other's P^T and dS^T come through shared memory.
 //
-// dQ of a query tile is made one step late, between the scores and the exponentials of the next tile: the tensor cores still have work
-// when the exponentials begin, and one barrier of the block a step is enough.
+// dQ of a query tile is made one step late, between the scores and the exponentials of the next tile: the tensor cores
+// still have work when the exponentials begin, and one barrier of the block a step is enough.
 //
 // Tuned on an H200, bf16, 16k tokens of heads x head_dim = 2048; TFLOP/s, causal 1024 keys / full 16k keys:
 //   head dim 64:  as here 224 / 326;  8 warps of 16 keys 196 / 265;  8 warps of 32 keys 191 / 306
 //   head dim 128: as here 213 / 310;  8 warps of 16 keys, all columns each (74% of shared memory's bandwidth) 203 / 285
 template <int D>
-struct BackwardTiles;
+struct Backward {
 #ifndef LMSYS_SMALL_SHARED_MEMORY  // 177 KiB a block are there, as on compute capability 9.0 and 10.0
-template <>
-struct BackwardTiles<64> {
-  static constexpr int kWarps = 4, kSplit = 1, kQueries = 64, kBlocks = 2;
-};
-template <>
-struct BackwardTiles<128> {
-  static constexpr int kWarps = 8, kSplit = 2, kQueries = 64, kBlocks = 1;
-};
+  static constexpr int kWarps = D == 64 ? 4 : 8, kQueries = 64, kBlocks = D == 64 ? 2 : 1;
 #else  // 99 KiB a block are enough, for compute capability 8.0, 8.6, 8.9 and 12.0; checked, but not tuned
-template <>
-struct BackwardTiles<64> {
-  static constexpr int kWarps = 4, kSplit = 1, kQueries = 64, kBlocks = 1;
-};
-template <>
-struct BackwardTiles<128> {
-  static constexpr int kWarps = 4, kSplit = 2, kQueries = 32, kBlocks = 1;
-};
+  static constexpr int kWarps = 4, kQueries = D == 64 ? 64 : 32, kBlocks = 1;
 #endif
-
-template <int D>
-struct Backward : BackwardTiles<D> {
-  using Tiles = BackwardTiles<D>;
-  static constexpr int kThreads = Tiles::kWarps * 32;
-  static constexpr int kKeys = Tiles::kWarps / Tiles::kSplit * 32;
-  static constexpr int kPart = Tiles::kQueries / 2;  // queries whose scores a warp holds
-  static constexpr int kAcross = Tiles::kQueries / 32;  // warps along dQ's rows
-  static constexpr int kColumns = D * kAcross / Tiles::kWarps;  // of dQ a warp makes
-  static constexpr int kQueryBytes = Tiles::kQueries * 2 * D, kRowBytes = 2 * Tiles::kQueries * 4;
+  static constexpr int kSplit = D / 64;
+  static constexpr int kThreads = kWarps * 32;
+  static constexpr int kKeys = kWarps / kSplit * 32;
+  static constexpr int kPart = kQueries / 2;              // queries whose scores a warp holds
+  static constexpr int kAcross = kQueries / 32;           // warps along dQ's rows
+  static constexpr int kColumns = D * kAcross / kWarps;  // of dQ a warp makes
+  static constexpr int kQueryBytes = kQueries * 2 * D, kRowBytes = 2 * kQueries * 4;
   static constexpr int kStageBytes = 2 * kQueryBytes + kRowBytes;  // queries, do, log-sum-exp, delta
   static constexpr int kKeyBytes = kKeys * 2 * D;
-  static constexpr int kDsBytes = kKeys * Tiles::kQueries * 2;  // dS^T or P^T
-  static constexpr int kSharedBytes = 2 * kKeyBytes + (Tiles::kSplit + 1) * kDsBytes + 2 * kStageBytes;
+  static constexpr int kDsBytes = kKeys * kQueries * 2;  // dS^T or P^T
+  static constexpr int kSharedBytes = 2 * kKeyBytes + (kSplit + 1) * kDsBytes + 2 * kStageBytes;
 };
 
-// dQ's sums lie as the accumulators hold them: a warp's fragments one after the other, so that each addition is one contiguous line.
+// dQ's sums lie as the accumulators hold them: a warp's fragments one after the other, so that each addition is one
+// line.
 __device__ __forceinline__ int dq_offset(int fragment, int element, int lane) {
 #if __CUDA_ARCH__ >= 900
   return (fragment * 32 + lane) * 4 + element;
@@ -541,10 +520,10 @@ __global__ void __launch_bounds__(256) prepare_kernel(const __grid_constant__ Ba
   const bool inside = flat_head < heads && query < p.q_len;
   float delta = 0.f;
   if (inside) {
-    const int64_t batch = flat_head / p.heads, head = flat_head % p.heads;
-    const T* o = static_cast<const T*>(p.o) + batch * p.o_strides.batch + head * p.o_strides.head + query * p.o_strides.row;
-    const T* d_o = static_cast<const T*>(p.d_o) + batch * p.do_strides.batch + head * p.do_strides.head + query * p.do_strides.row;
-    const uint4 a = *reinterpret_cast<const uint4*>(o + chunk * 8), b = *reinterpret_cast<const uint4*>(d_o + chunk * 8);
+    const int batch = flat_head / p.heads, head = flat_head % p.heads;
+    const T* o = rows_of<const T>(p.o, p.o_strides, batch, head, query) + chunk * 8;
+    const T* d_o = rows_of<const T>(p.d_o, p.do_strides, batch, head, query) + chunk * 8;
+    const uint4 a = *reinterpret_cast<const uint4*>(o), b = *reinterpret_cast<const uint4*>(d_o);
     const uint32_t left[4] = {a.x, a.y, a.z, a.w}, right[4] = {b.x, b.y, b.z, b.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -567,8 +546,9 @@ template <typename T, int D>
 __global__ void __launch_bounds__(Backward<D>::kThreads, Backward<D>::kBlocks)
     backward_kernel(const __grid_constant__ BackwardParams p, int padded) {
   using C = Backward<D>;
-  constexpr int N = C::kPart / 8, K = C::kPart / 16, F = 2 * N, kRow = 2 * D, kHeld = D / C::kSplit;  // kHeld: columns of dK and dV
-  constexpr int kDsRow = 2 * C::kQueries, kDsShift = kDsRow == 64 ? 1 : 0;  // two rows of 64 bytes share a line of banks
+  constexpr int N = C::kPart / 8, K = C::kPart / 16, F = 2 * N, kRow = 2 * D;
+  constexpr int kHeld = D / C::kSplit;  // columns of dK and dV
+  constexpr int kDsRow = 2 * C::kQueries, kDsShift = kDsRow == 64 ? 1 : 0;  // two rows of 64 bytes: a line of banks
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t k_tile = shared_address(shared), v_tile = k_tile + C::kKeyBytes;
   const uint32_t ds_tiles = v_tile + C::kKeyBytes;  // [2][keys][queries]
@@ -579,8 +559,8 @@ __global__ void __launch_bounds__(Backward<D>::kThreads, Backward<D>::kBlocks)
   const Place at = place(p.batch * p.kv_heads, blocks, p.section);
   const int batch = at.head / p.kv_heads, kv_head = at.head % p.kv_heads;
   const int first = at.rank * C::kKeys;  // under the mask the first keys are seen by most queries
-  const T* k = static_cast<const T*>(p.k) + batch * p.k_strides.batch + kv_head * p.k_strides.head + first * p.k_strides.row;
-  const T* v = static_cast<const T*>(p.v) + batch * p.v_strides.batch + kv_head * p.v_strides.head + first * p.v_strides.row;
+  const T* k = rows_of<const T>(p.k, p.k_strides, batch, kv_head, first);
+  const T* v = rows_of<const T>(p.v, p.v_strides, batch, kv_head, first);
 
   const int query_tiles = padded / C::kQueries;
   const int first_tile = p.causal ? min(first / C::kQueries, query_tiles) : 0;
@@ -594,8 +574,8 @@ __global__ void __launch_bounds__(Backward<D>::kThreads, Backward<D>::kBlocks)
   auto load_queries = [&](int step) {
     const int head = kv_head * group + step / per_head, from = (first_tile + step % per_head) * C::kQueries;
     const uint32_t to = stages + step % 2 * C::kStageBytes;
-    const T* q = static_cast<const T*>(p.q) + batch * p.q_strides.batch + head * p.q_strides.head + from * p.q_strides.row;
-    const T* d_o = static_cast<const T*>(p.d_o) + batch * p.do_strides.batch + head * p.do_strides.head + from * p.do_strides.row;
+    const T* q = rows_of<const T>(p.q, p.q_strides, batch, head, from);
+    const T* d_o = rows_of<const T>(p.d_o, p.do_strides, batch, head, from);
     load_tile<T, D, C::kQueries, C::kThreads>(to, q, p.q_strides.row, p.q_len - from);
     load_tile<T, D, C::kQueries, C::kThreads>(to + C::kQueryBytes, d_o, p.do_strides.row, p.q_len - from);
     constexpr int kChunks = C::kQueries / 4;  // of four rows
@@ -612,12 +592,14 @@ __global__ void __launch_bounds__(Backward<D>::kThreads, Backward<D>::kBlocks)
   clear(dv);
   const float scale_log2 = p.scale * kLog2E;
   const uint32_t k_at = k_tile + own * kRow + lane_a<D>(lane), v_at = v_tile + own * kRow + lane_a<D>(lane);
-  const uint32_t b_at = lane_b<D>(lane), b_transposed_at = lane_b_transposed<D>(lane), held_at = b_transposed_at ^ (half * kHeld * 2);
+  const uint32_t b_at = lane_b<D>(lane), b_transposed_at = lane_a<D>(lane);
+  const uint32_t held_at = b_transposed_at ^ (half * kHeld * 2);
 
   // dQ: this warp's 32 rows and kColumns columns of the tile. A is dS, read transposed from dS^T.
   const int dq_row = warp % C::kAcross * 32, dq_column = warp / C::kAcross * C::kColumns;
   const int ds_key = lane % 8 + lane / 16 * 8;
-  const uint32_t dq_a = ds_tiles + ds_key * kDsRow + ((dq_row / 8 + lane / 8 % 2) ^ (ds_key >> kDsShift) % (kDsRow / 16)) * 16;
+  const int ds_chunk = (dq_row / 8 + lane / 8 % 2) ^ (ds_key >> kDsShift) % (kDsRow / 16);
+  const uint32_t dq_a = ds_tiles + ds_key * kDsRow + ds_chunk * 16;
   const uint32_t dq_b = k_tile + (b_transposed_at ^ (dq_column / 8 * 16));
   auto add_dq = [&](int step) {
     float dq[2][C::kColumns / 8][4];
@@ -649,7 +631,7 @@ __global__ void __launch_bounds__(Backward<D>::kThreads, Backward<D>::kBlocks)
   }
   for (int step = 0; step < steps; ++step) {
     copies_wait();
-    __syncthreads();  // this step's queries and the last step's dS are there, and all have left the stage that is filled next
+    __syncthreads();  // this step's queries and the last step's dS are there, and all have left the stage filled next
     if (step + 1 < steps) load_queries(step + 1);
     const uint32_t q_tile = stages + step % 2 * C::kStageBytes, do_tile = q_tile + C::kQueryBytes;
     const float* rows = reinterpret_cast<const float*>(shared + (q_tile - k_tile) + 2 * C::kQueryBytes) + 2 * t;
@@ -688,7 +670,9 @@ __global__ void __launch_bounds__(Backward<D>::kThreads, Backward<D>::kBlocks)
           s[m][n][2 * r] = power_of_2(fmaf(s[m][n][2 * r], scale_log2, -lse.x));
           s[m][n][2 * r + 1] = power_of_2(fmaf(s[m][n][2 * r + 1], scale_log2, -lse.y));
           packed[n / 2][m][n % 2 * 2 + r] = pack<T>(s[m][n][2 * r], s[m][n][2 * r + 1]);
-          if (C::kSplit == 2) store_pair(p_tile, own + m * 16 + g + r * 8, part / 8 + n, packed[n / 2][m][n % 2 * 2 + r]);
+          if (C::kSplit == 2) {
+            store_pair(p_tile, own + m * 16 + g + r * 8, part / 8 + n, packed[n / 2][m][n % 2 * 2 + r]);
+          }
         }
       }
       multiply_packed<T, D>(dv, packed, do_tile + part * kRow + held_at);
@@ -700,8 +684,9 @@ __global__ void __launch_bounds__(Backward<D>::kThreads, Backward<D>::kBlocks)
         const float2 delta = *reinterpret_cast<const float2*>(rows + C::kQueries + part + n * 8);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          packed[n / 2][m][n % 2 * 2 + r] =
-              pack<T>(s[m][n][2 * r] * (dp[m][n][2 * r] - delta.x), s[m][n][2 * r + 1] * (dp[m][n][2 * r + 1] - delta.y));
+          const float low = s[m][n][2 * r] * (dp[m][n][2 * r] - delta.x);
+          const float high = s[m][n][2 * r + 1] * (dp[m][n][2 * r + 1] - delta.y);
+          packed[n / 2][m][n % 2 * 2 + r] = pack<T>(low, high);
           store_pair(ds_tiles + stored_at, own + m * 16 + g + r * 8, part / 8 + n, packed[n / 2][m][n % 2 * 2 + r]);
         }
       }
@@ -740,14 +725,11 @@ __global__ void __launch_bounds__(Backward<D>::kThreads, Backward<D>::kBlocks)
   stage_rows<T, D>(staged, dk, factor, chunk);
   stage_rows<T, D>(staged + C::kKeyBytes, dv, one, chunk);
   __syncwarp();
-  const int64_t row = first + own;
-  const int valid = p.k_len - first - own;
-  store_rows<T, D, 32, kHeld>(
-      static_cast<T*>(p.dk) + batch * p.dk_strides.batch + kv_head * p.dk_strides.head + row * p.dk_strides.row,
-      p.dk_strides.row, staged, chunk, valid);
-  store_rows<T, D, 32, kHeld>(
-      static_cast<T*>(p.dv) + batch * p.dv_strides.batch + kv_head * p.dv_strides.head + row * p.dv_strides.row,
-      p.dv_strides.row, staged + C::kKeyBytes, chunk, valid);
+  const int row = first + own, valid = p.k_len - row;
+  T* dk_to = rows_of<T>(p.dk, p.dk_strides, batch, kv_head, row);
+  T* dv_to = rows_of<T>(p.dv, p.dv_strides, batch, kv_head, row);
+  store_rows<T, D, 32, kHeld>(dk_to, p.dk_strides.row, staged, chunk, valid);
+  store_rows<T, D, 32, kHeld>(dv_to, p.dv_strides.row, staged + C::kKeyBytes, chunk, valid);
 }
 
 // dQ = scale * its sums, out of the accumulators' order, as elements. A block of 8 warps takes a tile.
@@ -772,7 +754,7 @@ __global__ void __launch_bounds__(256) finish_kernel(const __grid_constant__ Bac
   __syncthreads();
   const int flat_head = blockIdx.x / query_tiles, batch = flat_head / p.heads, head = flat_head % p.heads;
   const int first = blockIdx.x % query_tiles * C::kQueries;
-  T* dq = static_cast<T*>(p.dq) + batch * p.dq_strides.batch + head * p.dq_strides.head + first * p.dq_strides.row;
+  T* dq = rows_of<T>(p.dq, p.dq_strides, batch, head, first);
 #pragma unroll
   for (int i = threadIdx.x; i < C::kQueries * D / 8; i += 256) {
     const int row = i / (D / 8), chunk = i % (D / 8);
@@ -796,19 +778,16 @@ cudaError_t choose_section(int64_t bytes_a_head, int64_t heads, int group, int* 
   return cudaSuccess;
 }
 
-template <typename Kernel>
-cudaError_t allow_shared(Kernel* kernel, int bytes) {
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-}
-
 template <typename T, int D>
 cudaError_t forward(ForwardParams p, cudaStream_t stream) {
   const int64_t heads = static_cast<int64_t>(p.batch) * p.heads;
   cudaError_t error = choose_section(static_cast<int64_t>(p.k_len) * 4 * D, heads, p.heads / p.kv_heads, &p.section);
-  if (error == cudaSuccess) error = allow_shared(forward_kernel<T, D>, forward_shared_bytes<D>());
+  constexpr int kShared = forward_shared_bytes<D>();
+  constexpr auto kAllow = cudaFuncAttributeMaxDynamicSharedMemorySize;
+  if (error == cudaSuccess) error = cudaFuncSetAttribute(forward_kernel<T, D>, kAllow, kShared);
   if (error != cudaSuccess) return error;
   const int64_t blocks = (p.q_len + kForwardQueries - 1) / kForwardQueries * heads;
-  forward_kernel<T, D><<<static_cast<unsigned>(blocks), kForwardWarps * 32, forward_shared_bytes<D>(), stream>>>(p);
+  forward_kernel<T, D><<<static_cast<unsigned>(blocks), kForwardWarps * 32, kShared, stream>>>(p);
   return cudaGetLastError();
 }
 
@@ -819,7 +798,8 @@ cudaError_t backward(BackwardParams p, cudaStream_t stream) {
   const int query_tiles = (p.q_len + C::kQueries - 1) / C::kQueries, padded = query_tiles * C::kQueries;
   const int64_t bytes_a_head = static_cast<int64_t>(p.q_len) * 8 * D * (p.heads / p.kv_heads);  // q, do and dq's sums
   cudaError_t error = choose_section(bytes_a_head, kv_heads, 1, &p.section);
-  if (error == cudaSuccess) error = allow_shared(backward_kernel<T, D>, C::kSharedBytes);
+  constexpr auto kAllow = cudaFuncAttributeMaxDynamicSharedMemorySize;
+  if (error == cudaSuccess) error = cudaFuncSetAttribute(backward_kernel<T, D>, kAllow, C::kSharedBytes);
   if (error != cudaSuccess) return error;
   prepare_kernel<T, D><<<static_cast<unsigned>((heads * padded * (D / 8) + 255) / 256), 256, 0, stream>>>(p, padded);
   error = cudaGetLastError();
