@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +61,7 @@ def resolve_device(name: str = "auto") -> torch.device:
 
 @contextmanager
 def fp32_products(precision: str | None) -> Iterator[None]:
-    """Matrix products of fp32 in here are "highest" (IEEE) or "high" (TF32, where the GPU has it); None: as they are. Then as before."""
+    """Matrix products of fp32 in here are "highest" (IEEE) or "high" (TF32, where there is it); None: as they are."""
     import torch
 
     before = torch.get_float32_matmul_precision()
@@ -116,7 +118,7 @@ def git_state() -> dict[str, Any]:
 
 @functools.cache
 def sources_hash() -> str:
-    """SHA-256 of the package's sources, their paths and contents: what code measured, on a host without its history too."""
+    """SHA-256 of the package's sources, their paths and contents: what code measured, without its history too."""
     package = Path(__file__).parent
     digest = hashlib.sha256()
     for path in sorted(path for path in package.rglob("*") if path.suffix in (".py", ".cu", ".json", ".toml")):
@@ -134,7 +136,7 @@ def environment() -> dict[str, Any]:
         "git": git_state(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": metadata.version("triton") if find_spec("triton") else None,
         "cpu": cpu_name(),
         "cpu_count": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "gpu": None,
@@ -152,17 +154,6 @@ def environment() -> dict[str, Any]:
         fields = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
         query = _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader")
         if query:
-            values = [value.strip() for value in query.splitlines()[0].split(",")]
-            stamp |= dict(
-                zip(["driver", "clock_sm", "clock_sm_max", "clock_memory", "power_limit"], values, strict=False)
-            )
+            names = ("driver", "clock_sm", "clock_sm_max", "clock_memory", "power_limit")
+            stamp |= dict(zip(names, map(str.strip, query.splitlines()[0].split(",")), strict=False))
     return stamp
-
-
-def _version(package: str) -> str | None:
-    from importlib import metadata
-
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -7,6 +7,7 @@ the full parameters.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
@@ -34,9 +35,7 @@ def machine_tag(machine: str | None = None) -> str:
     """The machine that results belong to: the argument, else LMSYS_MACHINE, else local."""
     tag = machine or os.environ.get("LMSYS_MACHINE") or "local"
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", tag):
-        raise ValueError(
-            f"machine '{tag}' must be lower-case letters, digits, '.', '_' or '-', such as 'local' or 'h200'"
-        )
+        raise ValueError(f"machine '{tag}' must be lower-case letters, digits, '.', '_' or '-', such as 'local'")
     return tag
 
 
@@ -58,17 +57,16 @@ def writable_dir(path: str | Path) -> Path:
         with tempfile.NamedTemporaryFile(dir=path, prefix=".writable-"):
             pass
     except OSError as error:
-        raise OSError(
-            error.errno, f"cannot write to this folder ({error.strerror}); free it or choose another", str(path)
-        ) from error
+        problem = f"cannot write to this folder ({error.strerror}); free it or choose another"
+        raise OSError(error.errno, problem, str(path)) from error
     return path
 
 
 @contextmanager
 def atomic_path(path: str | Path):
-    """A temporary path in the same folder that replaces `path` when the block ends well and is removed when it does not.
+    """A temporary path in the same folder that replaces `path` when the block ends well, else is removed.
 
-    An OSError of the block that names no file, as that of a full disk does, or only the temporary one, then names `path`.
+    An OSError of the block that names no file, as that of a full disk, or only the temporary one, then names `path`.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -131,17 +129,13 @@ def write_json(path: str | Path, value: Any) -> Path:
 
 
 def write_results(path: str | Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]], stamp: Mapping) -> None:
-    """Write a result file and its stamp, NAME.csv and NAME.json, each atomically. A value that a row lacks stays empty."""
-    path = Path(path)
-    table = [[cell(row.get(column)) for column in columns] for row in rows]
-    published = is_published(path)
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows(
-            [without_home(value) if published and isinstance(value, str) else value for value in row] for row in table
-        )
-    write_json(path.with_suffix(".json"), stamp)
+    """Write a result file and its stamp, NAME.csv and NAME.json, each atomically. What a row lacks stays empty."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(columns)
+    writer.writerows([cell(row.get(column)) for column in columns] for row in rows)
+    write_text(path, text.getvalue())
+    write_json(Path(path).with_suffix(".json"), stamp)
 
 
 def cell(value: Any) -> Any:
@@ -156,7 +150,7 @@ def cell(value: Any) -> Any:
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """A number with so many significant digits or, where that is more, all before the point; never in exponent form: 0.00812, 3.50, 1,084."""
+    """A number with so many significant digits, or all before the point; no exponents: 0.00812, 3.50, 1,084."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     decimals = max(digits - 1 - math.floor(math.log10(abs(value))), 0)
@@ -164,7 +158,7 @@ def significant(value: float, digits: int = 3) -> str:
 
 
 def within_spread(difference: float, *rows: Any) -> bool:
-    """Whether a difference of times does not show: it is below half of the widest range of these rows, p20_ms to p80_ms."""
+    """Whether a difference of times does not show: below half of the widest range of these rows, p20_ms to p80_ms."""
     return abs(difference) < max(row.p80_ms - row.p20_ms for row in rows) / 2
 
 
@@ -192,109 +186,95 @@ def read_results(path: str | Path):
 
 # --- Two runs ---------------------------------------------------------------------------------------
 
-_TIMES = {"median_ms": ("p20_ms", "p80_ms"), "step_ms": ("p20_ms", "p80_ms"), "seconds": ("p20_s", "p80_s")}
+_TIMES = (("median_ms", "p20_ms", "p80_ms"), ("step_ms", "p20_ms", "p80_ms"), ("seconds", "p20_s", "p80_s"))
 # Keys of a row behind those in front of its status.
 _FURTHER_KEYS = ("kernel", "checkpoint", "tier", "kv_heads", "path", "processes", "options")
 VERDICTS = ("slower", "gone", "faster", "same", "only in A", "only in B")  # the first two are a regression
 
 
 def compare(a: str | Path, b: str | Path, *, threshold: float = 0.05):
-    """Two result files of one kind, row by row, as a DataFrame: their key columns, medians a and b with spread, ratio b / a, verdict.
+    """Two result files of one kind, row by row: their keys, medians a and b with spread, ratio b / a, and verdict.
 
-    A row is slower (faster) where its median changed by more than threshold and the 20th to 80th percentiles of the two do not overlap; gone
-    where it was ok in a and is not in b.
+    A row is slower (faster) where its median changed by more than threshold and the 20th to 80th percentiles of the two
+    do not overlap; gone where it was ok in a and is not in b.
     Raises:
-        ValueError: a file that is missing, that holds no times, or whose rows cannot be told apart; files with no row in common.
+        ValueError: a file is missing, holds no times, or has two rows of the same keys; no row is in both.
     """
+    import numpy as np
     import pandas as pd
 
     if not threshold >= 0:
         raise ValueError(f"threshold is {threshold}; it must be 0 or more, such as 0.05 for 5%")
-    tables = [_by_key(Path(path)) for path in (a, b)]
-    (keys, first, time), (other_keys, second, other_time) = tables
+    (first, time), (second, other_time) = _by_key(a), _by_key(b)
+    keys, other_keys = list(first.index.names), list(second.index.names)
     if (keys, time) != (other_keys, other_time):
         raise ValueError(
             f"{a} and {b} are results of different kinds: {', '.join(keys)} against {', '.join(other_keys)}"
         )
-    if not set(first) & set(second):
+    if first.index.intersection(second.index).empty:
         raise ValueError(f"{a} and {b} have no row in common by {', '.join(keys)}")
-    rows = []
-    for key in dict.fromkeys((*first, *second)):
-        row = dict(zip(keys, key, strict=True))
-        for name, found in (("a", first.get(key)), ("b", second.get(key))):
-            row[name] = "" if found is None else found["status"] if found["status"] != "ok" else spread(*found["times"])
-        rows.append(row | _verdict(first.get(key), second.get(key), threshold))
-    return pd.DataFrame(rows)
+    rows = first.index.append(second.index.difference(first.index, sort=False))
+    old, new = first.reindex(rows), second.reindex(rows)
+    ratio = (new["median"] / old["median"]).where((old.status == "ok") & (new.status == "ok"))
+    verdicts = {
+        "only in B": old.status.isna(),
+        "only in A": new.status.isna(),
+        "gone": (old.status == "ok") & (new.status != "ok"),
+        "slower": (ratio > 1 + threshold) & (new.low > old.high),
+        "faster": (ratio < 1 / (1 + threshold)) & (new.high < old.low),
+    }
+    verdict = np.select(list(verdicts.values()), list(verdicts), "same")
+    columns = {"a": old.shown.fillna(""), "b": new.shown.fillna(""), "ratio": ratio, "verdict": verdict}
+    return pd.DataFrame(columns, index=rows).reset_index()
 
 
-def _by_key(path: Path) -> tuple[list[str], dict[tuple, dict[str, Any]], str]:
-    """The columns that name a row, the rows by them, and the column of times."""
+def _by_key(path: str | Path):
+    """A result file's status, median, low and high, and how they are shown, by the row's keys; the column of times."""
     frame = read_results(path)
-    time = next((name for name in _TIMES if name in frame and set(_TIMES[name]) <= set(frame)), None)
-    if time is None or "status" not in frame:
-        known = "; ".join(", ".join((name, *spread)) for name, spread in _TIMES.items())
+    times = next((names for names in _TIMES if {"status", *names} <= set(frame)), None)
+    if times is None:
+        known = "; ".join(map(", ".join, _TIMES))
         raise ValueError(f"{path} has no times to compare: it takes a column status and one of these: {known}")
-    columns = list(frame.columns)
-    keys = columns[: columns.index("status")]
-    keys += [name for name in _FURTHER_KEYS if name in columns and name not in keys]
-    found: dict[tuple, dict[str, Any]] = {}
-    for row in frame.to_dict("records"):
-        key = tuple(str(cell(row[name])) for name in keys)
-        if key in found:
-            raise ValueError(
-                f"{path} has two rows of {', '.join(keys)} = {', '.join(key)}; compare files of one run each"
-            )
-        found[key] = {"status": row["status"], "times": [row[name] for name in (time, *_TIMES[time])]}
-    return keys, found, time
-
-
-def _verdict(a: dict[str, Any] | None, b: dict[str, Any] | None, threshold: float) -> dict[str, Any]:
-    if a is None or b is None:
-        return {"ratio": math.nan, "verdict": "only in B" if a is None else "only in A"}
-    if a["status"] != "ok" or b["status"] != "ok":
-        return {"ratio": math.nan, "verdict": "gone" if a["status"] == "ok" else "same"}
-    (median_a, low_a, high_a), (median_b, low_b, high_b) = a["times"], b["times"]
-    ratio = median_b / median_a
-    verdict = "same"
-    if ratio > 1 + threshold and low_b > high_a:
-        verdict = "slower"
-    elif ratio < 1 / (1 + threshold) and high_b < low_a:
-        verdict = "faster"
-    return {"ratio": ratio, "verdict": verdict}
+    keys = list(frame.columns[: frame.columns.get_loc("status")])
+    keys += [name for name in _FURTHER_KEYS if name in frame and name not in keys]
+    rows = frame[["status", *times]].set_axis(["status", "median", "low", "high"], axis=1)
+    rows["shown"] = [spread(*row[1:]) if row[0] == "ok" else row[0] for row in rows.itertuples(index=False)]
+    rows = rows.set_index([frame[name].map(cell).map(str) for name in keys])
+    if (again := rows.index[rows.index.duplicated()]).size:
+        key = again[0] if len(keys) > 1 else again[:1]
+        raise ValueError(f"{path} has two rows of {', '.join(keys)} = {', '.join(key)}; compare files of one run each")
+    return rows, times[0]
 
 
 def comparison_table(frame) -> str:
     """What compare() gave, as Markdown, without the columns that are the same in every row."""
     keys = [name for name in frame.columns if name not in ("a", "b", "ratio", "verdict")]
     shown = [name for name in keys if frame[name].nunique() > 1] or keys[:1]
-    heads = {name: name for name in shown} | {"a": "A", "b": "B", "ratio": "B / A", "verdict": "verdict"}
-    lines = [
-        row | {"ratio": "" if math.isnan(row["ratio"]) else f"{row['ratio']:.3f}"} for row in frame.to_dict("records")
-    ]
-    return markdown_table(lines, heads)
+    headings = {"a": "A", "b": "B", "ratio": "B / A"}
+    return table(frame[[*shown, "a", "b", "ratio", "verdict"]], {"ratio": "{:.3f}"}, headings)
 
 
 # --- Tables -----------------------------------------------------------------------------------------
 
 
 def units(frame) -> tuple[str, str]:
-    """What the column gpus counts in rows with a column device, one and several: processes where that is this machine's CPU."""
+    """What gpus counts in rows with a column device, one and several: processes where that is this machine's CPU."""
     from lmsys.device import cpu_name
 
     return ("process", "processes") if set(frame.device) == {cpu_name()} else ("GPU", "GPUs")
 
 
 def table(frame, formats: Mapping[str, str] | None = None, headings: Mapping[str, str] | None = None) -> str:
-    """A DataFrame as Markdown: columns by format strings, else whole numbers whole, others with three digits; NaN empty."""
+    """A DataFrame as Markdown: by format strings, else whole numbers whole, others with three digits; NaN empty."""
 
     def text(name: str, value: Any) -> Any:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             return value
-        if isinstance(value, int):
-            return formats[name].format(value) if formats and name in formats else f"{value:,}"
         if math.isnan(value):
             return ""
-        return formats[name].format(value) if formats and name in formats else significant(value)
+        if formats and name in formats:
+            return formats[name].format(value)
+        return f"{value:,}" if isinstance(value, int) else significant(value)
 
     rows = [{name: text(name, value) for name, value in row.items()} for row in frame.to_dict("records")]
     return markdown_table(rows, {str(name): (headings or {}).get(name, str(name)) for name in frame.columns})

@@ -1,12 +1,11 @@
 """The GPU's hardware counters of each step of the attention kernel, read by NVIDIA's Nsight Compute (ncu).
 
-COUNTERS starts `ncu python -m lmsys.bench.counters ...` on the steps of lmsys.bench.flash. The driver, main() here, warms
-each step up outside the profile, then calls it once, and launches an empty kernel as a mark after it; what ncu writes is
+COUNTERS starts `ncu python -m lmsys.bench.counters ...` on the steps of lmsys.bench.flash. The driver, main() here,
+warms each step up outside the profile, then calls it once and launches an empty kernel as a mark; what ncu writes is
 cut at the marks. A step of several kernels is their sum (time, bytes) or their mean weighted by time (percentages).
 
-Metrics are named in the order of preference, as their names change between GPU generations; the first that the GPU has
-is taken, and a counter that it has not stays empty. Where there is no ncu, or it refuses, each step is a row with status
-unsupported and the reason.
+Of a counter's metrics, whose names change between GPU generations, the first that the GPU has is taken; a counter that
+it has not stays empty. Where there is no ncu, or it refuses, each step is a row with status unsupported and the reason.
 
 Limits: ncu flushes the caches before each kernel and runs it again for each group of counters, so bytes between the
 kernels of a step are all counted as device memory's, and the time is that of one cold launch: times of the steps are in
@@ -15,8 +14,8 @@ flash_steps_results.csv.
 
 from __future__ import annotations
 
-import csv
 import functools
+import io
 import json
 import os
 import shutil
@@ -28,6 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from lmsys import records
@@ -134,12 +134,11 @@ def _available() -> dict[str, str]:
     except _Refused:
         return {column: names[0] for column, names in METRICS.items()}
     listed = {line.split()[0] for line in output.splitlines() if line.strip()}
-    chosen = {}
-    for column, names in METRICS.items():
-        for name in names:
-            if name.startswith("launch__") or name.split(".")[0] in listed:
-                chosen[column] = name
-                break
+    there = {
+        column: [name for name in names if name.startswith("launch__") or name.split(".")[0] in listed]
+        for column, names in METRICS.items()
+    }
+    chosen = {column: names[0] for column, names in there.items() if names}
     if "time_ms" not in chosen:
         raise _Refused(_reason(output))
     return chosen
@@ -148,15 +147,9 @@ def _available() -> dict[str, str]:
 def _call(command: Sequence[str], limit_s: float) -> str:
     """Output and errors of a command, as text. It and what it started are ended where it takes too long."""
     path = os.pathsep.join(filter(None, [str(records.REPOSITORY), os.environ.get("PYTHONPATH")]))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
     try:
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=os.environ | {"PYTHONPATH": path},
-            start_new_session=True,
-        )
+        process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path}, **pipes)
     except OSError as error:
         raise _Refused(f"{command[0]} did not start: {error}") from None
     try:
@@ -177,41 +170,28 @@ def _reason(text: str) -> str:
 def parse(text: str, metrics: dict[str, str]) -> list[dict[str, Any]]:
     """The measured part of a row for each step, from ncu's CSV of raw metrics: a row a kernel, in launch order."""
     lines = [line for line in text.splitlines() if line.startswith('"')]
-    table = list(csv.DictReader(lines))[1:]  # the line after the names holds the units
-    steps: list[dict[str, Any]] = []
-    kernels: list[dict[str, str]] = []
-    for kernel in table:
-        if _MARK in kernel["Kernel Name"]:
-            steps.append(_sum(kernels, metrics))
-            kernels = []
-        else:
-            kernels.append(kernel)
-    return steps
+    del lines[1]  # units
+    table = pd.read_csv(io.StringIO("\n".join(lines)), thousands=",")
+    marks = table["Kernel Name"].str.contains(_MARK)
+    return [_sum(table[~marks & (marks.cumsum() == step)], metrics) for step in range(marks.sum())]
 
 
-def _sum(kernels: Sequence[dict[str, str]], metrics: dict[str, str]) -> dict[str, Any]:
-    if not kernels:
+def _sum(kernels: pd.DataFrame, metrics: dict[str, str]) -> dict[str, Any]:
+    if kernels.empty:
         return {"status": "error", "note": "ncu saw no kernel of this step"}
-    times = [_number(kernel, metrics["time_ms"]) or 0.0 for kernel in kernels]
+    times = kernels[metrics["time_ms"]]
     row: dict[str, Any] = {"status": "ok", "kernels": len(kernels)}
     for column, metric in metrics.items():
-        values = [_number(kernel, metric) for kernel in kernels]
-        if None in values:
+        values = kernels.get(metric)
+        if values is None or values.isna().any():  # not counted: ncu writes n/a, or leaves the column out
             continue
         if column in _SCALES:
-            row[column] = sum(values) * _SCALES[column]
+            row[column] = values.sum() * _SCALES[column]
         elif column == "registers":
-            row[column] = int(values[times.index(max(times))])  # of the longest kernel
+            row[column] = int(values[times.idxmax()])  # of the longest kernel
         else:
-            row[column] = sum(v * t for v, t in zip(values, times, strict=True)) / (sum(times) or 1.0)
+            row[column] = (values * times).sum() / (times.sum() or 1.0)
     return row
-
-
-def _number(kernel: dict[str, str], metric: str) -> float | None:
-    try:
-        return float(kernel[metric].replace(",", ""))
-    except (KeyError, ValueError):  # not counted: ncu writes n/a, or leaves the column out
-        return None
 
 
 def main(text: str) -> None:

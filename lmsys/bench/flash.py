@@ -1,15 +1,15 @@
 """How the attention kernel is built, each step measured; and the course's three tables of attention.
 
-- STEPS: one shape, from the formula to the Hopper kernel, each step checked against float64 and timed beside the others.
+- STEPS: one shape, from the formula to the Hopper kernel, each step checked against float64 and timed.
 - CEILINGS: what this device copies and multiplies at, measured in the same run, for the roofline.
-- PYTORCH_ATTENTION: batch 8, no heads: forward, memory in use before the backward pass, backward, until memory runs out;
+- PYTORCH_ATTENTION: batch 8, no heads: forward, memory in use before the backward pass, backward, until memory ends;
   the formula, the same under torch.compile (the course's torch_compile, part a), and FlashAttention.
 - FLASH_BENCHMARKING: batch 1, causal: FlashAttention beside plain PyTorch, forward, backward and both.
 Source of the tables: Stanford CS336, assignment 2 (2025). Differences: calls are timed by the clock of
 lmsys.bench.measure, a slow one fewer than 100 times; pytorch_attention is causal and goes on past 16,384 tokens.
 
-Limits: torch.compile is given one graph a head dim with the length left open, compiled at a middle length, as it does by
-itself from the second length on; a graph for each length alone could be a little faster and would compile for minutes.
+Limits: torch.compile is given one graph a head dim with the length left open, compiled at a middle length, as it does
+by itself from the second length on; a graph for each length could be a little faster and would compile for minutes.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Step:
         change: what it does that the step before does not.
         kernel, options: its name in KERNELS and what it is called with; `function` is one of attention.flash_steps,
             forward only.
-        score_bytes: bytes that go through device memory for each score if no cache holds any, by the size of an element.
+        score_bytes: bytes through device memory for each score if no cache holds any, by the size of an element.
         whole: the scores above the diagonal are computed, too.
     """
 
@@ -330,15 +330,13 @@ _CHECKED = ("error", "error_pytorch", "device", "note")
 
 def _experiment(name: str, columns: Sequence[str], points: Callable[[Parameters], list[Point]]) -> Experiment:
     return Experiment(
-        name=name,
-        columns=columns,
-        points=points,
-        measure=measure_point,
-        group=(*sweeps.SHAPE, "passes"),
-        method=lambda p: method(resolve_device(p.device), 2, p.iterations),
-        prepare=prepare,
-        before=compile_ahead(points),
-    )
+        name, columns, points, measure_point, group=(*sweeps.SHAPE, "passes"), method=_method,
+        prepare=prepare, before=compile_ahead(points),
+    )  # fmt: skip
+
+
+def _method(p: Parameters) -> dict[str, Any]:
+    return method(resolve_device(p.device), 2, p.iterations)
 
 
 STEP_TIMES = _experiment(
@@ -354,7 +352,7 @@ CEILINGS = Experiment(
     ),
     points=ceiling_points,
     measure=measure_ceiling,
-    method=STEP_TIMES.method,
+    method=_method,
 )
 PYTORCH_ATTENTION = _experiment(
     "pytorch_attention_results", (*_TABLE, "before_backward_mib", "computed_mib", *_CHECKED), course_points

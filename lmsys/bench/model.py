@@ -50,43 +50,8 @@ _FIRST_SCALE = 2.0**10  # of fp16's gradients: a step whose gradients overflow w
 
 # --- Parameters -----------------------------------------------------------------------------------
 
+Grid = dict[str, list]  # every combination of these lists
 _FIELDS = ("sizes", "contexts", "dtypes", "modes", "compile")
-_COURSE = ["small", "medium", "large", "xl", "2.7b"]
-Grid = dict[str, list]  # every combination of the values of _FIELDS
-
-
-def _grid(sizes: list[str], contexts: list[int], dtypes: list[str], modes=MODES, compile=("no",)) -> Grid:
-    return dict(zip(_FIELDS, (sizes, contexts, dtypes, list(modes), list(compile)), strict=True))
-
-
-# By scale: the points, those that are measured a second time, and the one that is started cold.
-GRIDS: dict[str, tuple[list[Grid], Grid, Grid]] = {
-    "smoke": (
-        [_grid(["tiny"], [32, 64], ["fp32", "bf16"])],
-        _grid(["tiny"], [32], ["fp32"], ["full_step"]),
-        _grid(["tiny"], [32], ["fp32"], ["forward_backward"]),
-    ),
-    "cpu": (
-        [
-            _grid(["tiny"], [64, 128], ["fp32", "bf16"]),
-            _grid(["mini"], [64, 128], ["fp32"]),
-            _grid(["tiny"], [64], ["fp32"], ["forward"], ["blocks"]),  # compiling C++ takes seconds
-        ],
-        _grid(["tiny", "mini"], [128], ["fp32"], ["full_step"]),
-        _grid(["mini"], [128], ["fp32"], ["forward_backward"]),
-    ),
-    "full": (
-        [
-            _grid(_COURSE, [128, 256, 512, 1024, 2048], ["tf32", "bf16"]),
-            _grid(_COURSE, [512], ["fp32", "fp16"]),
-            _grid(_COURSE, [128, 512, 2048], ["tf32", "bf16"], MODES, ["blocks"]),
-            _grid(["small"], [512], ["bf16"], MODES, ["model"]),
-            _grid(["10b"], [512], ["bf16"]),
-        ],
-        _grid(_COURSE, [512], ["bf16"], ["full_step"]),
-        _grid(["small"], [512], ["tf32"], ["forward_backward"]),
-    ),
-}
 
 
 def check(p: Parameters) -> None:
@@ -102,7 +67,10 @@ def check(p: Parameters) -> None:
     numbers = ("contexts", "batch_size", "steps", "checkpoint", "vocab_size")
     experiment.require_numbers(p, dict.fromkeys(numbers, 1) | {"warmup": 0, "compile_ahead": 0})
     require(p.budget_s > 0, f"budget_s is {p.budget_s}; it must be above 0")
-    p.grids, p.repeated, p.cold = GRIDS[p.scale]
+    grids = experiment.scales("model_benchmark_points")[p.scale]
+    rest = {"modes": list(MODES), "compile": ["no"]}
+    p.grids = [rest | grid for grid in grids["points"]]
+    p.repeated, p.cold = (rest | grids[name] for name in ("repeated", "cold"))
     if given:
         p.grids = [p.grids[0] | given]
         p.repeated = {name: values[-1:] if name == "modes" else values[:1] for name, values in p.grids[0].items()}
@@ -421,13 +389,9 @@ def measure_cold(point: Point, p: Parameters) -> Measured:
 
 def _in_fresh_process(work: Callable[..., Any], p: Parameters, number: int) -> Any:
     """work(p, number) in a process that has computed nothing before, though it may have imported much."""
-    with ProcessPoolExecutor(1, mp_context=group.context(resolve_device(p.device), __name__)) as pool:
-        return pool.submit(_calm, work, p, number).result()
-
-
-def _calm(work: Callable[..., Any], p: Parameters, number: int) -> Any:
-    with measure.one_thread(p.scale == "smoke"):
-        return work(p, number)
+    calm = {"initializer": torch.set_num_threads, "initargs": (1,)} if p.scale == "smoke" else {}
+    with ProcessPoolExecutor(1, group.context(resolve_device(p.device), __name__), **calm) as pool:
+        return pool.submit(work, p, number).result()
 
 
 def _cold_times(p: Parameters, steps: int) -> list[float]:
