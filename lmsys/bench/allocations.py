@@ -185,9 +185,6 @@ def _functions(path: str) -> list[tuple[int, int, str]]:
     return found
 
 
-# --- A step, recorded -----------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Timeline:
     """A recorded step. held: bytes there before it, by category. gradients: addresses after the backward pass."""

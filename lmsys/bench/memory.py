@@ -9,6 +9,7 @@ of 2025, one shape.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import linecache
 import re
 import sys
@@ -99,10 +100,8 @@ class Subject(RepeatedStep):
     def held(self) -> dict[str, int]:
         """Bytes there between steps, by category."""
         state = self.engine.optimizer.state.values()
-        found = {
-            "parameters": _storage_bytes(self.model.parameters()),
-            "optimizer": _storage_bytes(v for each in state for v in each.values() if isinstance(v, Tensor)),
-        }
+        moments = (value for each in state for value in each.values() if isinstance(value, Tensor))
+        found = {"parameters": _storage_bytes(self.model.parameters()), "optimizer": _storage_bytes(moments)}
         if self.device.type == "cuda":
             found["other"] = torch.cuda.memory_allocated(self.device) - sum(found.values())
         return found
@@ -189,13 +188,8 @@ def _point(p: Parameters, context_length: int, **more: Any) -> Point:
 
 
 def peak_points(p: Parameters) -> list[Point]:
-    return [
-        _point(p, length, dtype=dtype, kernel=kernel, mode=mode)
-        for mode in MODES
-        for kernel in p.kernels
-        for dtype in p.dtypes
-        for length in p.contexts
-    ]
+    combinations = itertools.product(MODES, p.kernels, p.dtypes, p.contexts)
+    return [_point(p, length, dtype=dtype, kernel=kernel, mode=mode) for mode, kernel, dtype, length in combinations]
 
 
 def measure_peak(point: Point, p: Parameters) -> Row:
@@ -215,9 +209,8 @@ def measure_timeline(point: Point, p: Parameters) -> Measured:
     tables = {"memory_timeline": [shape | row for row in allocations.sampled(timeline)]}
     if point["mode"] == "full_step":
         residual = cost.residual_stream_bytes(config, p.batch, length)
-        rows += [
-            {"kind": "stream"} | row for row in allocations.largest(timeline, size=residual, category="activations")
-        ]
+        stream = allocations.largest(timeline, size=residual, category="activations")
+        rows += [{"kind": "stream"} | row for row in stream]
         tables["memory_blocks"] = [shape | row for row in block_rows(timeline, config)]
     return Measured(rows, tables)
 
@@ -269,9 +262,8 @@ def saved_tensors(work: Callable[[], Any], known: Iterable[Tensor]) -> list[dict
 
 
 def _caller() -> str:
-    """The innermost line of this package, outside this module, that is being executed: 'SwiGLU.forward: source'.
-
-    A Linear is one of many: whose it is, is said, too.
+    """The innermost line of this package, outside this module, that is being executed: 'SwiGLU.forward: source'; of a
+    Linear, which is one of many, whose it is, too.
     """
     frames, frame = [], sys._getframe(2)
     while frame is not None and len(frames) < 2:

@@ -47,8 +47,6 @@ def check(p: Parameters) -> None:
 
 NOTEBOOK = Notebook("mixed_precision", check)
 
-# --- Sums -----------------------------------------------------------------------------------------
-
 
 def accumulate(accumulator: str, addend: str, cast: bool, additions: int) -> list[float]:
     """The partial sums of ADDEND added so many times to 0; cast: in the accumulator's dtype before it is added."""
@@ -79,9 +77,6 @@ def sum_name(accumulator: str, addend: str, cast: bool) -> str:
     if accumulator == addend:
         return accumulator
     return f"{addend} into {accumulator}" + (", cast first" if cast else "")
-
-
-# --- Autocast -------------------------------------------------------------------------------------
 
 
 class ToyModel(nn.Module):
@@ -125,9 +120,6 @@ def autocast_dtypes(device: torch.device, seed: int) -> list[dict[str, Any]]:
             row = {"autocast": dtype, "tensor": name, "dtype": names, "device_type": device.type}
             rows.append(row | {"device": device_name(device)})
     return rows
-
-
-# --- Layer norm -----------------------------------------------------------------------------------
 
 
 def running_sum(x: Tensor) -> Tensor:
@@ -187,9 +179,6 @@ def layer_norm_errors(width: int, rows: int, seed: int) -> list[dict[str, Any]]:
                     row |= {"error": 1.0 if lost else error[index].item(), "lost": lost}
                     found.append(row | {"square_overflows": overflows})
     return found
-
-
-# --- Experiments ----------------------------------------------------------------------------------
 
 
 def _experiment(name: str, columns: Sequence[str], measure: Callable[[Point, Parameters], list[Row]]) -> Experiment:

@@ -108,9 +108,6 @@ def ranges(model: TransformerLM) -> Iterator[None]:
         yield
 
 
-# --- The steps ------------------------------------------------------------------------------------
-
-
 class Subject(RepeatedStep):
     """The trainer's engine at one size and precision, and the two kinds of step at any context up to the longest."""
 
@@ -156,9 +153,6 @@ class Subject(RepeatedStep):
                 if name in sample:
                     times.setdefault(name, []).append(sample[name])
         return times
-
-
-# --- Results --------------------------------------------------------------------------------------
 
 
 def points(p: Parameters) -> list[Point]:

@@ -44,9 +44,6 @@ _PART_MB = 16.0  # of a text that is generated: what a process makes at a time
 _VOCABULARY_MULTIPLE = 128  # rows of the embedding and the head, for the tensor cores
 
 
-# --- Parameters -----------------------------------------------------------------------------------
-
-
 def check(p: Parameters) -> None:
     """Raises ValueError: an unknown name, a number out of range, or settings that the trainer does not take."""
     require_names(p, {"arms": ARMS, "size": MODEL_SIZES, "step_preset": STEP_PRESETS})
@@ -107,9 +104,6 @@ def pipeline_config(p: Parameters, arm: str) -> PipelineConfig:
         "train": train | {name: getattr(p, name) for name in names},
     }
     return build(PipelineConfig, values)
-
-
-# --- Data -----------------------------------------------------------------------------------------
 
 
 TokenFiles = tuple[Path, Path]
@@ -221,9 +215,6 @@ def train_in_processes(
     """train_arm() in so many new processes; on_row gets the rows as they come, until one fails (group.RankError)."""
     for row in as_written(_rank, count, config, token_files, limit_s, device=config.train.device):
         on_row(row)
-
-
-# --- The race -------------------------------------------------------------------------------------
 
 
 def points(p: Parameters) -> list[Point]:

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from lmsys import config as cfg
 from lmsys import cost, pipeline, records
 from lmsys.bench.experiment import Experiment, Measured, Notebook, Parameters, Point, require_names, require_numbers
@@ -82,9 +84,6 @@ def preset_here() -> str:
     return "h200" if large and torch.cuda.get_device_capability() >= (8, 0) else "t4"
 
 
-# --- The run --------------------------------------------------------------------------------------
-
-
 class Plan(NamedTuple):
     """How many steps the minutes are."""
 
@@ -100,13 +99,11 @@ def plan(minutes: float, warmup_steps: int, rows: Sequence[dict[str, Any]], *, c
 
     What the warm-up took beyond its steps comes once more when the run goes on in new processes, which compile again.
     """
-    seconds = []
-    steps = [0, *(row["step"] for row in rows)]
-    tokens_per_step = rows[0]["tokens"] / rows[0]["step"]
-    for row, first, last in zip(rows, steps[:-1], steps[1:], strict=True):
-        seconds += [tokens_per_step / row["tokens_per_s"]] * (last - first)
-    counted = seconds[rows[0]["step"] :] or seconds
-    step_s = sorted(counted)[len(counted) // 2]
+    steps = np.diff([0, *(row["step"] for row in rows)])
+    tokens_per_step = rows[0]["tokens"] / steps[0]
+    seconds = np.repeat([tokens_per_step / row["tokens_per_s"] for row in rows], steps)
+    counted = np.sort(seconds[steps[0] :] if len(rows) > 1 else seconds)
+    step_s = float(counted[len(counted) // 2])
     elapsed = rows[-1]["elapsed_s"]
     left = _MARGIN * 60 * minutes - elapsed
     if compiles_again:

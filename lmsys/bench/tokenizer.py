@@ -42,9 +42,6 @@ _SAMPLE_INTERVAL_S = 0.05
 _ENCODERS = ("lmsys", "tiktoken encode", "tiktoken encode_batch", "tiktoken encode_to_numpy", "tokenizers")
 
 
-# --- The text -------------------------------------------------------------------------------------
-
-
 def write_text(path: str | Path, text_mb: float, *, seed: int = 0) -> Path:
     """Write about text_mb (1e6 bytes) of text with the statistics of English: documents between end-of-text tokens,
     sentences and punctuation, and 60,000 words, the common ones English and shorter than the rare. A word's frequency
@@ -86,9 +83,6 @@ def _paragraph(rng: random.Random, words: Sequence[str], weights: Sequence[float
         end = rng.choices(".?!", (8, 1, 1))[0]
         sentences.append(f'"{" ".join(sentence)}{end}"' if kind > 0.92 else " ".join(sentence) + end)
     return " ".join(sentences)
-
-
-# --- The benchmark ----------------------------------------------------------------------------------
 
 
 def check(p: Parameters) -> None:

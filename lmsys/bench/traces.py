@@ -66,9 +66,6 @@ def category(operator: str) -> str:
     return next((name for name, pattern in CATEGORIES.items() if re.match(pattern, operator)), OTHER)
 
 
-# --- Events to kernels ----------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Kernel:
     """One kernel's run; on a CPU, one operator's own time. Times in ms from the beginning of the first phase."""

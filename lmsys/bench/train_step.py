@@ -58,7 +58,8 @@ def check(p: Parameters) -> None:
     require_names(p, {"sizes": MODEL_SIZES, "dtype": DTYPES})
     numbers = ("context_length", "loss_steps", "timed_steps", "batch_size", "vocab_size")
     require_numbers(p, dict.fromkeys(numbers, 1) | {"compile_ahead": 0})
-    possible = [name for name in OPTIONS if _is_possible(p, name)]
+    plain = {"step_preset": "plain", "compile": p.compile}
+    possible = [name for name, settings in OPTIONS.items() if _is_possible(p, plain | settings)]
     if p.options is None:
         p.options = [name for name in possible if name not in WHERE_NAMED]
     for name in p.options:
@@ -77,10 +78,10 @@ def check(p: Parameters) -> None:
 NOTEBOOK = Notebook("train_step", check)
 
 
-def _is_possible(p: Parameters, option: str) -> bool:
-    """Whether an option goes with the rest, by the rules of lmsys.options."""
+def _is_possible(p: Parameters, train: dict[str, Any]) -> bool:
+    """Whether settings go with the rest, by the rules of lmsys.options."""
     try:
-        config = _config(p, p.sizes[0], {"step_preset": "plain", "compile": p.compile} | OPTIONS[option])
+        config = _config(p, p.sizes[0], dict(train))
     except ValueError:
         return False
     return not config.train.cuda_graph or resolve_device(p.device).type == "cuda"
@@ -88,23 +89,14 @@ def _is_possible(p: Parameters, option: str) -> bool:
 
 def points(p: Parameters) -> list[Point]:
     """Of each size the peer and ours; of the first, with each option taken away, and what the written blocks take."""
-    found = []
+    found, written = [], [WRITTEN] if _is_possible(p, {"step_preset": WRITTEN}) else []
     for index, size in enumerate(p.sizes):
         single = p.options if index == 0 and len(p.options) > 1 else []
-        for implementation, option in [(PEER, ALL), *((OURS, name) for name in (ALL, *_written(p), *single, NONE))]:
+        for implementation, option in [(PEER, ALL), *((OURS, name) for name in (ALL, *written, *single, NONE))]:
             point = {"size": size, "implementation": implementation, "option": option}
             batch = p.batch_size or _BATCH.get(size, 8)
             found.append(point | {"context_length": p.context_length, "local_batch": batch, "dtype": p.dtype})
     return found
-
-
-def _written(p: Parameters) -> list[str]:
-    """The step of the written blocks, where they can be."""
-    try:
-        _config(p, p.sizes[0], {"step_preset": WRITTEN})
-    except ValueError:
-        return []
-    return [WRITTEN]
 
 
 def config_of(p: Parameters, point: Point) -> PipelineConfig:
@@ -171,9 +163,6 @@ TRAIN_STEP = Experiment(
     tables={"train_step_losses": ("size", "implementation", "option", "step", "loss")},
     before=compile_ahead,
 )
-
-
-# --- Tables ---------------------------------------------------------------------------------------
 
 
 def label(implementation: str, option: str) -> str:
