@@ -87,7 +87,7 @@ class Lab:
         self.random = random.Random(p.seed)
         self.exact = torch.device(p.trainers).type == "cpu"
         self._count = 0
-        first = trainers.context(torch.device(p.trainers)).Process(target=trainers.nothing)
+        first = trainers.context(torch.device(p.trainers)).Process(target=time.sleep, args=(0,))
         first.start()  # with the first process, the fork server starts and imports torch
         first.join()
         started = time.monotonic()

@@ -210,7 +210,3 @@ class Run:
 def context(device: torch.device) -> BaseContext:
     """What starts processes that train there."""
     return group.context(device, __name__, "tqdm")  # a run imports the latter when it starts
-
-
-def nothing() -> None:
-    """What a process does that is started for the fork server's sake."""
