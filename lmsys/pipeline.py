@@ -44,10 +44,10 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default_pipeline.json"
 
 @dataclass(frozen=True)
 class StageReport:
-    """What one stage did: ran or skipped, in how many seconds, and a sentence about it."""
+    """What one stage did."""
 
     name: str
-    status: str
+    status: str  # ran or skipped
     seconds: float
     detail: str
 
@@ -306,16 +306,12 @@ def train_alone(
     flags: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> History:
-    """Train on token files, on random tokens, or on a text file, without the pipeline's stages.
-
-    Under torchrun this is one of several processes, which join a process group.
+    """Train on token files, on random tokens, or on a text file, without the pipeline's stages; also under torchrun.
 
     Args:
         size: see config.MODEL_SIZES; None: the file's model, else small.
-        context_length, vocab_size: of the model; None: the file's, else 512 and the size's own, or the tokenizer's for
-            a text.
-        text: a UTF-8 file; None for the token files data.train_tokens_path and data.valid_tokens_path if the config has
-            them, else num_tokens random tokens.
+        context_length, vocab_size: None: the file's, else 512 and the size's own, or the tokenizer's for a text.
+        text: a UTF-8 file; None for the config's token files if it has them, else num_tokens random tokens.
         tokenizer_path: of the text or the token files; without it a tokenizer is trained on the text.
         resume: continue the newest checkpoint of the run folder.
         file, overrides, flags: as for config.pipeline_config; without steps or epochs in any, one epoch.
@@ -355,11 +351,12 @@ def _alone_settings(
     return cfg.pipeline_config(None, file, [*under, *overrides], flags)
 
 
+# (config, training tokens, validation tokens, tokenizer)
 Data = tuple[PipelineConfig, "np.ndarray", "np.ndarray", Tokenizer | None]
 
 
 def _given_tokens(config: PipelineConfig, num_tokens: int) -> Data:
-    """The config's token files and their tokenizer, else random tokens: (config, training, validation, tokenizer)."""
+    """The config's token files and their tokenizer, else random tokens."""
     paths = {f"data.{name}": getattr(config.data, name) for name in ("train_tokens_path", "valid_tokens_path")}
     if not any(paths.values()):
         require(config.model.vocab_size is not None, "random tokens need model.vocab_size")
@@ -374,7 +371,7 @@ def _given_tokens(config: PipelineConfig, num_tokens: int) -> Data:
 def _tokens_of_text(
     config: PipelineConfig, text: str, run_dir: Path, *, fixed_vocabulary: bool, progress: bool
 ) -> Data:
-    """A text, tokenized by the config's tokenizer, else by one trained on it: as _given_tokens()."""
+    """A text, tokenized by the config's tokenizer, else by one trained on it."""
     require(
         not _under_torchrun(),
         "a text is tokenized once, not by each process under torchrun: give the pipeline the text, which starts its "
@@ -391,12 +388,10 @@ def _tokens_of_text(
 
 def _split(config: PipelineConfig, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Training tokens, and data.valid_fraction of them held out, at least one context."""
-    held_out = max(config.model.context_length + 1, int(len(tokens) * config.data.valid_fraction))
-    require(
-        len(tokens) >= 2 * held_out,
-        f"{len(tokens):,} tokens are too few to train on and to validate with at context_length "
-        f"{config.model.context_length}",
-    )
+    context_length = config.model.context_length
+    held_out = max(context_length + 1, int(len(tokens) * config.data.valid_fraction))
+    too_few = f"{len(tokens):,} tokens are too few to train on and to validate with at context_length {context_length}"
+    require(len(tokens) >= 2 * held_out, too_few)
     return tokens[:-held_out], tokens[-held_out:]
 
 

@@ -175,13 +175,8 @@ class Tokenizer:
     ) -> Iterator[tuple[np.ndarray, int]]:
         """The ids of a UTF-8 file in order, chunk by chunk, encoded in processes and in bounded memory.
 
-        Args:
-            num_workers: processes; None: one for each core. 1 starts none.
-            chunk_bytes: text in a chunk; the ids do not depend on it.
-        Yields:
-            (ids of token_dtype, bytes of the file that they stand for).
-        Raises:
-            ValueError: a missing, empty or non-UTF-8 file, before the chunk in question.
+        Yields (ids of token_dtype, bytes of the file that they stand for). ValueError: a missing, empty or non-UTF-8
+        file. num_workers: None: a process for each core. 1 starts none.
         """
         workers = resolve_workers(num_workers)
         bounds = find_chunk_boundaries(path, chunk_bytes=chunk_bytes, special_tokens=self.special_tokens)
@@ -198,8 +193,10 @@ class Tokenizer:
         pieces += PIECE.findall(text, start)
         known = list(map(self._pieces.get, pieces))
         if None in known:
-            missing = {piece for piece, ids in zip(pieces, known, strict=True) if ids is None}
-            new = {piece: self._encode_piece(piece) for piece in missing}
+            missing = list(dict.fromkeys(piece for piece, ids in zip(pieces, known, strict=True) if ids is None))
+            ids, counts = self._encode_new([piece.encode() for piece in missing])
+            parts = np.split(ids.astype(self.token_dtype), np.cumsum(counts)[:-1])
+            new = {piece: part.tobytes() for piece, part in zip(missing, parts, strict=True)}
             known = [new[piece] if ids is None else ids for piece, ids in zip(pieces, known, strict=True)]
             kept = {piece: ids for piece, ids in new.items() if len(piece) <= _MAX_CACHED_LENGTH}
             if len(self._pieces) + len(kept) > MAX_PIECES:
@@ -207,15 +204,8 @@ class Tokenizer:
             self._pieces.update(islice(kept.items(), MAX_PIECES))
         return np.frombuffer(bytearray().join(known), self.token_dtype)  # a bytearray, so that it is writable
 
-    def _encode_piece(self, piece: str) -> bytes:
-        if piece in self.special_tokens:  # no other piece is one
-            ids = [self.token_id(piece)]
-        else:
-            ids = [index for word in split_piece(piece) for index in self._merge(word.encode())]
-        return np.array(ids, self.token_dtype).tobytes()
-
     def _encode_long(self, text: str) -> np.ndarray:
-        """The ids of a text, by arrays: for a text of more than some thousand characters, several times faster."""
+        """The ids of a text, by arrays: several times faster for more than some thousand characters."""
         data = text.encode()
         special = [match.span() for match in self._special_bytes.finditer(data)] if self._special_bytes else []
         return self._table.encode(data, piece_starts(data, text.isascii(), special))
@@ -254,7 +244,7 @@ class Tokenizer:
     def _merge_many(self, symbols: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Merge many words at once: in each round, each word's pair that was learned first, at all its places.
 
-        Takes the ids of the words' bytes, one word after the other, and how many each has; returns them likewise.
+        Takes the ids of the words' bytes, word after word, and how many each has; returns them likewise.
         """
         word = np.repeat(np.arange(len(lengths)), lengths)
         ranks = self._pair_ranks(symbols, word, np.arange(len(symbols)))
@@ -414,8 +404,7 @@ class Tokenizer:
     def from_huggingface(cls, path: str | Path) -> Tokenizer:
         """A tokenizer from a Hugging Face tokenizer.json, which gives the same ids.
 
-        Raises:
-            ValueError: the file is missing or damaged, or not byte-level BPE with GPT-2's pattern: names what it has.
+        ValueError: the file is missing or damaged, or not byte-level BPE with GPT-2's pattern: names what it has.
         """
 
         def only(what: str, given: Any, *allowed: Any) -> None:

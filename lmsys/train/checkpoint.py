@@ -97,9 +97,8 @@ def snapshot(
 
     Args:
         weights: as model_weights() gives them. optimizer: an optimizer's state_dict.
-        config: a dataclass with a `model` section.
         sampler_state, rng, extra: JSON-ready; rng: that of another moment than this, as rng_state() gave it.
-        valid_loss: the validation loss at this step, by which keep_best chooses.
+        valid_loss: at this step, by which keep_best chooses.
     """
     config = to_dict(config)
     tensors, rest = _split_optimizer(optimizer)
@@ -134,38 +133,25 @@ def write(folder: str | Path, content: Snapshot, *, keep_last: int | None = None
             for file in (*temporary.iterdir(), temporary):  # mkdtemp makes its folder for the owner alone
                 file.chmod(0o755 if file is temporary else 0o644)
                 flush(file)
-            _put_in_place(temporary, target)
+            if target.exists():
+                os.rename(target, temporary.with_name(temporary.name + _REPLACED))
+            os.rename(temporary, target)
             flush(folder)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        recover(folder)
     if keep_last is not None:
         _prune(folder, content.step, keep_last, keep_best)
     return target
 
 
 def recover(folder: str | Path) -> None:
-    """Clear away what a process that was killed while saving left. For the one process that saves there."""
+    """Clear away what a save left that was killed or failed. For the one process that saves there."""
     for leftover in sorted(Path(folder).glob(".step-*")):
         target = leftover.with_name(leftover.name[1:].partition(_REPLACED)[0].rpartition("-")[0])
         if leftover.name.endswith(_REPLACED) and not target.exists():
-            os.rename(leftover, target)  # killed between the two renames
+            os.rename(leftover, target)  # it ended between the two renames
         else:
             shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _put_in_place(temporary: Path, target: Path) -> None:
-    """Rename the folder to its name, in place of one that has it. A failure leaves that one."""
-    if not target.exists():
-        os.rename(temporary, target)
-        return
-    replaced = temporary.with_name(temporary.name + _REPLACED)
-    os.rename(target, replaced)
-    try:
-        os.rename(temporary, target)
-    except OSError:
-        os.rename(replaced, target)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _prune(folder: Path, step: int, keep_last: int, keep_best: int) -> None:
@@ -174,9 +160,8 @@ def _prune(folder: Path, step: int, keep_last: int, keep_best: int) -> None:
     best = _by_loss(saved)[:keep_best] if keep_best else []
     for path in saved[:-keep_last]:
         if path not in best:
-            going = path.with_name(f".{path.name}-removed")  # so that none is half there under its name
-            os.rename(path, going)
-            shutil.rmtree(going, ignore_errors=True)
+            os.rename(path, path.with_name(f".{path.name}-removed"))  # so that none is half there under its name
+    recover(folder)
 
 
 class Saver:
@@ -290,22 +275,29 @@ class Saver:
 
 def rng_state() -> dict[str, Any]:
     """The state of Python's and torch's random generators (CPU, and each GPU), JSON-ready."""
-    version, internal, gauss = random.getstate()
-    state = {"python": [version, list(internal), gauss], "torch": _encode(torch.get_rng_state())}
+
+    def encoded(generator_state: Tensor) -> str:
+        return base64.b64encode(generator_state.numpy().tobytes()).decode("ascii")
+
+    state = {"python": list(random.getstate()), "torch": encoded(torch.get_rng_state())}
     if torch.cuda.is_initialized():  # else nothing has drawn from them, and a run on the CPU leaves the GPUs alone
-        state["cuda"] = [_encode(one) for one in torch.cuda.get_rng_state_all()]
+        state["cuda"] = list(map(encoded, torch.cuda.get_rng_state_all()))
     return state
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
     """Put the generators back; not a GPU's, where there are more or fewer GPUs. ValueError: not such a state."""
+
+    def decoded(text: str) -> Tensor:
+        return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
     try:
         version, internal, gauss = state["python"]
         random.setstate((version, tuple(internal), gauss))
-        torch.set_rng_state(_decode(state["torch"]))
+        torch.set_rng_state(decoded(state["torch"]))
         cuda = state.get("cuda", [])
         if cuda and torch.cuda.is_available() and len(cuda) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all([_decode(one) for one in cuda])
+            torch.cuda.set_rng_state_all(list(map(decoded, cuda)))
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise ValueError(f"the state of the random generators is damaged ({first_line(error)})") from None
 
@@ -364,22 +356,12 @@ def _split_optimizer(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], 
 
 
 def _join_optimizer(tensors: Mapping[str, Tensor], rest: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    try:
+    with damage_told(path):
         state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in rest["state"].items()}
         for key, tensor in tensors.items():
             index, _, name = key.partition(".")
             state[int(index)][name] = tensor
         return {"state": state, "param_groups": [dict(group) for group in rest["param_groups"]]}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: its optimizer's state is not one ({first_line(error)})") from None
-
-
-def _encode(state: Tensor) -> str:
-    return base64.b64encode(state.numpy().tobytes()).decode("ascii")
-
-
-def _decode(text: str) -> Tensor:
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
 
 
 def first_line(error: BaseException) -> str:

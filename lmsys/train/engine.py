@@ -35,7 +35,7 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by train.dtype
 
 
 class _Part(NamedTuple):
-    """One of the forward and backward passes of a step; a captured pass is one of these."""
+    """A forward and backward pass of a step."""
 
     first: bool
     communicates: bool
@@ -47,8 +47,7 @@ class Engine:
 
     Args:
         saved: continue from this checkpoint.
-        prepare: called with the fresh model before it is wrapped, for what is no setting (activation checkpointing,
-            what each block keeps for its written backward pass).
+        prepare: called with the fresh model before it is wrapped, for what is no setting.
         wrapper_options: arguments of the wrapper that are no settings.
     Attributes:
         model, module, optimizer: the plain model, the wrapped one, and what updates it.
@@ -117,9 +116,9 @@ class Engine:
         """Forward and backward over this process's batches of a step, gradients synchronized. Returns its mean loss.
 
         Args:
-            batches: its next() gives inputs and targets, (B, T) int64 each, as lmsys.data.BatchSampler's or tensors.
+            batches: its next() gives inputs and targets, (B, T) int64 each, as lmsys.data.BatchSampler's.
             micro_batches: in place of train.gradient_accumulation_steps.
-            communicate: False leaves each process with the gradients of its own batches, to time what that costs.
+            communicate: False leaves each process with the gradients of its own batches.
         """
         count = micro_batches or self.config.train.gradient_accumulation_steps
         step_loss = torch.zeros((), device=self.device)
