@@ -377,9 +377,6 @@ def test_decoding(trained):
 def test_arrays_and_types(trained, text):
     array = trained.encode_to_array(text)
     assert array.dtype == np.uint16 and array.flags.writeable and array.tolist() == trained.encode(text)
-    assert trained.encode_to_array(text, np.int64).dtype == np.int64
-    with pytest.raises(ValueError, match="uint8"):
-        trained.encode_to_array(text, np.uint8)
     many = Tokenizer({**trained.vocab, 70_000: b"<far>"}, trained.merges, [END_OF_TEXT, "<far>"])
     assert many.vocab_size == 70_001 and many.token_dtype is np.uint32
     assert many.encode(f"<far>{text}") == [70_000, *trained.encode(text)]

@@ -141,19 +141,14 @@ class Tokenizer:
         """The token ids of a text. ValueError where it has a lone surrogate, which is no Unicode text."""
         return self.encode_to_array(text).tolist()
 
-    def encode_to_array(self, text: str, dtype: Any = None) -> np.ndarray:
-        """The token ids of a text as a one-dimensional array of token_dtype, or of dtype where it holds them all."""
-        dtype = np.dtype(self.token_dtype if dtype is None else dtype)
-        fits = dtype.kind in "iu" and np.iinfo(dtype).max >= self.vocab_size - 1
-        what = f"dtype {dtype} cannot hold the ids of a vocabulary of {self.vocab_size}"
-        require(fits, f"{what}; take {np.dtype(self.token_dtype)}")
+    def encode_to_array(self, text: str) -> np.ndarray:
+        """The token ids of a text as a one-dimensional array of token_dtype."""
         try:
-            ids = self._encode_long(text) if len(text) > SHORT_TEXT else self._encode_short(text)
+            return self._encode_long(text) if len(text) > SHORT_TEXT else self._encode_short(text)
         except UnicodeEncodeError:
             at, character = next((i, c) for i, c in enumerate(text) if not is_encodable(c))
             what = f"a lone surrogate, U+{ord(character):04X} at character {at}"
             raise ValueError(f"the text has {what}, which UTF-8 cannot hold") from None
-        return ids.astype(dtype, copy=False)
 
     def encode_iterable(self, iterable: Iterable[str]) -> Iterator[int]:
         """The ids of encode("".join(iterable)), as the pieces come.

@@ -51,18 +51,13 @@ def check_setup(config: PipelineConfig, world_size: int | None = None) -> torch.
     device = devices.resolve_device(settings.device)
     world_size = group.current()[1] if world_size is None else world_size
     parallel.check_wrapper(settings.ddp_wrapper, world_size)
-    require(
-        world_size == 1 or device.type != "cuda" or ":" not in settings.device,
-        f"train.device is '{settings.device}', one GPU for {world_size} processes, each of which needs its own; give "
-        "auto or cuda",
-    )
+    one_gpu = f"train.device is '{settings.device}', one GPU for {world_size} processes, each of which needs its own"
+    require(world_size == 1 or device.type != "cuda" or ":" not in settings.device, f"{one_gpu}; give auto or cuda")
     shape = {"head_dim": model.head_dim, "heads": model.num_heads, "kv_heads": model.num_heads}
     dtype = AUTOCAST.get(settings.dtype, torch.float32)
     check_support(settings.attention_kernel, device=device, dtype=dtype, backward=True, **shape)
-    require(
-        not settings.cuda_graph or device.type == "cuda",
-        f"train.cuda_graph is for a GPU, and this run is on {device}; set train.cuda_graph=false",
-    )
+    graph = f"train.cuda_graph is for a GPU, and this run is on {device}; set train.cuda_graph=false"
+    require(not settings.cuda_graph or device.type == "cuda", graph)
     require(
         not settings.compile or device.type != "cpu" or "triton" not in settings.attention_kernel,
         f"train.compile cannot compile '{settings.attention_kernel}' on the CPU, where Triton's interpreter runs it; "
@@ -138,10 +133,8 @@ def _check_folder(config: PipelineConfig, run_dir: Path) -> None:
 
 def fingerprint(tokens: np.ndarray) -> dict[str, int]:
     """Length and CRC-32 of the first and last 2^18 tokens: tells other data from the same ones without reading all."""
-    crc = 0
-    for part in (tokens[: 1 << 18], tokens[-(1 << 18) :]):
-        crc = zlib.crc32(np.asarray(part, dtype="<i8").tobytes(), crc)
-    return {"length": len(tokens), "crc32": crc}
+    ends = np.concatenate((tokens[: 1 << 18], tokens[-(1 << 18) :]))
+    return {"length": len(tokens), "crc32": zlib.crc32(ends.astype("<i8").tobytes())}
 
 
 # --- Resuming -------------------------------------------------------------------------------------
@@ -165,9 +158,10 @@ def resume_point(
     path = group.from_rank0(lambda: (checkpoint.recover(folder), checkpoint.latest(folder))[1])
     if path is None:
         return None
-    read: list[checkpoint.Checkpoint] = []  # what by_rank() returns goes to all processes: too much for it
+    saved: checkpoint.Checkpoint | None = None  # not returned by read(), as by_rank() sends results to all processes
 
-    def read_here() -> None:
+    def read() -> None:
+        nonlocal saved
         seen = rank == 0 or path.is_dir()
         require(seen, f"rank {rank} sees no {path}: give a run_dir on a file system that all processes share")
         saved = checkpoint.load(path, verify=rank == 0)
@@ -180,10 +174,8 @@ def resume_point(
             "train.resume=false to start anew",
         )
 
-        read.append(saved)
-
-    group.by_rank(read_here)
-    return read[0]
+    group.by_rank(read)
+    return saved
 
 
 def _differences(saved: checkpoint.Checkpoint, config: PipelineConfig, world_size: int) -> list[str]:

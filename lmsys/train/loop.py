@@ -233,8 +233,7 @@ def train(
             valid_loss = None
             if logging:
                 window = read_window()
-                seconds = time.perf_counter() - window_started
-                rate = timed * step_tokens / seconds
+                rate = timed * step_tokens / (time.perf_counter() - window_started)
                 row = dict.fromkeys(COLUMNS) | {"step": step, "tokens": step * step_tokens}
                 row |= {"learning_rate": learning_rate, "tokens_per_s": rate}
                 row["mfu"] = cost.mfu(rate, flops_per_token, peak)
@@ -271,8 +270,8 @@ def _means(pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step, means over the ranks, as numbers: waits for the device."""
     if not pairs:
         return []
-    means = group.mean_over_ranks(torch.stack([torch.stack(pair) for pair in pairs]))
-    return [tuple(pair) for pair in means.tolist()]
+    numbers = torch.stack([number for pair in pairs for number in pair]).view(-1, 2)
+    return [tuple(pair) for pair in group.mean_over_ranks(numbers).tolist()]
 
 
 def _kept(last_checkpoint: Path | None) -> str:
