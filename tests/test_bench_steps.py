@@ -143,7 +143,7 @@ def test_a_captured_point_is_free_when_it_is_measured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(graphs, "GraphedPass", functools.partial(graphs.GraphedPass, capture=capture))
     try:
-        result = steps.measure_step(CPU, config(), steps.Plan(2, 2), captured=True)
+        result = steps.measure_step(CPU, config(cuda_graph=True), steps.Plan(2, 2))
         gc.collect()
         assert replays == [0] and "backward_ms" not in result and made[0]() is None
     finally:
@@ -154,7 +154,7 @@ def test_a_captured_point_is_free_when_it_is_measured(monkeypatch):
 def test_a_captured_point_trains_as_the_others_and_frees_its_memory():
     process = steps.alone(torch.device("cuda", 0))
     plan = steps.Plan(loss_steps=4, timed_steps=5, quiet_steps=2)
-    plain, captured = (steps.measure_step(process, config(), plan, captured=captured) for captured in (False, True))
+    plain, captured = (steps.measure_step(process, config(cuda_graph=graph), plan) for graph in (False, True))
     assert captured["losses"] == pytest.approx(plain["losses"], rel=1e-5) and len(captured["times_ms"]) == 5
     assert captured["peak_bytes"] < 2 * plain["peak_bytes"] and "backward_ms" not in captured
 

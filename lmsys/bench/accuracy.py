@@ -105,7 +105,7 @@ def _length(draw: random.Random, longest: int, even: bool) -> int:
 
 
 def inputs(case: Point, device: torch.device, seed: int) -> list[torch.Tensor]:
-    """q, k, v, leaves that ask for gradients, and that of the output: random normal, (B, H, T, D) in the case's layout."""
+    """q, k, v, leaves that ask for gradients, and the output's: random normal, (B, H, T, D) in the case's layout."""
     generator = torch.Generator(device).manual_seed(seed * 1_000_003 + case["case"])
     batch, heads, kv_heads, q_len, k_len, head_dim = (case[name] for name in CASE[1:7])
     dtype, magnitude = DTYPES[case["dtype"]], case["magnitude"]
@@ -131,7 +131,7 @@ def inputs(case: Point, device: torch.device, seed: int) -> list[torch.Tensor]:
 
 
 def points(p: Parameters) -> list[Point]:
-    """Each case with the kernels that take it, and with flash_attention_triton's portable path beside another default."""
+    """Each case with the kernels that take it, flash_attention_triton's portable path too where not the default."""
     device, found = resolve_device(p.device), []
     for case in cases(p):
         shape = {name: case[name] for name in ("head_dim", "heads", "kv_heads")}
@@ -282,9 +282,9 @@ ACCURACY = Experiment(
     group=("case",),
     method=lambda p: {
         "oracle": "float64, the inputs as rounded to the kernel's dtype",
-        "ratio": "largest error over that of PyTorch's plain attention in the same dtype plus half the floor; 2 is allowed",
+        "ratio": "largest error over PyTorch's plain attention's in the same dtype plus half the floor; 2 is allowed",
         "error": "norm of the difference over the norm",
-        "floor": "rounding of the output; in dq, dk and dv also of what FlashAttention's backward pass reads or recomputes",
+        "floor": "rounding of the output; of gradients also of what FlashAttention's backward reads or recomputes",
         "memory": "uninitialized tensors hold NaN",
     },
     before=compile_ahead,

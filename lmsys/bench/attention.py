@@ -50,7 +50,7 @@ SCALES = scales("attention_shapes")  # of each: tiers, name -> (queries, keys), 
 
 
 def check(p: Parameters) -> None:
-    """Raises ValueError: unknown names, numbers out of range, a tier that is no power of two, groups that do not fit."""
+    """Raises ValueError: unknown names, numbers out of range, tiers of no power of two, groups that do not fit."""
     if p.kernels is None:  # without those that compile for seconds a shape where only that all works is shown
         p.kernels = [name for name in KERNELS if p.scale == "full" or KERNELS[name].compiled_per != "shape"]
     require_names(p, {"kernels": KERNELS, "groups": GROUPS, "dtypes": DTYPES, "passes": PASSES})
@@ -71,7 +71,7 @@ def _select_groups(p: Parameters) -> None:
         p.groups = p.groups if beyond and not of_tiers else ["tiers"]
     require(
         not of_tiers or "tiers" in p.groups,
-        "custom_tiers, batch, heads, kv_heads and head_dim are of the group 'tiers', which is not among the groups given",
+        "custom_tiers, batch, heads, kv_heads and head_dim are of the group 'tiers', which is not among those given",
     )
     require(beyond or p.groups == ["tiers"], f"{', '.join(p.kernels)}: measured in the group 'tiers' only")
 
@@ -302,7 +302,7 @@ class Case:
         return attention(self.q, self.k, self.v, causal=self.causal, kernel=kernel, **options)
 
     def _check_support(self, kernel: str, which: str) -> None:
-        """Raises ValueError: the kernel does not take it. MemoryError: a CPU has none, whose own end ends the process."""
+        """Raises ValueError: the kernel does not take it. MemoryError: a CPU has none, whose OOM ends the process."""
         shape = {name: self.shape[name] for name in ("head_dim", "heads", "kv_heads")}
         check_support(kernel, device=self.device, dtype=self.dtype, backward=which != "forward", **shape)
         arrays = KERNELS[kernel].score_arrays

@@ -302,8 +302,9 @@ def plan_columns(plan: planner.Plan) -> Row:
         "plan": str(plan),
         "predicted_ms": 1e3 * sum(plan.seconds().values()),
         "predicted_peak_mib": plan.peak_bytes / 2**20,
-        "rates": f"products {rates.product / 1e12:.4g} TFLOP/s, attention {rates.attention_forward / 1e12:.4g} and "
-        f"{rates.attention_backward / 1e12:.4g}, memory {rates.memory / 1e12:.3g} TB/s, link {rates.link / 1e9:.4g} GB/s",
+        "rates": f"products {rates.product / 1e12:.4g} TFLOP/s, "
+        f"attention {rates.attention_forward / 1e12:.4g} and {rates.attention_backward / 1e12:.4g}, "
+        f"memory {rates.memory / 1e12:.3g} TB/s, link {rates.link / 1e9:.4g} GB/s",
     }
 
 

@@ -272,7 +272,8 @@ def run(
         keep: which rows of the earlier results stay in front of the new ones, their stamp as `kept` of the new one.
         say: takes the lines of progress.
     Raises:
-        ValueError: no points, or rows to keep that are of another device or version. OSError: a folder that cannot be written.
+        ValueError: no points, or rows to keep that are of another device or version. OSError: a folder that cannot be
+            written.
     """
     from lmsys.bench import measure as measuring
     from lmsys.device import environment, resolve_device

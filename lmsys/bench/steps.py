@@ -92,7 +92,6 @@ def measure_step(
     plan: Plan,
     *,
     peer: Callable[..., Any] | None = None,
-    captured: bool = False,
     traced: bool = False,
     tokens: str | Path | np.ndarray | None = None,
     valid_tokens: str | Path | np.ndarray | None = None,
@@ -102,22 +101,20 @@ def measure_step(
 
     Args:
         peer: (config, device) -> what trains in place of the engine, with its methods of a step; see lmsys.bench.peers.
-        captured: timed steps replay forward, backward and communication as one CUDA graph (train.cuda_graph).
         traced: one more step, under the profiler.
         tokens: the training tokens or their file; None: pattern_tokens(). valid_tokens: with them, a validation loss.
         options: further arguments of the engine (prepare, options of the wrapper) or of the peer.
     Returns:
         on rank 0 (elsewhere the same or None), JSON values: losses (of the loss steps, means over the whole batch),
-        ready_s, from here to their end; valid_loss, times_ms; backward_ms and finish_ms of uncaptured steps, the backward pass and the wait after it;
-        quiet_ms, steps without communication, of replicas; memory (bytes by POINTS) and peak_bytes, both over what was
-        there before; host_ms, of a step that begins on an idle GPU; clock and power (PowerWatch); timeline. A time is
-        the largest over the ranks; a loss step sees as many sequences on one GPU as on all.
+        ready_s, from here to their end; valid_loss; times_ms; backward_ms and finish_ms of uncaptured steps, the
+        backward pass and the wait after it; quiet_ms, steps without communication, of replicas; memory (bytes by
+        POINTS) and peak_bytes, both over what was there before; host_ms, of a step that begins on an idle GPU; clock
+        and power (PowerWatch); timeline. A time is the largest over the ranks; a loss step sees as many sequences on
+        one GPU as on all.
     Raises:
         ValueError: a setting that cannot run here. FloatingPointError: a loss that is not finite.
     """
-    train = dataclasses.replace(
-        config.train, device=process.device.type, cuda_graph=captured or config.train.cuda_graph
-    )
+    train = dataclasses.replace(config.train, device=process.device.type)
     config = dataclasses.replace(config, train=train)
     several = parallel.get_wrapper(train.ddp_wrapper).many_processes
     shares = 1 if several else process.world_size  # of a loss step, that one GPU takes in turn
@@ -383,7 +380,7 @@ def step_point(config: PipelineConfig, size: str, *, gpus: int, processes: int, 
 
 
 def wrapped(name: str) -> dict[str, Any]:
-    """The settings of train that a wrapper's name in results stands for, such as flashddp+zero1; ValueError for others."""
+    """The settings of train that a wrapper's name in results stands for, as flashddp+zero1; ValueError for others."""
     plain, sharded = name.removesuffix(parallel.ZERO1), name.endswith(parallel.ZERO1)
     known = [each for each, wrapper in parallel.WRAPPERS.items() if wrapper.many_processes]
     if plain not in known:
@@ -427,7 +424,7 @@ def wrapper_styles(wrappers: Iterable[str]) -> dict[str, tuple[str, str, bool]]:
 
 
 def table(frame, keys: Sequence[str], more: Sequence[str] = ()) -> str:
-    """Rows as Markdown: the keys, the step's time with its spread or the status, what else is asked for, memory, loss."""
+    """Rows as Markdown: the keys, the step's time with its spread or the status, what is asked for, memory, loss."""
     step = [
         spread(row.step_ms, row.p20_ms, row.p80_ms) if row.status == "ok" else row.status for row in frame.itertuples()
     ]
@@ -444,8 +441,8 @@ def table(frame, keys: Sequence[str], more: Sequence[str] = ()) -> str:
 def beside_peers(frame, keys: Sequence[str]):
     """Each wrapper of ours beside PyTorch's of its kind (replicas, or fully sharded) among rows that agree in the keys.
 
-    Returns a DataFrame: keys, wrapper, options where there are some, peer, speed (the peer's time over ours), memory (our peak over the peer's),
-    verdict.
+    Returns a DataFrame: keys, wrapper, options where there are some, peer, speed (the peer's time over ours), memory
+    (our peak over the peer's), verdict.
     """
     import pandas as pd
 
