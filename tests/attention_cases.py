@@ -1,11 +1,15 @@
-"""What the attention tests share: inputs, gradients, and the comparison with float64 that FlashAttention's own tests make."""
+"""What the attention tests share.
+
+Inputs, gradients, and the comparison with float64 that FlashAttention's own tests make.
+"""
 
 import torch
 
 from lmsys.attention import attention
 from lmsys.attention.reference import reference_attention
 
-# Largest error allowed beside twice PyTorch's: where PyTorch's is zero, as for a single key, another order of sums is not.
+# Largest error allowed beside twice PyTorch's: where PyTorch's is zero, as for a single key, another order of sums is
+# not.
 FLOOR = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 # q_len, k_len, head_dim, heads, kv_heads, dtype
@@ -43,7 +47,7 @@ def plain(q, k, v, causal, scale=None):
 
 
 def assert_as_good_as_pytorch(kernel, q, k, v, do, causal, backward=True, floor=None, scale=None, **options):
-    """Against float64, the kernel's largest error is at most twice that of PyTorch's in the same dtype, plus the floor."""
+    """Against float64, the kernel's largest error is at most twice PyTorch's in the same dtype, plus the floor."""
     floor = FLOOR[q.dtype] if floor is None else floor
 
     def ours(q, k, v):

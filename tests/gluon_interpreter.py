@@ -1,27 +1,34 @@
-"""An interpreter of the part of Gluon that lmsys.attention's Hopper kernels use: it runs them on the CPU and looks for races.
+"""An interpreter of the part of Gluon that lmsys.attention's Hopper kernels use: it runs them on the CPU and looks for
+races.
 
-Triton's CPU interpreter has no Gluon. Here the Python functions behind @gluon.jit run as they are, with gluon.language, mbarrier, tma
-and the wgmma functions replaced by the ones below, over torch tensors. A partition of gl.warp_specialize is a thread; one runs at a
-time, and a random generator with a seed says which, so that a run can be repeated. All programs of a grid run beside each other.
+Triton's CPU interpreter has no Gluon. Here the Python functions behind @gluon.jit run as they are, with gluon.language,
+mbarrier, tma and the wgmma functions replaced by the ones below, over torch tensors. A partition of gl.warp_specialize
+is a thread; one runs at a time, and a random generator with a seed says which, so that a run can be repeated. All
+programs of a grid run beside each other.
 
 What is asynchronous on the GPU is as late or as early as it may be, by the seed:
 - A TMA load fills its target with NaN when it is issued, and with data at any time before its barrier's phase can end.
-- A wgmma reads shared memory when it is issued or in the warpgroup_mma_wait that completes it. Its result cannot be read before.
+- A wgmma reads shared memory when it is issued or in the warpgroup_mma_wait that completes it. Its result cannot be
+  read before.
 - A TMA store or reduce-add reads shared memory when it is issued or in the store_wait that completes it.
 - Shared memory starts as NaN. When no partition can go on, Deadlock says where each one stands.
-So a missing wait, a wrong phase or a buffer overwritten too early gives NaN, a wrong value or a Deadlock under some seed.
+So a missing wait, a wrong phase or a buffer overwritten too early gives NaN, a wrong value or a Deadlock under some
+seed.
 
-Beside that, every access to shared memory is checked against those before it by vector clocks (as in FastTrack, Flanagan and Freund
-2009): two accesses to the same bytes, one of them a write, must be ordered by barriers and waits, whatever their timing was in this
-run. What a partition wrote by ordinary stores and the asynchronous units then read also needs a fence_async_shared of the writer in
-between; a buffer that a TMA store has left may be written after store_wait and a barrier of the threads. Violations raise Hazard.
+Beside that, every access to shared memory is checked against those before it by vector clocks (as in FastTrack,
+Flanagan and Freund 2009): two accesses to the same bytes, one of them a write, must be ordered by barriers and waits,
+whatever their timing was in this run. What a partition wrote by ordinary stores and the asynchronous units then read
+also needs a fence_async_shared of the writer in between; a buffer that a TMA store has left may be written after
+store_wait and a barrier of the threads. Violations raise Hazard.
 
-Limits. A group of warps runs in lockstep: barriers among its own threads, which Triton adds, are not checked. Integers have no size.
-A division of a negative number rounds down, on the GPU towards zero. exp2 and the order of sums are torch's. Of an access by a strided
-view the bytes from its first to its last are checked. There are no clusters, no multicast, no fp8. Nothing is said about speed,
-registers, spills, bank conflicts, layouts that do not fit each other, or global memory beyond out-of-bounds and twice-written elements.
+Limits. A group of warps runs in lockstep: barriers among its own threads, which Triton adds, are not checked. Integers
+have no size. A division of a negative number rounds down, on the GPU towards zero. exp2 and the order of sums are
+torch's. Of an access by a strided view the bytes from its first to its last are checked. There are no clusters, no
+multicast, no fp8. Nothing is said about speed, registers, spills, bank conflicts, layouts that do not fit each other,
+or global memory beyond out-of-bounds and twice-written elements.
 
-Use: Interpreted(kernel, seed)[grid](*arguments, **constants), with CPU tensors and the TensorDescriptors that the GPU would get.
+Use: Interpreted(kernel, seed)[grid](*arguments, **constants), with CPU tensors and the TensorDescriptors that the GPU
+    would get.
 """
 
 from __future__ import annotations
@@ -417,7 +424,10 @@ class Allocation:
         self.accesses: list[tuple[int, int, bool, bool, Any, int, str]] = []
 
     def access(self, view: Tensor, write: bool, unit: Any, epoch: int, known: Clock) -> None:
-        """Record the access and check it. unit: the task, or (task, "wgmma"), (task, "store") or the mbarrier of a TMA load."""
+        """Record the access and check it.
+
+        unit: the task, or (task, "wgmma"), (task, "store") or the mbarrier of a TMA load.
+        """
         asynchronous = not isinstance(unit, Task)
         start = view.storage_offset() * view.itemsize
         extent = sum((size - 1) * stride for size, stride in zip(view.shape, view.stride(), strict=True)) + 1
@@ -430,8 +440,8 @@ class Allocation:
                 continue
             if write or other_write:
                 text = (
-                    f"{_site()}: {'write' if write else 'read'} of {self.name} bytes {start} to {end} by {_unit(unit)}, and at "
-                    f"{other_site} {'write' if other_write else 'read'} by {_unit(other_unit)}"
+                    f"{_site()}: {'write' if write else 'read'} of {self.name} bytes {start} to {end} "
+                    f"by {_unit(unit)}, and at {other_site} {'write' if other_write else 'read'} by {_unit(other_unit)}"
                 )
                 if known.get(other_unit, 0) < other_epoch:
                     raise Hazard(f"{text}: not ordered")

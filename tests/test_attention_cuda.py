@@ -113,7 +113,10 @@ def test_fakes_have_the_shapes_of_the_results():
 
 
 def assert_accurate(q, k, v, do, causal, scale=None):
-    """o, dq, dk, dv are at most twice as far from float64 as PyTorch in the same dtype; the log-sum-exp is float32's."""
+    """o, dq, dk, dv are at most twice as far from float64 as PyTorch in the same dtype.
+
+    The log-sum-exp is float32's.
+    """
 
     def reference(q, k, v):
         return reference_attention(q, k, v, causal=causal, scale=scale)[0]
@@ -184,7 +187,10 @@ def test_scale_and_large_logits(head_dim):
 @gpu
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_scores_that_grow_along_the_keys(head_dim):
-    """Each tile holds larger scores than all before: the sums are rescaled at each, while earlier halves wait for their values."""
+    """Each tile holds larger scores than all before.
+
+    The sums are rescaled at each, while earlier halves wait for their values.
+    """
     q, k, v, do = inputs(200, 700, head_dim, device="cuda", dtype=torch.float16)
     q, k = q.abs(), k.abs() * torch.linspace(0.1, 4, 700, device="cuda", dtype=torch.float16)[:, None]
     for causal in (False, True):
@@ -194,7 +200,9 @@ def test_scores_that_grow_along_the_keys(head_dim):
 
 @gpu
 def test_strides_are_taken_as_they_are():
-    """(B, T, 3, H, D) as a model makes it, a transposed head dim, rows off 16 bytes, a gradient without memory of its own."""
+    """(B, T, 3, H, D) as a model makes it, a transposed head dim, rows off 16 bytes, a gradient without memory of its
+    own.
+    """
     packed = torch.randn(2, 140, 3, 2, 64, device="cuda", dtype=torch.bfloat16)
     q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
     do = torch.ones((), device="cuda", dtype=torch.bfloat16).expand(q.shape)

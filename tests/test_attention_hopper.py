@@ -1,4 +1,6 @@
-"""The Hopper kernels: in gluon_interpreter on any machine, compiled for sm_90a where Triton can, run where there is a Hopper GPU."""
+"""The Hopper kernels: in gluon_interpreter on any machine, compiled for sm_90a where Triton can, run where there is a
+Hopper GPU.
+"""
 
 import contextlib
 import importlib.util
@@ -42,7 +44,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:no CUDA GPU")
 
 
 class Machine:
-    """flash_hopper and flash_hopper_backward on the CPU: a GPU of `processors` multiprocessors and this much L2 cache."""
+    """flash_hopper and flash_hopper_backward on the CPU.
+
+    A GPU of `processors` multiprocessors and this much L2 cache.
+    """
 
     def __init__(self, monkeypatch, forward=flash_hopper, backward=flash_hopper_backward):
         self.forward, self.backward, self.patch = forward, backward, monkeypatch.setattr
@@ -92,7 +97,9 @@ def machine(monkeypatch):
 
 
 def assert_right(results, q, k, v, do, causal, scale=0.125):
-    """Against float64: lse to float32's accuracy, the others at most twice PyTorch's error in the same dtype, plus the floor."""
+    """Against float64: lse to float32's accuracy, the others at most twice PyTorch's error in the same dtype, plus the
+    floor.
+    """
     o, lse, *gradients = results
     exact_inputs = [t.double() for t in (q, k, v)]
     exact_lse = reference_attention(*exact_inputs, causal=causal, scale=scale)[1]
@@ -135,7 +142,10 @@ def test_interpreted(machine, shape, head_dim, causal):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_interpreted_whatever_the_timing(machine, head_dim, causal):
-    """Several items a program, ring phases of both parities, full and masked blocks; the forward pass is the same bits each time."""
+    """Several items a program, ring phases of both parities, full and masked blocks.
+
+    The forward pass is the same bits each time.
+    """
     case = inputs(200, 520, head_dim, 2, 1, torch.bfloat16)
     first = machine.run(*case, causal=causal, seed=2, processors=2)
     assert_right(first, *case, causal)
@@ -344,13 +354,16 @@ BACKWARD_MUTATIONS = {
         "        mbarrier.wait(k_full.index(0), n & 1)\n        group_barrier()",
     ),
     "one consumer's dK leaves while the other writes dS (128)": (
-        "        tma.store_wait(0)  # dK and dV of the item before have left the buffers of dS and dQ, for both consumers\n"
+        "        tma.store_wait(0)"
+        "  # dK and dV of the item before have left the buffers of dS and dQ, for both consumers\n"
         "        _consumers_barrier()",
         "        tma.store_wait(0)\n        group_barrier()",
     ),
     "queries released before dK (128)": (
-        "    dk, ds_operand = warpgroup_mma_wait(0, deps=[dk, ds_operand])\n    mbarrier.arrive(q_empty.index(stage), count=1)",
-        "    mbarrier.arrive(q_empty.index(stage), count=1)\n    dk, ds_operand = warpgroup_mma_wait(0, deps=[dk, ds_operand])",
+        "    dk, ds_operand = warpgroup_mma_wait(0, deps=[dk, ds_operand])\n"
+        "    mbarrier.arrive(q_empty.index(stage), count=1)",
+        "    mbarrier.arrive(q_empty.index(stage), count=1)\n"
+        "    dk, ds_operand = warpgroup_mma_wait(0, deps=[dk, ds_operand])",
     ),
 }
 
@@ -397,7 +410,8 @@ def compiled(which, head_dim, dtype, causal):
 
     vector = f"tensordesc<fp32[64],{gl.NVMMASharedLayout(0, 32, 1)!r}>"
     integers = ("counter", "H", "X", "H_kv", "parts", "heads", "section", "items", "T", "S", "T_PAD", "splits")
-    types = dict.fromkeys(integers, "i32") | {"counter": "*i32", "lse_ptr": "*fp32", "scale": "fp32", "scale_log2": "fp32"}
+    types = dict.fromkeys(integers, "i32")
+    types |= {"counter": "*i32", "lse_ptr": "*fp32", "scale": "fp32", "scale_log2": "fp32"}
     if which == "forward":
         kernel, tile = flash_hopper._forward_kernel, flash_hopper._TILES[head_dim]
         constants = {"ROWS": 64, "D": head_dim, "CAUSAL": causal} | tile
@@ -481,7 +495,10 @@ def test_as_good_as_pytorch(shape, head_dim, causal):
 @on_hopper
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_run_to_run(head_dim):
-    """The same bits of o in every run, and dq, dk and dv within the rounding of their sums: 50 runs, poisoned memory between them."""
+    """The same bits of o in every run, and dq, dk and dv within the rounding of their sums.
+
+    50 runs, poisoned memory between them.
+    """
     case = inputs(1500, 1500, head_dim, 16, 4, torch.bfloat16, 4, device="cuda")
 
     def run():

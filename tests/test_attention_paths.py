@@ -190,7 +190,10 @@ def test_explain(hopper_machine):
 
 @pytest.fixture
 def hopper_calls(hopper_machine, monkeypatch):
-    """Stand-ins for the hopper path's modules, which need a Hopper GPU: they count calls, and the portable kernels do the work."""
+    """Stand-ins for the hopper path's modules, which need a Hopper GPU.
+
+    They count calls, and the portable kernels do the work.
+    """
     from lmsys.attention import flash_triton
 
     calls = []

@@ -1,4 +1,7 @@
-"""The kernels of the intermediate steps: in Triton's interpreter where there is no GPU, on the GPU where there is one."""
+"""The kernels of the intermediate steps.
+
+In Triton's interpreter where there is no GPU, on the GPU where there is one.
+"""
 
 import os
 import subprocess

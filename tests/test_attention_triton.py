@@ -44,7 +44,8 @@ def test_bf16(head_dim, causal):
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # of hidden scores, before the mask puts zeros there
 def test_large_logits():
     q, k, v, do = inputs(40, 70, 32, device=DEVICE)
-    # The backward pass makes probabilities from the log-sum-exp, whose rounding in float32 is a relative error of theirs.
+    # The backward pass makes probabilities from the log-sum-exp, whose rounding in float32 is a relative error of
+    # theirs.
     lse = reference_attention(5 * q, 5 * k, v, causal=False)[1].abs().max().item()
     for causal in (False, True):
         assert_as_good_as_pytorch(KERNEL, 5 * q, 5 * k, v, do, causal, floor=lse * torch.finfo(torch.float32).eps)

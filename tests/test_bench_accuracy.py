@@ -113,7 +113,10 @@ def test_a_right_kernel_passes(fake, monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 def test_the_floor_is_what_rounding_does_and_no_more(dtype, monkeypatch):
-    """With a single key PyTorch's dq and dk are exactly 0 and FlashAttention's are not; where there are many, the floor is small."""
+    """With a single key PyTorch's dq and dk are exactly 0 and FlashAttention's are not.
+
+    Where there are many, the floor is small.
+    """
     single = problem(1, 1, 12, 3, 28, 1, 128, dtype, False, "heads first", 0.497, 1.0)
     (row,) = rows_of(monkeypatch, single, "flash_attention_torch")
     assert row["status"] == "ok" and 0 < row["dk_ratio"] < accuracy.LIMIT
@@ -137,7 +140,9 @@ def test_the_floor_is_what_rounding_does_and_no_more(dtype, monkeypatch):
     ],
 )
 def test_a_wrong_kernel_is_found_out(fake, monkeypatch, wrong, note):
-    """An output that is not written whole, a wrong log-sum-exp, a wrong gradient, a result that changes from run to run."""
+    """An output that is not written whole, a wrong log-sum-exp, a wrong gradient, a result that changes from run to
+    run.
+    """
     fake(wrong)
     (row,) = rows_of(monkeypatch, CASE, "flash_attention_torch")
     assert row["status"] == "error" and note in row["note"]

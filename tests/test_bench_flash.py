@@ -133,7 +133,7 @@ def test_a_step_of_its_own_is_checked_like_a_kernel(monkeypatch, tmp_path):
 
 
 def naive_rows(monkeypatch, tmp_path, answer):
-    """The rows of one length of pytorch_attention, forward, backward and both, where the formula is another function."""
+    """The rows of one length of pytorch_attention, all three passes, where the formula is another function."""
     monkeypatch.setattr(sweeps, "attention", lambda q, k, v, *, causal, kernel: answer(q, k, v))
     p = parameters(implementations=["naive"], course_seq_lens=[16])
     return run(flash.PYTORCH_ATTENTION, p, tmp_path).set_index("pass")

@@ -105,7 +105,10 @@ def test_quantiles():
 
 
 class FakeDevice:
-    """A device that works behind the host's back: a step is queued at once, and its time passes when the clock waits for it."""
+    """A device that works behind the host's back.
+
+    A step is queued at once, and its time passes when the clock waits for it.
+    """
 
     def __init__(self, durations_ms):
         self.durations_ms, self.now_s, self.queued_s = iter(durations_ms), 0.0, 0.0

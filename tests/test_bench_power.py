@@ -14,7 +14,8 @@ from lmsys.bench.power import PowerWatch, parsed
 PROGRAM = """#!{python}
 import sys, time
 from datetime import datetime
-assert sys.argv[1:3] == ["-i", "GPU-7"] and "power.draw.instant" in sys.argv[3] and sys.argv[5:] == ["-lms", "50"], sys.argv
+assert sys.argv[1:3] == ["-i", "GPU-7"] and sys.argv[5:] == ["-lms", "50"], sys.argv
+assert "power.draw.instant" in sys.argv[3], sys.argv
 for clock in (1400, 1500, 1600) * 1000:
     at = datetime.now().strftime("%Y/%m/%d %H:%M:%S.%f")[:-3]
     print(f"{{at}}, {{clock}}, {{clock / 2 - 55}}, 1980, 700", flush=True)

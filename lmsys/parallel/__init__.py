@@ -56,7 +56,8 @@ class Wrapper:
 WRAPPERS: dict[str, Wrapper] = {
     "none": Wrapper("one process, nothing to synchronize", "", "one process", "#999999", many_processes=False),
     "naive": Wrapper(
-        "one all-reduce a parameter, after backward", "ddp.Naive", "naive", "#56B4E9", message="parameter", overlaps=False
+        "one all-reduce a parameter, after backward", "ddp.Naive", "naive", "#56B4E9",
+        message="parameter", overlaps=False,
     ),
     "flat": Wrapper(
         "one all-reduce of all gradients, after backward", "ddp.Flat", "flat", "#0072B2", message="all", overlaps=False
