@@ -203,19 +203,12 @@ def get_kernel(name: str) -> Kernel:
 
 
 def check_support(
-    kernel: str,
-    *,
-    device: str | torch.device,
-    dtype: torch.dtype,
-    head_dim: int,
-    heads: int = 1,
-    kv_heads: int | None = None,
-    backward: bool = False,
-) -> None:
+    kernel: str, *, device: str | torch.device, dtype: torch.dtype, head_dim: int,
+    heads: int = 1, kv_heads: int | None = None, backward: bool = False,
+) -> None:  # fmt: skip
     """ValueError, naming the kernel, what was given and what it takes, unless the kernel takes this on this machine."""
-    get_kernel(kernel).check(
-        torch.device(device), dtype, head_dim, heads, heads if kv_heads is None else kv_heads, backward
-    )
+    kv_heads = heads if kv_heads is None else kv_heads
+    get_kernel(kernel).check(torch.device(device), dtype, head_dim, heads, kv_heads, backward)
 
 
 def attention(

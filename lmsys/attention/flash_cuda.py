@@ -182,7 +182,7 @@ def _backward(
     batch, heads, q_len, head_dim = q.shape
     padded = -(-q_len // _QUERY_TILE) * _QUERY_TILE
     with torch.cuda.device_of(q):
-        inputs = {name: _aligned(t) for name, t in (("q", q), ("k", k), ("v", v), ("o", o), ("do", do))}
+        inputs = {name: _aligned(t) for name, t in {"q": q, "k": k, "v": v, "o": o, "do": do}.items()}
         gradients = dict(zip(("dq", "dk", "dv"), _empty_gradients(q, k, v), strict=True))
         scratch = {
             "rows": q.new_empty(2, batch, heads, padded, dtype=torch.float32),
@@ -211,14 +211,12 @@ flash_backward = torch.library.custom_op("lmsys::flash_attention_cuda_backward",
 
 
 @flash_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _empty_outputs(q)
 
 
 @flash_backward.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_gradients(q, k, v)
 
 

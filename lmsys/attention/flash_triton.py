@@ -346,11 +346,7 @@ _HALF = {  # float16, bfloat16
         [(128, 64, 8, 3), (64, 32, 4, 3)],  # causal 4096: 575 and 473
         [(32, 64, 4, 3), (64, 128, 8, 3)],  # causal 1024: 388 and 349; 16384: 524 and 544
     ),
-    256: (
-        [(64, 64, 8, 2), (64, 32, 4, 2)],
-        [(64, 32, 8, 2), (32, 32, 4, 1)],
-        [(32, 64, 8, 2), (16, 64, 8, 2)],
-    ),
+    256: ([(64, 64, 8, 2), (64, 32, 4, 2)], [(64, 32, 8, 2), (32, 32, 4, 1)], [(32, 64, 8, 2), (16, 64, 8, 2)]),
 }
 _SINGLE = {  # float32
     64: ([(128, 64, 8, 2), (64, 32, 4, 2)], [(64, 32, 4, 2), (32, 32, 4, 2)], [(64, 128, 8, 1), (32, 64, 4, 2)]),
@@ -526,9 +522,7 @@ flash_forward = torch.library.custom_op("lmsys::flash_attention_triton_forward",
 
 
 @flash_forward.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, deterministic: bool, path: str
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _empty_outputs(q)
 
 
@@ -548,10 +542,7 @@ flash_backward = torch.library.custom_op("lmsys::flash_attention_triton_backward
 
 
 @flash_backward.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor,
-    causal: bool, scale: float, deterministic: bool, path: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
