@@ -442,8 +442,3 @@ class FeedForward:
 
 XXL = FeedForward(d_model=16_384, d_ff=53_248, num_blocks=126, matrices=2)  # communication_accounting
 TPU_V5P = Accelerator(flops=4.6e14, bandwidth=2 * 9e10)  # as that problem gives it, from the Scaling Book
-
-
-def odd_ring_all_reduce_s(size_bytes: float, gpus: int, bandwidth: float) -> float:
-    """The ring of alternate_ring_all_reduce, which passes whole tensors: (n - 1) S / W, n / 2 times the usual one."""
-    return (gpus - 1) * size_bytes / bandwidth

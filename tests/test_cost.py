@@ -142,8 +142,3 @@ def test_the_accounting_of_xxl():
         batch = tokens * fsdp * 4
         doubled = cost.Accelerator(cost.TPU_V5P.flops, 2 * cost.TPU_V5P.bandwidth)
         assert (xxl.compute_s(batch, fsdp * 4, cost.TPU_V5P) >= xxl.weights_s(fsdp, 4, doubled)) == bound
-
-
-def test_the_odd_ring_sends_more():
-    usual = cost.Link(0.0, 3e11).seconds("all_reduce", 1e9, 8)
-    assert cost.odd_ring_all_reduce_s(1e9, 8, 3e11) == pytest.approx(8 / 2 * usual)

@@ -335,7 +335,7 @@ def memory_timeline(step: Callable[[], None], device: torch.device, path: Path, 
             snapshot = torch.cuda.memory._snapshot(device)
         finally:
             torch.cuda.memory._record_memory_history(enabled=None)
-            index = torch.cuda.current_device() if device.index is None else device.index
+        index = torch.cuda.current_device() if device.index is None else device.index
         changes = snapshot_changes(snapshot["device_traces"][index])
     else:
         _, found = measure.allocations(step)
