@@ -143,10 +143,8 @@ def _pairs(weight: Tensor, config: ModelConfig) -> Tensor:
 def import_llama(source: str | Path, folder: str | Path) -> Path:
     """Make a run folder, with tokenizer.json and checkpoints/step-00000000, of a folder in Hugging Face's Llama format.
 
-    The checkpoint is for generation and export: it holds no optimizer state to train on with.
-
-    Raises:
-        ValueError: something is missing, damaged, contradictory, or more than our model can hold: names it.
+    The checkpoint is for generation and export: it holds no optimizer state to train on with. ValueError: something is
+    missing, damaged, contradictory, or more than our model can hold: names it.
     """
     source = Path(source).expanduser()
     require(source.is_dir(), f"no folder at {source}; give the folder of a model in Hugging Face's format")

@@ -104,30 +104,21 @@ def check(config: PipelineConfig, *, skip_data: bool = False) -> None:
         "train.processes; what torchrun can start is `train`",
     )
     check_setup(config, _processes(config))
-    if not skip_data:
-        choose_mode(config.data)
-    if config.data.dataset_mode == "local_npy":
-        require(
-            config.tokenizer.path is not None or config.model.vocab_size is not None,
-            "dataset_mode 'local_npy' needs tokenizer.path (the tokenizer of the token files) or model.vocab_size",
-        )
-    if config.tokenizer.path is not None:
-        input_file(config.tokenizer.path, "tokenizer.path")
-    elif config.data.dataset_mode != "local_npy" and config.model.vocab_size is not None and not skip_data:
-        require(
-            config.model.vocab_size >= config.tokenizer.vocab_size,
-            f"model.vocab_size {config.model.vocab_size} is below tokenizer.vocab_size {config.tokenizer.vocab_size}: "
-            "token ids would lie beyond the model's vocabulary; raise it, or leave it out to take the tokenizer's",
-        )
+    mode = config.data.dataset_mode if skip_data else choose_mode(config.data)[0]
+    size, vocabulary = config.model.vocab_size, config.tokenizer
+    if vocabulary.path is not None:
+        input_file(vocabulary.path, "tokenizer.path")
+    elif mode == "local_npy":
+        missing = "dataset_mode 'local_npy' needs tokenizer.path (the tokenizer of the token files) or model.vocab_size"
+        require(size is not None, missing)
+    elif not skip_data:
+        below = f"model.vocab_size {size} is below tokenizer.vocab_size {vocabulary.vocab_size}"
+        require(size is None or size >= vocabulary.vocab_size, f"{below}: raise it, or leave it out")
     records.writable_dir(records.output_path(config.run_dir))
 
 
 def run(
-    config: PipelineConfig,
-    *,
-    skip_data: bool = False,
-    progress: bool = True,
-    say: Callable[[str], None] = print,
+    config: PipelineConfig, *, skip_data: bool = False, progress: bool = True, say: Callable[[str], None] = print
 ) -> PipelineResult:
     """Run the pipeline of a config. ValueError or OSError for bad input comes before anything is run or lost.
 
@@ -219,11 +210,8 @@ def _processes(config: PipelineConfig) -> int:
         f"ddp_wrapper '{wrapper}' needs more than one process, and this run has 1 on a machine with {gpus} GPU(s) "
         "to use; give train.processes (--processes), also on a CPU with train.device=cpu, or ddp_wrapper none",
     )
-    require(
-        count == 1 or gpus == 0 or count <= gpus,
-        f"train.processes is {count} and this machine has {gpus} GPU(s), one for each process; give at most {gpus}, or "
-        "train.device=cpu",
-    )
+    too_many = f"train.processes is {count} and this machine has {gpus} GPU(s), one for each process"
+    require(count == 1 or gpus == 0 or count <= gpus, f"{too_many}; give at most {gpus}, or train.device=cpu")
     return count
 
 
@@ -238,11 +226,7 @@ def _train_in_processes(
     wandb_run: Any,
     say: Callable[[str], None] | None,
 ) -> History:
-    """Run `train` on the token files under torchrun, passing on its lines to say and its rows to wandb as they come.
-
-    Raises:
-        ChildProcessError: a process failed; says the first error.
-    """
+    """Run `train` under torchrun, passing on its lines to say and its rows to wandb; ChildProcessError: one failed."""
     resumed = checkpoint.latest(run_dir / CHECKPOINTS) if config.train.resume else None
     resumed_from = None if resumed is None else checkpoint.step_of(resumed)
     given = records.writable_dir(run_dir / "training")  # what its processes are given

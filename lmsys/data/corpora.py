@@ -40,7 +40,7 @@ _OTHER_MODES = "use dataset_mode 'stories' (generated here), 'local_text' (your 
 
 @dataclass(frozen=True)
 class Corpus:
-    """What a dataset_mode came to: texts to tokenize, or token files that exist (then the texts are None)."""
+    """What a dataset_mode came to: texts to tokenize, or token files."""
 
     mode: str
     reason: str
@@ -75,11 +75,8 @@ def choose_mode(config: DataConfig) -> tuple[str, str]:
     """The dataset mode to take and, in one sentence, why.
 
     `auto` takes token files if both are there, else the configured text if it is there, else TinyStories if the hub
-    answers within PROBE_SECONDS, else stories. A mode that is asked for by name is taken as it is; whether TinyStories
-    can be reached then shows when it is downloaded.
-
-    Raises:
-        ValueError: a configured input is missing or empty.
+    answers within PROBE_SECONDS, else stories. A mode that is asked for by name is taken as it is. ValueError: its
+    input is missing or empty.
     """
     mode, text = config.dataset_mode, config.text_path
     if mode == "local_npy":
@@ -110,9 +107,8 @@ def choose_mode(config: DataConfig) -> tuple[str, str]:
 
 
 def _token_inputs(config: DataConfig) -> tuple[Path, Path]:
-    return tuple(
-        input_file(getattr(config, name), f"data.{name}") for name in ("train_tokens_path", "valid_tokens_path")
-    )
+    train, valid = config.train_tokens_path, config.valid_tokens_path
+    return input_file(train, "data.train_tokens_path"), input_file(valid, "data.valid_tokens_path")
 
 
 def _text_inputs(config: DataConfig) -> tuple[Path, Path | None]:
@@ -281,10 +277,8 @@ def _stream_tinystories(split: str) -> Iterator[str]:
             if row["text"].strip():
                 yield row["text"]
     except Exception as error:  # the hub, its client and the parquet reader each have their own
-        raise OSError(
-            f"the download of TinyStories' split '{split}' broke off ({_first_line(error)}); try again, or "
-            f"{_OTHER_MODES}"
-        ) from error
+        what = f"the download of TinyStories' split '{split}' broke off ({_first_line(error)})"
+        raise OSError(f"{what}; try again, or {_OTHER_MODES}") from error
 
 
 def _bar(total: int | None, what: str, progress: bool) -> tqdm:
@@ -333,13 +327,10 @@ def tokenize_to_npy(
 
 
 def load_tokens(path: str | Path, *, vocab_size: int | None = None, context_length: int | None = None) -> np.ndarray:
-    """A token file as a read-only memory map, shape (tokens,), uint16 or uint32.
+    """A token file as a read-only memory map, shape (tokens,), uint16 or uint32; ValueError where it is not a good one.
 
-    Args:
-        vocab_size: if given, the file is scanned once and every id must be below it.
-        context_length: if given, the file must hold at least one context and the token after it.
-    Raises:
-        ValueError: naming the file: missing, damaged, of another dtype or shape, too short, ids beyond the vocabulary.
+    vocab_size: if given, the file is scanned once and every id must be below it.
+    context_length: if given, the file must hold at least one context and the token after it.
     """
     path = Path(path)
     require(path.is_file(), f"no token file at {path}")
@@ -350,10 +341,9 @@ def load_tokens(path: str | Path, *, vocab_size: int | None = None, context_leng
     except Exception as error:  # a header is read as Python source: a damaged one fails in any way that source can
         raise ValueError(f"{path} is not a whole .npy token file: {_first_line(error)}") from None
     require(isinstance(tokens, np.memmap), f"{path} is an archive of arrays (.npz); a token file is one 1-D .npy array")
-    require(
-        tokens.ndim == 1 and tokens.dtype in (np.uint16, np.uint32),
-        f"{path} holds {tokens.dtype} of shape {tokens.shape}; token files are 1-D, uint16 or uint32",
-    )
+    what = f"{path} holds {tokens.dtype} of shape {tokens.shape}"
+    fits = tokens.ndim == 1 and tokens.dtype in (np.uint16, np.uint32)
+    require(fits, f"{what}; token files are 1-D, uint16 or uint32")
     extra = path.stat().st_size - tokens.offset - tokens.nbytes
     require(extra == 0, f"{path} is damaged: {extra} bytes follow the {len(tokens)} tokens that its header states")
     _check_length(tokens, context_length, path)

@@ -110,10 +110,6 @@ def prepare(config: PipelineConfig, run_dir: Path, stages: Stages, progress: boo
     if corpus["mode"] == "local_npy":
         files = [run_dir / corpus["train_tokens"], run_dir / corpus["valid_tokens"]]
         tokenizer = load_tokenizer(config)
-        require(
-            tokenizer is not None or config.model.vocab_size is not None,
-            "token files were found: give tokenizer.path (their tokenizer) or model.vocab_size",
-        )
     else:
         inputs = {"vocab_size": vocabulary.vocab_size, "special_tokens": list(vocabulary.special_tokens)}
         inputs |= {"path": _input_state(vocabulary.path), "corpus": corpus_key}

@@ -219,11 +219,9 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], sh
         moments = {name for name, value in values.items() if isinstance(value, Tensor) and value.ndim}
         for name in {"exp_avg", "exp_avg_sq"} | moments:
             shape, dtype = values[name].shape, values[name].dtype
-            require(
-                shape == shapes[index] and dtype.is_floating_point,
-                f"its optimizer's {name} of parameter {index} is {tuple(shape)} of {dtype}, the parameter "
-                f"{tuple(shapes[index])}",
-            )
+            moment = f"its optimizer's {name} of parameter {index} is {tuple(shape)} of {dtype}"
+            fits = shape == shapes[index] and dtype.is_floating_point
+            require(fits, f"{moment}, the parameter {tuple(shapes[index])}")
         require(float(values["step"]) >= 1, f"its optimizer's step of parameter {index} is {values['step']}")
 
 
