@@ -174,24 +174,15 @@ class Saver:
     Leaving the block waits for what is on its way and raises its error, or, when another error leaves it, warns of it.
 
     Args:
-        device: where the tensors lie. background: False writes within save(). last: the newest checkpoint there is.
+        background: False writes within save(). device: where the tensors lie. last: the newest checkpoint there is.
+        keep: keep_last and keep_best, as for write().
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        *,
-        keep_last: int | None = None,
-        keep_best: int = 0,
-        background: bool = True,
-        device: torch.device | None = None,
-        last: Path | None = None,
-    ):
-        self.folder, self.keep_last, self.keep_best, self.background = Path(folder), keep_last, keep_best, background
-        self.last = last
+    def __init__(self, folder: str | Path, *, background: bool = True, device=None, last: Path | None = None, **keep):
+        self.folder, self.background, self.last, self.keep = Path(folder), background, last, keep
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[Path] | None = None
-        self._device = device if device is not None and device.type == "cuda" else None
+        self._device: torch.device | None = device
         self._stream: torch.cuda.Stream | None = None
         self._copied: torch.cuda.Event | None = None  # recorded after the copying that before_update waits for
         self._pinned = torch.empty(0, dtype=torch.uint8)
@@ -240,7 +231,7 @@ class Saver:
     def _write(self, content: Snapshot, copied: torch.cuda.Event | None) -> Path:
         if copied is not None:
             copied.synchronize()
-        return write(self.folder, content, keep_last=self.keep_last, keep_best=self.keep_best)
+        return write(self.folder, content, **self.keep)
 
     def _copy(self, content: Snapshot, owned: bool) -> Snapshot:
         """The snapshot with copies of its tensors; those of a GPU are whole when self._copied has happened."""

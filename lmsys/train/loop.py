@@ -184,17 +184,12 @@ def train(
         return pairs
 
     skips = settings.on_bad_step == "skip"
+    keep = {"keep_last": settings.keep_checkpoints, "keep_best": settings.keep_best_checkpoints}
+    saving_options = {"background": settings.async_checkpoints, "device": device, "last": last_checkpoint}
     with (
         closing(engine),
         devices.fp32_products("high" if device.type == "cuda" else None),  # TF32
-        checkpoint.Saver(
-            (run_dir or Path()) / CHECKPOINTS,
-            keep_last=settings.keep_checkpoints,
-            keep_best=settings.keep_best_checkpoints,
-            background=settings.async_checkpoints,
-            device=device,
-            last=last_checkpoint,
-        ) as saver,
+        checkpoint.Saver((run_dir or Path()) / CHECKPOINTS, **saving_options, **keep) as saver,
         _memory_errors_told(lambda: f"at step {step} ({_kept(last_checkpoint)})"),
         Log(run_dir if is_main else None, rows, samples, wandb_run if is_main else None) as log,
         progress_bar(steps, first_step - 1, progress and is_main, world_size) as bar,
