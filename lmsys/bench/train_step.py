@@ -17,16 +17,7 @@ import dataclasses
 from typing import Any
 
 from lmsys.bench import ahead
-from lmsys.bench.experiment import (
-    Experiment,
-    Measured,
-    Notebook,
-    Parameters,
-    Point,
-    Row,
-    require_names,
-    require_numbers,
-)
+from lmsys.bench.experiment import Experiment, Measured, Notebook, Parameters, Point, require_names, require_numbers
 from lmsys.bench.peers import NativeStep
 from lmsys.bench.steps import Plan, Subject, alone, measure_step, step_columns, step_config, step_method
 from lmsys.config import DTYPES, MODEL_SIZES, PipelineConfig, model_size, require, unknown_name
@@ -125,7 +116,7 @@ def measure_point(point: Point, p: Parameters) -> Measured:
     result = measure_step(alone(device), config, Plan(p.loss_steps, p.timed_steps), peer=peer)
     columns = step_columns(config, result, device=device)
     names = ("step_ms", "p20_ms", "p80_ms", "samples", "tokens_per_s", "mfu", "peak_mib")
-    row: Row = {name: columns[name] for name in names} | {"loss": result["losses"][-1]}
+    row = {name: columns[name] for name in names} | {"loss": result["losses"][-1]}
     row |= {name: result.get(name) for name in ("host_ms", *_POWER)}
     key = {name: point[name] for name in ("size", "implementation", "option")}
     losses = [key | {"step": step, "loss": f"{loss:.9g}"} for step, loss in enumerate(result["losses"], start=1)]
