@@ -13,6 +13,7 @@ from __future__ import annotations
 import heapq
 import json
 import sys
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice, pairwise
@@ -109,6 +110,7 @@ class Tokenizer:
 
         self.vocab_size: int = max(self.vocab) + 1  # the highest id + 1
         self.token_dtype = np.uint16 if self.vocab_size <= 65_536 else np.uint32  # the smallest that holds all ids
+        self._typecode = np.dtype(self.token_dtype).char
         self._special = special_pattern(self.special_tokens)
         self._special_bytes = special_pattern(self.special_tokens, bytes)
         self._longest_special = max(map(len, self.special_tokens), default=0)
@@ -188,16 +190,21 @@ class Tokenizer:
         pieces += PIECE.findall(text, start)
         known = list(map(self._pieces.get, pieces))
         if None in known:
-            missing = list(dict.fromkeys(piece for piece, ids in zip(pieces, known, strict=True) if ids is None))
-            ids, counts = self._encode_new([piece.encode() for piece in missing])
-            parts = np.split(ids.astype(self.token_dtype), np.cumsum(counts)[:-1])
-            new = {piece: part.tobytes() for piece, part in zip(missing, parts, strict=True)}
+            missing = {piece for piece, ids in zip(pieces, known, strict=True) if ids is None}
+            new = {piece: self._encode_piece(piece) for piece in missing}
             known = [new[piece] if ids is None else ids for piece, ids in zip(pieces, known, strict=True)]
             kept = {piece: ids for piece, ids in new.items() if len(piece) <= _MAX_CACHED_LENGTH}
             if len(self._pieces) + len(kept) > MAX_PIECES:
                 self._pieces.clear()
             self._pieces.update(islice(kept.items(), MAX_PIECES))
         return np.frombuffer(bytearray().join(known), self.token_dtype)  # a bytearray, so that it is writable
+
+    def _encode_piece(self, piece: str) -> bytes:
+        if piece in self.special_tokens:  # no other piece is one
+            ids = [self.token_id(piece)]
+        else:
+            ids = [index for word in split_piece(piece) for index in self._merge(word.encode())]
+        return array(self._typecode, ids).tobytes()
 
     def _encode_long(self, text: str) -> np.ndarray:
         """The ids of a text, by arrays: several times faster for more than some thousand characters."""
