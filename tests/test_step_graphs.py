@@ -275,5 +275,6 @@ def test_a_pass_that_reads_a_value_says_that_it_cannot_be_captured():
 
         with pytest.raises(RuntimeError, match="cannot be captured as a CUDA graph"):
             GraphedPass(reads, [weight])(torch.ones(3, device="cuda"))
+        assert torch.randn(3, device="cuda").isfinite().all(), "what comes after a failed capture draws random numbers"
     finally:
         torch.cuda.set_stream(before)

@@ -83,10 +83,13 @@ def _capture(function: Callable[[], Tensor], pool: Any) -> tuple[Tensor, Replay]
     stream = torch.cuda.current_stream()
     if stream == torch.cuda.default_stream():
         raise RuntimeError("a pass is captured on the default stream; call on_own_stream() before the model is made")
+    generator = torch.cuda.default_generators[stream.device_index]
+    before = generator.clone_state()
     try:
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             loss = function().detach()
     except RuntimeError as error:
+        generator.graphsafe_set_state(before)  # the one that was captured would draw no number outside of a capture
         first: BaseException = error  # ending a capture that has failed fails as well, and says less
         while isinstance(first.__context__, RuntimeError):
             first = first.__context__
