@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -174,15 +175,18 @@ def test_what_failed_is_told_and_not_that_the_capture_could_not_end(monkeypatch)
     def reads():
         raise RuntimeError("a value is read")
 
+    given_back = []
     for name, value in (
         ("CUDAGraph", object),
-        ("current_stream", lambda: 1),
-        ("default_stream", lambda: 0),
+        ("current_stream", lambda: SimpleNamespace(device_index=0)),
+        ("default_stream", lambda: None),
+        ("default_generators", [SimpleNamespace(clone_state=lambda: 7, graphsafe_set_state=given_back.append)]),
         ("graph", Broken),
     ):
         monkeypatch.setattr(torch.cuda, name, value)
     with pytest.raises(RuntimeError, match=r"cannot be captured as a CUDA graph \(a value is read\)"):
         GraphedPass(reads, [])()
+    assert given_back == [7], "random numbers go on from before the capture"
 
 
 @pytest.mark.parametrize(
