@@ -243,7 +243,7 @@ def _check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, ends: Any, sourc
 
 
 def import_weights(source: str | Path, config: ModelConfig) -> dict[str, Tensor]:
-    """The weights, fp32, under our names, of model.safetensors or of the files that model.safetensors.index.json lists."""
+    """The weights in fp32 under our names, of model.safetensors or the files that its index.json lists."""
     with ExitStack() as opened:
         take, imported = _open_weights(Path(source), config, opened), {}
         for ours, theirs, _ in _weights(config):

@@ -380,7 +380,7 @@ def _split(config: PipelineConfig, tokens: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def load_run(path: str | Path, tokenizer_path: str | Path | None = None, *, device: str = "auto"):
-    """(model, tokenizer) of a checkpoint, or of a run folder: then its newest good one and, by default, its tokenizer."""
+    """(model, tokenizer) of a checkpoint, or of a run folder: its newest good one and, by default, its tokenizer."""
     path = Path(path).expanduser()
     path = path if path.exists() else records.output_path(path)
     require(path.is_dir(), f"no checkpoint or run folder at {path}")

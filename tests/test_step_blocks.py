@@ -167,7 +167,7 @@ def test_the_losss_gradients_have_no_common_factor():
     (scale * torch.nn.functional.cross_entropy(wide[0] @ wide[1].t(), targets)).backward()
     for one, exact in zip((hidden, weight), wide, strict=True):
         along = (one.grad.double() * exact.grad).sum() / exact.grad.square().sum()
-        assert along.item() == pytest.approx(1, abs=3e-4)  # a factor rounded to bf16 is off by up to 2e-3
+        assert along.item() == pytest.approx(1, abs=6e-4)  # a factor rounded to bf16 is off by up to 2e-3
 
 
 def test_a_second_backward_pass_is_refused():

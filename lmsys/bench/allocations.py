@@ -248,7 +248,7 @@ class Timeline:
 
     @property
     def peak_activations(self) -> int:
-        """Bytes at the most, until the backward pass ends, beside parameters, optimizer state, gradients and the rest."""
+        """Most bytes until the backward pass ends, beside parameters, optimizer state, gradients and the rest."""
         end = self.recording.marks.get(BACKWARD_END, len(self.recording.changes)) + 1
         return int((self.series["activations"] + self.series["temporary"])[:end].max())
 

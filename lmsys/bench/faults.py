@@ -149,7 +149,7 @@ class Lab:
         return self.same(run, exact) if run.codes() == [0] * processes else f"it cannot go on: {run.end_of_log()}"
 
     def whole(self, run: Run, least: int) -> str:
-        """What is wrong with the newest checkpoint of a run that ended: nothing if it is good and not older than that."""
+        """What is wrong with the newest checkpoint of a run that ended; nothing if it is good and new enough."""
         saved = run.saved()
         if (0 if saved is None else saved.step) < least:
             return f"the newest good checkpoint is of step {saved and saved.step}, not {least}"

@@ -305,7 +305,7 @@ def measure_residuals(point: Point, p: Parameters) -> list[Row]:
 
 
 def contributors(residuals):
-    """memory_profiling (f): what a block keeps by the line that keeps it (where, tensors, mib, share), largest first."""
+    """memory_profiling (f): what a block keeps by line (where, tensors, mib, share), largest first."""
     block = residuals[(residuals.what == "block") & (residuals.status == "ok")]
     grouped = block.groupby("where", sort=False).mib.agg(tensors="count", mib="sum").reset_index()
     grouped["share"] = grouped.mib / grouped.mib.sum()

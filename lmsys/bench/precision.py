@@ -151,7 +151,7 @@ def layer_norm(x: Tensor, statistics: str) -> Tensor:
 
 
 def layer_norm_errors(width: int, rows: int, seed: int) -> list[dict[str, Any]]:
-    """For each input, dtype and place of fp32: ||output - exact|| / ||exact||, and whether it is lost or squares overflow.
+    """For each input, dtype and place of fp32: ||output - exact|| / ||exact||, and whether it or its squares overflow.
 
     Inputs are normal: of mean 0 and growing standard deviation (what: scale), or of standard deviation 1 and growing
     mean (what: mean).

@@ -124,7 +124,7 @@ def _attend_whole(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor
 
 
 def name_parts(model: TransformerLM) -> None:
-    """Give the parts of a model ranges from now on: `block N`, in it `attention`, `feed-forward`; `final norm`, `head`."""
+    """Give the parts of a model ranges: `block N`, in it `attention`, `feed-forward`; `final norm`, `head`."""
     for index, layer in enumerate(model.layers):
         _name_module(layer, f"block {index}")
         _name_module(layer.attn, "attention")

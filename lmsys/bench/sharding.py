@@ -156,7 +156,7 @@ def state_rows(p: Parameters) -> list[Row]:
 
 
 def forward_gathers(intervals) -> list[Row]:
-    """fsdp_accounting (b): the forward pass of each trace, the communication that begins in it, and what of that waits."""
+    """fsdp_accounting (b): the forward pass of each trace, communication that begins in it, and what of that waits."""
     rows = []
     for name, group in intervals.groupby("wrapper", sort=False):
         forward = group[(group.lane == "phase") & (group.name == "forward")]

@@ -12,7 +12,7 @@ trace() tells of each kernel its operator, the phase of the step and the part of
 
 On a CPU the operators take the place of kernels, each with the time that it spends outside of the operators it calls.
 
-lanes() gives intervals. On a GPU they are those of kernels: NCCL's communicate, which includes waiting for a peer, as do
+lanes() gives intervals. On a GPU they are those of kernels: NCCL's communicate, with their waiting for a peer, as do
 copies from GPU to GPU; all others compute. On a CPU, those of operators of the calling thread (compute) and of Gloo's
 collectives, which run in threads of their own; a Gloo interval begins when the collective is queued, so that several of
 them overlap each other. The profiler slows the host down: a traced step takes longer than a timed one.
@@ -49,8 +49,8 @@ CATEGORIES = {
     "copies and casts": r"aten::(copy_|_to_copy|clone|cat|stack|fill_|zero_|zeros_like|contiguous)$",
     "reductions": r"aten::(sum|mean|max|amax|norm|linalg_vector_norm|cumsum|any|all)$",
     "lookups": r"aten::(embedding|embedding_dense_backward|gather|scatter_add_?|index|index_put_?|_index_put_impl_)$",
-    "element-wise": r"aten::(add|sub|mul|div|neg|rsqrt|sqrt|pow|square|exp|silu|silu_backward|sigmoid|reciprocal|complex"
-    r"|where|masked_fill|threshold_backward|triu|lerp|addcmul|addcdiv|clamp|conj_physical|arange)_?$",
+    "element-wise": r"aten::(add|sub|mul|div|neg|rsqrt|sqrt|pow|square|exp|silu|silu_backward|sigmoid|reciprocal"
+    r"|complex|where|masked_fill|threshold_backward|triu|lerp|addcmul|addcdiv|clamp|conj_physical|arange)_?$",
 }
 
 

@@ -33,7 +33,7 @@ def map_in_order(function: Callable, state: Any, tasks: Iterable, workers: int) 
         yield from (function(state, task) for task in tasks)
         return
     # fork where it is at home: workers start in milliseconds, and neither a notebook nor a script without a __main__
-    # guard is imported anew, as spawn would. It is safe beside CUDA and threads, as functions use no torch and no locks.
+    # guard is imported anew, as spawn would. It is safe beside CUDA and threads, as functions use no torch, no locks.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     pool = ProcessPoolExecutor(workers, context, _set_worker_state, (state,))
     tasks = iter(tasks)

@@ -1,4 +1,4 @@
-"""Full sharding at rest: the flat buffers that matrices are sharded in; a module's whole weights and state from them."""
+"""Full sharding at rest: flat buffers in which matrices are sharded; a module's whole weights and state from them."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ class ShardedState(nn.Module):
 
     @torch.no_grad()
     def load_full_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Take this rank's part of a whole state_dict, which every rank is given. ValueError: it is another module's."""
+        """Take this rank's part of a whole state_dict that every rank has. ValueError: it is another module's."""
         wanted = self.module.state_dict(keep_vars=True)
         _check_shapes(*({n: tuple(t.shape) for n, t in one.items()} for one in (state_dict, wanted)), "the state")
         for piece in self._pieces():

@@ -316,7 +316,7 @@ def save_pieces(pieces: Iterable[Piece], shared: Mapping[str, Any], folder: str 
 
 
 def load_shared(folder: str | Path) -> dict[str, Any]:
-    """What save_pieces got as `shared`, with the shapes by name under "shapes". ValueError: nothing there, or damaged."""
+    """What save_pieces got as `shared`, with shapes by name under "shapes". ValueError: nothing there, or damaged."""
     return {key: value for key, value in _read_index(folder).items() if key != "pieces"}
 
 

@@ -379,7 +379,7 @@ class _Bucket:
 
 
 class _GradientExchange:
-    """Reduce-scatters each bucket's gradients when the last has arrived, in rank 0's order of the first backward pass."""
+    """Reduce-scatters a bucket's gradients when the last has arrived, in rank 0's order of the first backward pass."""
 
     def __init__(self):
         self.paused = False

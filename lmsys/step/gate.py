@@ -105,7 +105,7 @@ def _launch(kernel: Any, gate: Tensor, up: Tensor, *others: Tensor) -> None:
 
 
 def swiglu(gate: Tensor, up: Tensor, path: str = "auto") -> Tensor:
-    """silu(gate) * up, (..., F), contiguous. gate, up: (..., F), contiguous both, or the halves of one tensor's rows."""
+    """silu(gate) * up, (..., F), contiguous. gate, up: (..., F), both contiguous, or halves of one tensor's rows."""
     if resolve_path(path, gate) == "torch":
         return F.silu(gate).mul_(up)
     product = gate.new_empty(gate.shape)

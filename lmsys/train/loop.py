@@ -168,7 +168,7 @@ def train(
         group.from_rank0(save_here)
 
     def read_window() -> list[tuple[float, float]]:
-        """Loss and gradient norm of the steps since the last row, means over the ranks; FloatingPointError at a bad one."""
+        """Loss and gradient norm since the last row, means over the ranks; FloatingPointError at a bad one."""
         pairs = _means(since_row)
         for at, (loss, norm) in enumerate(pairs, start=step - len(pairs) + 1):
             if at <= guard.step:  # looked at before: where steps are skipped, each is before its update
