@@ -18,7 +18,7 @@ INSTALLED := .venv/.installed
 SITE := book/_build/html/index.html
 NOTEBOOKS := $(shell cat notebooks/report.txt)
 EXECUTED := $(NOTEBOOKS:%=book/$(MACHINE)/%.ipynb)
-SOURCES := $(shell find lmsys -name '*.py' -o -name '*.json' -o -name '*.cu')
+SOURCES := $(shell find lmsys -name '*.py' -o -name '*.json' -o -name '*.toml' -o -name '*.cu')
 PAGES := README.md _config.yml _toc.yml $(shell find book artifacts -path book/_build -prune -o -path book/local -prune -o -type f -print)
 
 .PHONY: report test lab clean
