@@ -348,9 +348,9 @@ def resolve_scale(scale: str = "auto") -> str:
 def pipeline_preset(scale: str) -> dict[str, Any]:
     """The settings that a scale gives a pipeline, as a nested dict: the lowest layer of the four.
 
-    cpu: 80 s on two cores to a validation loss of 0.79. Nearby, at 1,500 steps: learning rate 1e-2 0.77, 1.5e-2 0.84,
-    3 layers of 96 0.80; 1,300 steps of width 160 0.79; 2,600 steps of batch 2 0.81; 1,200 steps 0.85, and with tied
-    embeddings 1.06. At 300 steps, 3 layers of 96 and a context of 128 it is 2.1, and few sentences are whole.
+    cpu: on two cores 70 to 90 s to a validation loss of 0.85; 1,400 steps reach 0.79, 1,120 0.90. At 1,500 steps:
+    learning rate 1e-2 0.77, 1.5e-2 0.84; 3 layers of 96 0.80. 1,300 steps of width 160: 0.79. Embeddings tied: 1.06.
+    At 300 steps, 3 layers of 96 and a context of 128 it is 2.1, and few sentences are whole.
     """
     presets = read_json(Path(__file__).parent / "configs" / "pipeline_presets.json")
     return {"scale": scale, **presets[scale]}
