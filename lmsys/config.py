@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import os
 import sys
@@ -63,12 +64,15 @@ POSITIVE = Bound(lambda value: value > 0, "positive")
 DECAY = Bound(lambda value: 0 <= value < 1, "in [0, 1)")
 
 
+_hints = functools.cache(typing.get_type_hints)  # which evaluates each annotation anew
+
+
 class Section:
     """A section of the settings; an annotation with a Bound, or the names that are known, is checked."""
 
     def __post_init__(self):
         section = type(self).__name__.removesuffix("Config").lower()
-        for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
+        for name, hint in _hints(type(self), include_extras=True).items():
             value = getattr(self, name)
             if value is None or not hasattr(hint, "__metadata__"):
                 continue
@@ -438,7 +442,7 @@ def _with_one_interval(layers: list[tuple[str, dict[str, Any]]]) -> list[tuple[s
 
 
 def _merge(into: dict[str, Any], layer: Mapping[str, Any], cls: type, source: str, prefix: str = "") -> None:
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     for key, value in layer.items():
         if key not in hints:
             raise ValueError(f"{source}: {unknown_name('key', prefix + key, [prefix + name for name in hints])}")
@@ -474,7 +478,7 @@ def build(cls: type, values: Mapping[str, Any], source: str = "config") -> Any:
     """A config dataclass from a nested dict, every key and type checked."""
     checked: dict[str, Any] = {}
     _merge(checked, values, cls, source)
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     return cls(
         **{k: build(hints[k], v, source) if dataclasses.is_dataclass(hints[k]) else v for k, v in checked.items()}
     )
